@@ -1,0 +1,58 @@
+"""Self-supervised anomaly detection by self-distillation and negative sampling, for Keras 3.
+
+Train `SelfDistillation` on unlabelled normal images with `fit`, make a `Detector` of its teacher
+backbone, and export that for TensorFlow Serving or TFLite.
+"""
+
+import keras
+
+if keras.backend.backend() != "tensorflow":
+    raise ImportError(
+        "sddns_tf needs Keras' TensorFlow backend: set the environment variable "
+        'KERAS_BACKEND="tensorflow" before importing keras. '
+        f'Received: KERAS_BACKEND="{keras.backend.backend()}"'
+    )
+
+from sddns_tf import (
+    bank,
+    callbacks,
+    data,
+    dino_weights,
+    image_ops,
+    losses,
+    metrics,
+    plots,
+    schedules,
+    sensitivity,
+    shifts,
+)
+from sddns_tf.detector import Detector
+from sddns_tf.heads import ProjectionHead
+from sddns_tf.self_distillation import SelfDistillation
+from sddns_tf.version import __version__
+from sddns_tf.views import MultiCrop, Negatives
+from sddns_tf.vit import VisionTransformer, vit_base, vit_small, vit_tiny
+
+__all__ = [
+    "Detector",
+    "MultiCrop",
+    "Negatives",
+    "ProjectionHead",
+    "SelfDistillation",
+    "VisionTransformer",
+    "__version__",
+    "bank",
+    "callbacks",
+    "data",
+    "dino_weights",
+    "image_ops",
+    "losses",
+    "metrics",
+    "plots",
+    "schedules",
+    "sensitivity",
+    "shifts",
+    "vit_base",
+    "vit_small",
+    "vit_tiny",
+]

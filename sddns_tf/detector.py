@@ -1,0 +1,375 @@
+"""A trained backbone, its bank and its calibration as one model that answers for images."""
+
+import math
+import warnings
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from sddns_tf import image_ops
+from sddns_tf.bank import (
+    FeatureExtractor,
+    check_images,
+    compress,
+    extract_features,
+    image_size_of,
+    ood_score,
+)
+
+
+@keras.saving.register_keras_serializable("sddns_tf")
+class Detector(keras.Model):
+    """Flags images that are out of distribution, at a false positive rate that was chosen.
+
+    Make one with `Detector.from_images`. The constructor is what loading a saved detector needs:
+    it makes a detector with an empty bank, which flags everything.
+
+    The p-value of an image is conformal: with N calibration images,
+    `p_value = (1 + #{calibration scores >= score}) / (1 + N)` and `is_ood = p_value <=
+    false_positive_rate`. Of normal images that are exchangeable with the calibration images (and
+    in neither the training set nor the bank) at most that share is flagged, on average over
+    calibration sets. No p-value is below `1 / (N + 1)`: a rate of 0.001 takes 999 images.
+
+    A score that is not a number (its features are not finite) counts as higher than every
+    calibration score: the p-value is the lowest there is and the image is flagged.
+
+    Args:
+        extractor: `FeatureExtractor` of the detector.
+        bank_size: Number of rows of the bank.
+        calibration_size: Number of calibration images.
+        temperature: Positive float, of the score: see `bank.ood_score`.
+        offset: Float, subtracted from cosines in the score.
+        k: None, or the number of nearest rows of the bank that the score averages over.
+
+    Call arguments:
+        images: uint8 or float in 0-255, `(B, H, W, 3)`, of any height and width.
+
+    Returns:
+        Dict of `"ood_score"`, float32 `(B,)`, higher means more out-of-distribution;
+        `"p_value"`, float32 `(B,)`; `"is_ood"`, bool `(B,)`.
+
+    References:
+        Rafiee et al., arXiv 2201.06378 (the score); Bates et al., "Testing for outliers with
+        conformal p-values", arXiv 2104.08279.
+
+    Example:
+    >>> detector = Detector.from_images(
+    ...     model.teacher_backbone, bank=train_images, calibration=held_out_images
+    ... )
+    >>> detector.predict(images)["is_ood"]
+    array([False,  True])
+    >>> detector.save("parts.keras")
+    """
+
+    def __init__(
+        self,
+        extractor,
+        bank_size,
+        calibration_size,
+        *,
+        temperature=0.04,
+        offset=0.1,
+        k=None,
+        **kwargs,
+    ):
+        super().__init__(**{**kwargs, "dtype": "float32", "autocast": False})
+        self.extractor = extractor
+        self.extractor.trainable = False
+        self.temperature = float(temperature)
+        self.offset = float(offset)
+        self.k = k
+        self.bank = self._add_state("bank", (bank_size, extractor.feature_dim))
+        self.bank_weights = self._add_state("bank_weights", (bank_size,), 1.0 / bank_size)
+        self.rate = self._add_state("false_positive_rate", (), 1.0)
+        self.largest_flagged_rank = self._add_state("largest_flagged_rank", (), calibration_size)
+        # The last one, as it is made anew when the number of calibration images changes, and
+        # weights are saved in the order in which they were made.
+        self.calibration_scores = self._add_calibration_scores(calibration_size)
+        self.built = True
+
+    def _add_state(self, name, shape, value=0.0):
+        return self.add_weight(
+            shape=shape,
+            initializer=keras.initializers.Constant(value),
+            dtype="float32",
+            trainable=False,
+            autocast=False,
+            name=name,
+        )
+
+    def _add_calibration_scores(self, size):
+        return self._add_state("calibration_scores", (size,), -math.inf)
+
+    @classmethod
+    def from_images(
+        cls,
+        backbone,
+        bank,
+        calibration,
+        false_positive_rate=0.05,
+        *,
+        image_size=None,
+        resolution=None,
+        mean=image_ops.IMAGENET_MEAN,
+        std=image_ops.IMAGENET_STD,
+        temperature=0.04,
+        offset=0.1,
+        k=None,
+        bank_size=None,
+        bank_method="kmeans",
+        batch_size=256,
+        seed=0,
+        verbose="auto",
+    ):
+        """A calibrated detector from a trained backbone and in-distribution images.
+
+        The backbone is copied: training it further does not change the detector.
+
+        Args:
+            backbone: Keras model from normalized float images `(B, h, w, 3)` to features
+                `(B, D)`, such as `SelfDistillation.teacher_backbone`.
+            bank: In-distribution images, usually the training set: uint8 or float in 0-255,
+                `(M, H, W, 3)`, or a dataset of batches of such images.
+            calibration: In-distribution images that are neither trained on nor in the bank,
+                likewise. At least `1 / false_positive_rate - 1` of them.
+            false_positive_rate: Largest share of normal images to flag, between 0 and 1.
+            image_size: Size of the backbone's input in pixels, an int or (height, width).
+                Defaults to the size that the backbone was made for, else to `resolution`.
+            resolution: The in-distribution's own resolution in pixels, to which every image is
+                resized first, an int or (height, width). Defaults to the size of the bank images.
+            mean: Three floats, mean of each channel for images scaled to 0-1.
+            std: Three floats, standard deviation of each channel for images scaled to 0-1.
+            temperature: Positive float, of the score: see `bank.ood_score`.
+            offset: Float, subtracted from cosines in the score.
+            k: None, or the number of nearest rows of the bank that the score averages over.
+            bank_size: None keeps the features of all bank images; an int keeps at most so many
+                centers: see `bank.compress`.
+            bank_method: `"kmeans"` or `"kcenter"`.
+            batch_size: Images per step; a dataset has its own.
+            seed: Int, of the compression.
+            verbose: 0 is silent, 1 shows progress bars, 2 lines; `"auto"` shows a bar where there
+                is more than one step.
+
+        Returns:
+            A `Detector`.
+
+        Raises:
+            ValueError: If there are too few calibration images for the rate, images have a wrong
+                shape or range, the bank images have no single size and `resolution` is not given,
+                or features are not finite.
+        """
+        resolution = image_size_of(bank) if resolution is None else resolution
+        if resolution is None:
+            raise ValueError(
+                "`resolution` is needed where the size of the bank images is not known or not one: "
+                "the resolution in pixels to which every image is resized first. "
+                f"Received: bank={bank}, resolution=None."
+            )
+        extractor = FeatureExtractor(_copy(backbone), image_size, resolution, mean=mean, std=std)
+        # Calibration first: it is the smaller set, and where it is too small nothing is wasted.
+        options = {"batch_size": batch_size, "verbose": verbose}
+        calibration_features = extract_features(extractor, calibration, **options)
+        _largest_flagged_rank(len(calibration_features), false_positive_rate)
+        features = extract_features(extractor, bank, **options)
+        _check_finite(features, "bank")
+        _warn_of_shared_images(features, calibration_features)
+        weights = np.full(len(features), 1.0 / len(features), np.float32)
+        if bank_size is not None:
+            features, weights = compress(features, bank_size, bank_method, seed)
+        detector = cls(
+            extractor,
+            bank_size=len(features),
+            calibration_size=len(calibration_features),
+            temperature=temperature,
+            offset=offset,
+            k=k,
+        )
+        detector.bank.assign(features)
+        detector.bank_weights.assign(weights)
+        detector._calibrate(calibration_features, false_positive_rate)
+        return detector
+
+    def call(self, images):
+        """Images `(B, H, W, 3)` to a dict of scores, p-values and decisions, each `(B,)`."""
+        score = self._score(self.extractor(images))
+        # A comparison with NaN is False, so a score that is not a number has rank 1. (`not (score
+        # <= threshold)` would not do: the graph optimizer makes `score > threshold` of it.)
+        as_high = self.calibration_scores[tf.newaxis, :] >= score[:, tf.newaxis]
+        rank = 1.0 + tf.cast(tf.reduce_sum(tf.cast(as_high, tf.int32), axis=1), tf.float32)
+        return {
+            "ood_score": score,
+            "p_value": rank / (1.0 + self.calibration_scores.shape[0]),
+            "is_ood": rank <= self.largest_flagged_rank,
+        }
+
+    def predict(self, x, batch_size=None, verbose="auto", steps=None, callbacks=None):
+        """`keras.Model.predict`: NumPy arrays for a whole set of images.
+
+        Args:
+            x: Images `(N, H, W, 3)`, uint8 or float in 0-255, or a dataset of batches of them.
+            batch_size: Images per step, 32 by default; a dataset has its own.
+            verbose: As in Keras.
+            steps: As in Keras.
+            callbacks: As in Keras.
+
+        Returns:
+            Dict of `"ood_score"`, `"p_value"` and `"is_ood"`, NumPy arrays `(N,)`.
+
+        Raises:
+            ValueError: If `x` is an array without images, or not of images.
+        """
+        if hasattr(x, "shape"):
+            check_images(x)
+            if not len(x):
+                raise ValueError(f"At least one image is needed. Received: shape={x.shape}.")
+        return super().predict(x, batch_size, verbose, steps, callbacks)
+
+    def features(self, images):
+        """L2-normalized features of a batch of images.
+
+        Args:
+            images: uint8 or float in 0-255, `(B, H, W, 3)`, of any height and width.
+
+        Returns:
+            Float32 tensor `(B, D)`.
+        """
+        return self.extractor(images)
+
+    def recalibrate(self, images=None, false_positive_rate=None, *, batch_size=256, verbose="auto"):
+        """Calibrate on other images, or change the false positive rate, or both, in place.
+
+        Args:
+            images: In-distribution images that are neither trained on nor in the bank, as for
+                `from_images`. None keeps the calibration scores.
+            false_positive_rate: Largest share of normal images to flag, between 0 and 1. None
+                keeps the rate.
+            batch_size: Images per step; a dataset has its own.
+            verbose: 0 is silent, 1 shows a progress bar, 2 one line; `"auto"` shows the bar where
+                there is more than one step.
+
+        Raises:
+            ValueError: If both are None or there are too few calibration images for the rate; the
+                detector then stays as it was.
+        """
+        if images is None and false_positive_rate is None:
+            raise ValueError("Pass `images`, `false_positive_rate` or both. Received neither.")
+        rate = self.false_positive_rate if false_positive_rate is None else false_positive_rate
+        if images is None:
+            self._set_rate(rate)
+            return
+        features = extract_features(self.extractor, images, batch_size=batch_size, verbose=verbose)
+        self._calibrate(features, rate)
+
+    @property
+    def false_positive_rate(self):
+        """Largest share of exchangeable normal images that is flagged."""
+        return float(str(self.rate.numpy()))  # The shortest decimal: 0.05, not 0.0500000007.
+
+    @property
+    def threshold(self):
+        """The `ood_score` above which images are flagged."""
+        return float(self.calibration_scores.numpy()[-int(self.largest_flagged_rank.numpy())])
+
+    def _score(self, features):
+        return ood_score(
+            features,
+            self.bank,
+            self.temperature,
+            self.offset,
+            self.k,
+            weights=self.bank_weights,
+        )
+
+    def _calibrate(self, features, false_positive_rate):
+        """Hold the scores of calibration features and set the threshold."""
+        _largest_flagged_rank(len(features), false_positive_rate)
+        _check_finite(features, "calibration")
+        scores = [self._score(features[i : i + 256]) for i in range(0, len(features), 256)]
+        scores = np.sort(np.concatenate(scores))
+        if len(scores) != self.calibration_scores.shape[0]:
+            del self.calibration_scores
+            self.calibration_scores = self._add_calibration_scores(len(scores))
+            self.predict_function = None  # It was traced with the old scores.
+        self.calibration_scores.assign(scores)
+        self._set_rate(false_positive_rate)
+
+    def _set_rate(self, false_positive_rate):
+        size = self.calibration_scores.shape[0]
+        self.largest_flagged_rank.assign(_largest_flagged_rank(size, false_positive_rate))
+        self.rate.assign(false_positive_rate)
+
+    def get_config(self):
+        """Constructor arguments."""
+        return {
+            "name": self.name,
+            "extractor": keras.saving.serialize_keras_object(self.extractor),
+            "bank_size": self.bank.shape[0],
+            "calibration_size": self.calibration_scores.shape[0],
+            "temperature": self.temperature,
+            "offset": self.offset,
+            "k": self.k,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        """A detector of a configuration, its bank still empty."""
+        extractor = keras.saving.deserialize_keras_object(config["extractor"])
+        return cls(**{**config, "extractor": extractor})
+
+
+def _largest_flagged_rank(calibration_size, false_positive_rate):
+    """The largest `1 + #{calibration scores >= score}` whose p-value is within the rate.
+
+    In float32, as the detector's p-values are, so that 5 of 99 + 1 is within 0.05.
+    """
+    if not 0.0 < false_positive_rate < 1.0:
+        raise ValueError(
+            f"`false_positive_rate` must be between 0 and 1. Received: {false_positive_rate}."
+        )
+    p_values = np.arange(1, calibration_size + 1, dtype=np.float32) / np.float32(
+        calibration_size + 1
+    )
+    rank = np.count_nonzero(p_values <= np.float32(false_positive_rate))
+    if not rank:
+        raise ValueError(
+            f"A false positive rate of {false_positive_rate} takes at least "
+            f"{math.ceil(1.0 / false_positive_rate - 1e-6) - 1} calibration images: with fewer "
+            f"nothing would ever be flagged. Received: {calibration_size} calibration images."
+        )
+    return rank
+
+
+def _check_finite(features, name):
+    bad = np.count_nonzero(~np.isfinite(features).all(axis=1))
+    if bad:
+        raise ValueError(
+            f"The backbone gives features that are not finite for {bad} of the {len(features)} "
+            f"{name} images. Are its weights and these images finite?"
+        )
+
+
+def _warn_of_shared_images(bank_features, calibration_features):
+    """Calibration images in the bank look more normal than any new image will."""
+    known = {row.tobytes() for row in bank_features}
+    shared = sum(row.tobytes() in known for row in calibration_features)
+    if shared:
+        warnings.warn(
+            f"{shared} of the {len(calibration_features)} calibration images are in the bank as "
+            "well. Their scores are too low, so that more normal images than the false positive "
+            "rate will be flagged. Hold calibration images out of the bank.",
+            stacklevel=3,
+        )
+
+
+def _copy(backbone):
+    """An independent copy of a backbone, so that a detector is a snapshot."""
+    if not backbone.built:
+        raise ValueError(
+            f"The backbone has no weights yet: train or build it. Received: {backbone}."
+        )
+    copy = keras.models.clone_model(backbone)
+    if not copy.built:
+        copy.build_from_config(backbone.get_build_config())
+    copy.set_weights(backbone.get_weights())
+    return copy

@@ -1,0 +1,230 @@
+"""Batched image arithmetic: resampling, colour and blur as matrix products.
+
+Everything here takes a whole batch, runs inside a compiled graph (XLA included) and needs neither
+`gather` nor a loop over images. A resized crop with its flip is linear and separable, so it is two
+small matrices per image: `rows @ image @ columns^T`.
+
+Inside this module and `views` images are *planes*, `(..., 3, H, W)`: a matrix product then acts on
+whole rows and columns of a channel.
+"""
+
+import tensorflow as tf
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# ITU-R 601, as in Pillow's "L" mode.
+LUMA = (0.299, 0.587, 0.114)
+
+
+def bicubic_kernel(x, a=-0.5):
+    """Keys' cubic convolution kernel.
+
+    Args:
+        x: Float tensor of any shape, distances in (scaled) pixels.
+        a: Slope at distance 1. Pillow's bicubic has -0.5, PyTorch's and OpenCV's -0.75.
+
+    Returns:
+        Float tensor of the shape of `x`: zero beyond distance 2.
+
+    Reference:
+        R. Keys, "Cubic convolution interpolation for digital image processing", 1981.
+    """
+    x = tf.abs(x)
+    near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0
+    far = a * (((x - 5.0) * x + 8.0) * x - 4.0)
+    return tf.where(x < 1.0, near, tf.where(x < 2.0, far, tf.zeros_like(x)))
+
+
+def resampling_matrix(in_size, out_size, start=0.0, extent=None):
+    """Matrices that crop an interval of pixels and resize it, antialiased bicubic.
+
+    Equal to cropping the interval first and then resizing it with Pillow's `BICUBIC`, before
+    rounding: pixels outside the interval have no weight.
+
+    Args:
+        in_size: Number of pixels of the input along the axis; int or scalar int tensor.
+        out_size: Number of pixels of the output; int or scalar int tensor.
+        start: First pixel of the interval; float tensor `(...)`, whole numbers.
+        extent: Number of pixels of the interval; float tensor `(...)`. Defaults to `in_size`.
+
+    Returns:
+        Float32 tensor `(..., out_size, in_size)`, each row sums to 1.
+
+    Example:
+        >>> start, extent = tf.constant([4.0]), tf.constant([20.0])
+        >>> columns = resampling_matrix(32, 16, start, extent)
+        >>> columns.shape
+        TensorShape([1, 16, 32])
+    """
+    start = tf.convert_to_tensor(start, tf.float32)[..., tf.newaxis, tf.newaxis]
+    extent = tf.cast(in_size if extent is None else extent, tf.float32)[..., tf.newaxis, tf.newaxis]
+    scale = extent / tf.cast(out_size, tf.float32)
+    outputs = tf.cast(tf.range(out_size), tf.float32)[:, tf.newaxis]
+    inputs = tf.cast(tf.range(in_size), tf.float32)[tf.newaxis, :]
+    center = start + (outputs + 0.5) * scale
+    weights = bicubic_kernel((inputs + 0.5 - center) / tf.maximum(scale, 1.0))
+    inside = tf.logical_and(inputs >= start, inputs < start + extent)
+    weights = tf.where(inside, weights, tf.zeros_like(weights))
+    return weights / tf.reduce_sum(weights, axis=-1, keepdims=True)
+
+
+def gaussian_matrix(size, sigma):
+    """Matrices that blur along one axis with a Gaussian, renormalised at the edges.
+
+    Args:
+        size: Number of pixels along the axis, int.
+        sigma: Standard deviations in pixels, float tensor `(...)`; 0 gives the identity.
+
+    Returns:
+        Float32 tensor `(..., size, size)`, each row sums to 1.
+    """
+    sigma = tf.maximum(sigma, 1e-3)[..., tf.newaxis, tf.newaxis]
+    positions = tf.range(size, dtype=tf.float32)
+    distance = positions[:, tf.newaxis] - positions[tf.newaxis, :]
+    weights = tf.exp(-0.5 * tf.square(distance / sigma))
+    return weights / tf.reduce_sum(weights, axis=-1, keepdims=True)
+
+
+def to_planes(images):
+    """Images `(..., H, W, 3)` of any number type to float32 planes `(..., 3, H, W)`."""
+    images = tf.cast(images, tf.float32)
+    rank = images.shape.rank
+    return tf.transpose(images, [*range(rank - 3), rank - 1, rank - 3, rank - 2])
+
+
+def from_planes(planes):
+    """Planes `(..., 3, H, W)` to images `(..., H, W, 3)`."""
+    rank = planes.shape.rank
+    return tf.transpose(planes, [*range(rank - 3), rank - 2, rank - 1, rank - 3])
+
+
+def resample(planes, rows, columns):
+    """Apply one matrix along the height and one along the width.
+
+    Args:
+        planes: `(..., 3, H, W)`; leading axes may broadcast against those of the matrices.
+        rows: `(..., h, H)`.
+        columns: `(..., w, W)`.
+
+    Returns:
+        Planes `(..., 3, h, w)`.
+    """
+    planes = tf.matmul(rows[..., tf.newaxis, :, :], planes)
+    return tf.matmul(planes, columns[..., tf.newaxis, :, :], transpose_b=True)
+
+
+def resize(images, height, width):
+    """Resize images with antialiased bicubic interpolation, as Pillow does, without rounding.
+
+    Args:
+        images: uint8 or float in 0-255, `(B, H, W, 3)`; H and W may be unknown at trace time.
+        height: Rows of the output, int.
+        width: Columns of the output, int.
+
+    Returns:
+        Float32 in 0-255, `(B, height, width, 3)`. The pixels themselves where the size is right.
+    """
+    if images.shape[1:3] == (height, width):
+        return tf.cast(images, tf.float32)
+    in_height, in_width = (
+        static if static is not None else tf.shape(images)[axis]
+        for axis, static in enumerate(images.shape[1:3], start=1)
+    )
+    rows = resampling_matrix(in_height, height)
+    columns = resampling_matrix(in_width, width)
+    resized = from_planes(resample(to_planes(images), rows, columns))
+    return tf.clip_by_value(resized, 0.0, 255.0)
+
+
+def normalize(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """The one place where 0-255 becomes the normalised floats a backbone takes.
+
+    Args:
+        images: uint8 or float in 0-255, `(..., 3)`.
+        mean: Three floats, mean of each channel for images scaled to 0-1.
+        std: Three floats, standard deviation of each channel for images scaled to 0-1.
+
+    Returns:
+        Float32 tensor of the shape of `images`: `(images / 255 - mean) / std`.
+    """
+    mean = tf.constant(mean, tf.float32)
+    std = tf.constant(std, tf.float32)
+    return (tf.cast(images, tf.float32) - 255.0 * mean) / (255.0 * std)
+
+
+def luma(planes):
+    """Grey value of each pixel: planes `(..., 3, H, W)` to `(..., 1, H, W)`."""
+    red, green, blue = tf.unstack(planes, axis=-3)
+    return (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue)[..., tf.newaxis, :, :]
+
+
+def shift_hue(planes, shift):
+    """Rotate the hue in HSV space, as Pillow and torchvision do; value and saturation stay.
+
+    Args:
+        planes: Float `(..., 3, H, W)`.
+        shift: Turns of the colour circle, float tensor `(...)`; -0.5 to 0.5.
+
+    Returns:
+        Planes of the same shape.
+    """
+    red, green, blue = tf.unstack(planes, axis=-3)
+    value = tf.maximum(tf.maximum(red, green), blue)
+    chroma = value - tf.minimum(tf.minimum(red, green), blue)
+    scale = 1.0 / tf.maximum(chroma, 1e-6)
+    hue = tf.where(
+        tf.equal(value, red),
+        (green - blue) * scale,
+        tf.where(tf.equal(value, green), (blue - red) * scale + 2.0, (red - green) * scale + 4.0),
+    )
+    hue = hue + 6.0 * shift[..., tf.newaxis, tf.newaxis]
+
+    def channel(offset):
+        k = tf.math.floormod(hue + offset, 6.0)
+        return value - chroma * tf.clip_by_value(tf.minimum(k, 4.0 - k), 0.0, 1.0)
+
+    return tf.stack([channel(5.0), channel(3.0), channel(1.0)], axis=-3)
+
+
+def jitter_color(planes, brightness, contrast, saturation, hue, contrast_first, saturation_first):
+    """Brightness, contrast, saturation and hue of each image, in the image's own order.
+
+    Brightness scales, contrast blends with the mean grey value, saturation blends with the grey
+    image. Without rounding and clipping in between, these three commute with one another, and
+    with the hue shift they commute but for *which* grey value they blend with: that of the image
+    before or after the shift. So every order of the four is one expression with two choices.
+    (The mean grey value after the shift is that of the saturated image: a saturation that went
+    before the shift no longer keeps it.)
+
+    Args:
+        planes: Float in 0-255, `(..., 3, H, W)`.
+        brightness: Factors, float tensor `(...)`; 1 changes nothing.
+        contrast: Factors, likewise.
+        saturation: Factors, likewise.
+        hue: Turns of the colour circle, float tensor `(...)`; 0 changes nothing.
+        contrast_first: Bool tensor `(...)`: contrast acts before the hue shift.
+        saturation_first: Bool tensor `(...)`: saturation acts before the hue shift.
+
+    Returns:
+        Planes of the same shape, not clipped.
+    """
+
+    def per_image(value):
+        return value[..., tf.newaxis, tf.newaxis, tf.newaxis]
+
+    shifted = shift_hue(planes, hue)
+    grey, shifted_grey = luma(planes), luma(shifted)
+    pixel_grey = tf.where(per_image(saturation_first), grey, shifted_grey)
+    brightness, contrast, saturation = map(per_image, (brightness, contrast, saturation))
+    saturated = saturation * shifted + (1.0 - saturation) * pixel_grey
+    saturated_grey = saturation * shifted_grey + (1.0 - saturation) * pixel_grey
+    mean_grey = tf.reduce_mean(
+        tf.where(per_image(contrast_first), grey, saturated_grey), axis=(-2, -1), keepdims=True
+    )
+    return brightness * (contrast * saturated + (1.0 - contrast) * mean_grey)
+
+
+def solarize(planes, threshold=128.0):
+    """Invert every value at or above the threshold; planes in 0-255 of any shape."""
+    return tf.where(planes < threshold, planes, 255.0 - planes)

@@ -1,0 +1,174 @@
+"""How well scores tell normal images from the rest, and how well features tell classes."""
+
+import numpy as np
+
+_BLOCK_ELEMENTS = 2**24  # largest matrix of cosines held at once: 64 MiB of float32
+
+
+def as_scores(scores, name="scores"):
+    """Checks an array of scores and returns it as float64.
+
+    Args:
+        scores: One number per image, `(N,)`, N >= 1, all finite.
+        name: What to call the array in an error.
+
+    Returns:
+        NumPy float64 array `(N,)`.
+
+    Raises:
+        ValueError: if the array has another rank, is empty or holds NaN or infinity.
+    """
+    values = np.asarray(scores)
+    if values.ndim != 1:
+        raise ValueError(
+            f"`{name}` must have shape (N,), one score per image. Received shape {values.shape}."
+        )
+    if values.size == 0:
+        raise ValueError(f"`{name}` must hold at least one score. Received an empty array.")
+    values = values.astype("float64")
+    not_finite = int(np.count_nonzero(~np.isfinite(values)))
+    if not_finite:
+        raise ValueError(
+            f"`{name}` must be finite. Received {not_finite} NaN or infinite of {values.size}."
+        )
+    return values
+
+
+def ood_metrics(id_scores, ood_scores):
+    """How well a score separates out-of-distribution from in-distribution images.
+
+    Scores follow `bank.ood_score`: higher means more out-of-distribution.
+
+    - `auroc`: the chance that a random out-of-distribution image scores higher than a random
+      in-distribution one, ties counting half. It is the same whichever side is called positive.
+    - `aupr_out`: average precision with the out-of-distribution images as positives.
+    - `aupr_in`: average precision with the in-distribution images as positives, ranked by the
+      negated score. Both depend on the sizes of the two sets, AUROC and FPR95 do not.
+    - `fpr95`: false positive rate at 95 % true positive rate in the convention of ODIN and
+      OpenOOD, where *in-distribution* images are the positives: the threshold is the lowest
+      in-distribution score `t` such that at least 95 % of the in-distribution scores are
+      `<= t` (accepted), and `fpr95` is the share of out-of-distribution scores `<= t`. Nothing
+      is interpolated; an out-of-distribution score equal to `t` counts as accepted, since no
+      threshold could reject it and still accept the in-distribution images that tie with it.
+      (The opposite convention, false alarms at 95 % of anomalies found, gives other numbers.)
+
+    Args:
+        id_scores: Scores of in-distribution images, `(N,)`, finite.
+        ood_scores: Scores of out-of-distribution images, `(M,)`, finite.
+
+    Returns:
+        Dict of Python floats in 0-1: `auroc`, `aupr_in`, `aupr_out`, `fpr95`.
+
+    Raises:
+        ValueError: if an array is not one-dimensional, is empty or holds NaN or infinity.
+
+    Example:
+    >>> sddns_tf.metrics.ood_metrics([0.1, 0.2, 0.3], [0.2, 0.8])["fpr95"]
+    0.5
+
+    Reference:
+        - [Liang et al., ODIN, section 4.3](https://arxiv.org/abs/1706.02690)
+        - [Yang et al., OpenOOD](https://arxiv.org/abs/2210.07242)
+    """
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    id_scores = as_scores(id_scores, "id_scores")
+    ood_scores = as_scores(ood_scores, "ood_scores")
+    scores = np.concatenate([id_scores, ood_scores])
+    is_ood = np.repeat([0, 1], [id_scores.size, ood_scores.size])
+
+    accepted = -(-95 * id_scores.size // 100)  # ceil(0.95 N) in exact integers
+    threshold = np.sort(id_scores)[accepted - 1]
+    return {
+        "auroc": float(roc_auc_score(is_ood, scores)),
+        "aupr_in": float(average_precision_score(1 - is_ood, -scores)),
+        "aupr_out": float(average_precision_score(is_ood, scores)),
+        "fpr95": float(np.mean(ood_scores <= threshold)),
+    }
+
+
+def knn_accuracy(bank_features, bank_labels, features, labels, k=20, temperature=0.04):
+    """Accuracy of the weighted nearest-neighbour classifier of DINO.
+
+    A check of the features wherever labels exist, with nothing to train. Each of the `k` bank
+    images nearest by cosine votes for its label with weight `exp(cos / temperature)`; the label
+    with the most votes is predicted (the smallest such label, if equal). Features need not be
+    normalised. Images are compared with the bank block by block, so memory stays bounded.
+
+    Args:
+        bank_features: Features with known labels, `(M, D)`, any float dtype.
+        bank_labels: Their labels, integers `(M,)`.
+        features: Features to classify, `(B, D)`.
+        labels: Their true labels, integers `(B,)`. One that the bank lacks counts as a miss.
+        k: Number of neighbours that vote, from 1 to M.
+        temperature: Positive; the lower, the more the nearest neighbours weigh.
+
+    Returns:
+        Python float, the share of `features` classified rightly.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit, features are not finite, or `k` or
+            `temperature` is out of range.
+
+    Example:
+    >>> bank = np.eye(3)
+    >>> sddns_tf.metrics.knn_accuracy(bank, [0, 1, 2], [[0.9, 0.1, 0.0]], [0], k=2)
+    1.0
+
+    Reference:
+        - [Wu et al., section 3.4](https://arxiv.org/abs/1805.01978)
+        - [Caron et al., DINO](https://arxiv.org/abs/2104.14294)
+    """
+    bank_features = _unit_rows(bank_features, "bank_features")
+    features = _unit_rows(features, "features")
+    if features.shape[1] != bank_features.shape[1]:
+        raise ValueError(
+            "`features` and `bank_features` must have the same width. "
+            f"Received {features.shape[1]} and {bank_features.shape[1]}."
+        )
+    bank_labels = _labels(bank_labels, len(bank_features), "bank_labels")
+    labels = _labels(labels, len(features), "labels")
+    if not 1 <= k <= len(bank_features):
+        raise ValueError(
+            f"`k` must be from 1 to the size of the bank, {len(bank_features)}. Received {k}."
+        )
+    if not temperature > 0:
+        raise ValueError(f"`temperature` must be positive. Received {temperature}.")
+
+    classes, bank_classes = np.unique(bank_labels, return_inverse=True)
+    block = max(1, _BLOCK_ELEMENTS // max(len(bank_features), len(classes)))
+    correct = 0
+    for start in range(0, len(features), block):
+        cosines = features[start : start + block] @ bank_features.T
+        nearest = np.argpartition(-cosines, k - 1, axis=1)[:, :k]
+        cosines = np.take_along_axis(cosines, nearest, axis=1).astype("float64")
+        # Against the largest weight, which changes no vote's rank and cannot overflow.
+        weights = np.exp((cosines - cosines.max(axis=1, keepdims=True)) / temperature)
+        votes = np.zeros((len(cosines), len(classes)))
+        np.add.at(votes, (np.arange(len(votes))[:, None], bank_classes[nearest]), weights)
+        predicted = classes[votes.argmax(axis=1)]
+        correct += int(np.count_nonzero(predicted == labels[start : start + block]))
+    return correct / len(features)
+
+
+def _unit_rows(features, name):
+    features = np.asarray(features)
+    if features.ndim != 2 or 0 in features.shape:
+        raise ValueError(
+            f"`{name}` must have shape (N, D), one feature vector per image. "
+            f"Received shape {features.shape}."
+        )
+    features = features.astype("float32")
+    if not np.isfinite(features).all():
+        raise ValueError(f"`{name}` must be finite. Received NaN or infinite values.")
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+
+
+def _labels(labels, count, name):
+    labels = np.asarray(labels)
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"`{name}` must be integers of shape ({count},), one per feature vector. "
+            f"Received {labels.dtype} of shape {labels.shape}."
+        )
+    return labels

@@ -1,0 +1,152 @@
+"""Values that change with the training step: learning rate, momentum, temperature, weights.
+
+A schedule is a function of the step, so that nothing has to be set from outside and a resumed run
+continues where it stood. All are `keras.optimizers.schedules.LearningRateSchedule`, hence usable
+as the learning rate of any Keras optimizer and everywhere `SelfDistillation` takes a number.
+"""
+
+import math
+
+import keras
+import tensorflow as tf
+
+
+@keras.saving.register_keras_serializable("sddns_tf")
+class Constant(keras.optimizers.schedules.LearningRateSchedule):
+    """The same value at every step.
+
+    Args:
+        value: Float.
+    """
+
+    def __init__(self, value):
+        self.value = float(value)
+
+    def __call__(self, step):
+        """The value; `step` is ignored."""
+        del step
+        return tf.constant(self.value, tf.float32)
+
+    def get_config(self):
+        """Constructor arguments."""
+        return {"value": self.value}
+
+
+@keras.saving.register_keras_serializable("sddns_tf")
+class Linear(keras.optimizers.schedules.LearningRateSchedule):
+    """Linear from one value to another, constant before and after.
+
+    Args:
+        start: Value up to `start_step`.
+        end: Value from `end_step` on.
+        end_step: Step at which `end` is reached.
+        start_step: Step at which `start` is left.
+
+    Example:
+        >>> ramp = Linear(0.0, 1.0, start_step=300, end_step=600)
+        >>> float(ramp(450))
+        0.5
+    """
+
+    def __init__(self, start, end, end_step, start_step=0):
+        if end_step < start_step:
+            raise ValueError(
+                "`end_step` must not come before `start_step`. Received: "
+                f"start_step={start_step}, end_step={end_step}"
+            )
+        self.start = start
+        self.end = end
+        self.end_step = end_step
+        self.start_step = start_step
+
+    def __call__(self, step):
+        """Value at `step`, a float32 scalar."""
+        length = max(self.end_step - self.start_step, 1)
+        progress = tf.clip_by_value(
+            (tf.cast(step, tf.float32) - self.start_step) / length, 0.0, 1.0
+        )
+        return self.start + (self.end - self.start) * progress
+
+    def get_config(self):
+        """Constructor arguments."""
+        return {
+            "start": self.start,
+            "end": self.end,
+            "end_step": self.end_step,
+            "start_step": self.start_step,
+        }
+
+
+@keras.saving.register_keras_serializable("sddns_tf")
+class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
+    """Linear warm-up from 0 to `start`, then half a cosine from `start` to `end`.
+
+    Without warm-up it is the plain cosine that DINO uses for weight decay (0.04 to 0.4) and
+    teacher momentum (0.996 to 1).
+
+    Args:
+        start: Value at the end of the warm-up.
+        end: Value at `total_steps` and after.
+        total_steps: Step at which `end` is reached, warm-up included.
+        warmup_steps: Steps of the warm-up.
+
+    Example:
+        >>> learning_rate = WarmupCosine(2e-3, 1e-6, total_steps=1000, warmup_steps=100)
+        >>> float(learning_rate(100))
+        0.002
+
+    Reference:
+        Caron et al., "Emerging Properties in Self-Supervised Vision Transformers",
+        arXiv 2104.14294, section 3.2.
+    """
+
+    def __init__(self, start, end, total_steps, warmup_steps=0):
+        if not 0 <= warmup_steps <= total_steps:
+            raise ValueError(
+                "`warmup_steps` must lie between 0 and `total_steps`. Received: "
+                f"warmup_steps={warmup_steps}, total_steps={total_steps}"
+            )
+        self.start = start
+        self.end = end
+        self.total_steps = total_steps
+        self.warmup_steps = warmup_steps
+
+    def __call__(self, step):
+        """Value at `step`, a float32 scalar."""
+        step = tf.cast(step, tf.float32)
+        warmup = self.start * step / max(self.warmup_steps, 1)
+        length = max(self.total_steps - self.warmup_steps, 1)
+        progress = tf.clip_by_value((step - self.warmup_steps) / length, 0.0, 1.0)
+        cosine = self.end + 0.5 * (self.start - self.end) * (1.0 + tf.cos(math.pi * progress))
+        return tf.where(step < self.warmup_steps, warmup, cosine)
+
+    def get_config(self):
+        """Constructor arguments."""
+        return {
+            "start": self.start,
+            "end": self.end,
+            "total_steps": self.total_steps,
+            "warmup_steps": self.warmup_steps,
+        }
+
+
+def get(value):
+    """A schedule from a number, a schedule or the serialised form of one.
+
+    Args:
+        value: Float, int, `LearningRateSchedule`, or a dictionary from
+            `keras.saving.serialize_keras_object`.
+
+    Returns:
+        A `LearningRateSchedule`.
+    """
+    if isinstance(value, dict):
+        value = keras.saving.deserialize_keras_object(value)
+    if isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return Constant(value)
+    raise ValueError(
+        "Expected a number or a keras.optimizers.schedules.LearningRateSchedule. "
+        f"Received: {value!r}"
+    )

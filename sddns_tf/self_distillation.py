@@ -1,0 +1,467 @@
+"""`SelfDistillation`: student, EMA teacher and centre, trained on images without labels."""
+
+import keras
+import tensorflow as tf
+
+from sddns_tf import image_ops, losses, schedules
+from sddns_tf.heads import ProjectionHead
+
+
+@keras.saving.register_keras_serializable("sddns_tf")
+class SelfDistillation(keras.Model):
+    """Self-distillation with negative sampling, trained by `fit` on unlabelled images.
+
+    A student learns to say of every view of an image what a teacher, the moving average of the
+    student, says of its global views; and to have no opinion on negatives.
+
+    Calling the model gives the teacher backbone's features. Training batches are images
+    `(B, H, W, 3)`, uint8 or float in 0-255, or, where `negatives` needs auxiliary images, a
+    dictionary `{"images": ..., "auxiliary": ...}` as from `data.with_auxiliary`.
+
+    Where an argument may be a *schedule*, it is a number or a
+    `keras.optimizers.schedules.LearningRateSchedule` of the training step, see `schedules`.
+
+    Args:
+        backbone: Any Keras model from normalised images `(B, h, w, 3)` to features `(B, D)` that
+            takes the sizes of all views. It becomes the student's; the teacher's is a copy.
+        views: `MultiCrop`.
+        negatives: `Negatives`, or `None` to train by self-distillation alone.
+        head: `ProjectionHead` of the student. Defaults to one with 4096 prototypes.
+        student_temperature: Float.
+        teacher_temperature: Schedule.
+        teacher_momentum: Schedule; the share of the teacher that stays at each step.
+        center_momentum: Float; the share of the centre that stays at each step.
+        negative_weight: Schedule; lambda, the weight of the negative term.
+        weight_decay: Schedule of the decoupled weight decay of all tensors but 1-D ones, or
+            `None` for the optimizer's own `weight_decay`, from which 1-D tensors are exempt too.
+        gradient_clip_norm: Largest norm of the gradient of each single tensor, or `None`.
+        frozen_last_layer_steps: Steps for which the head's last layer does not move.
+        mean: Mean of each channel of images scaled to 0-1, for normalisation.
+        std: Standard deviation of each channel, likewise.
+        seed: Integer; fixes the views and negatives of every step.
+
+    Logs:
+        `loss`, `positive_loss`, `negative_loss`; `teacher_entropy`, the mean entropy of the
+        teacher's outputs relative to `ln K` (1: uniform, 0: one-hot); `feature_std`, the standard
+        deviation of the teacher's normalised features over the batch, relative to that of
+        isotropic features (0: all images look alike); `learning_rate`; `teacher_momentum`.
+
+    Example:
+        >>> model = SelfDistillation(
+        ...     backbone=vit_small(image_size=32, patch_size=4),
+        ...     views=MultiCrop(image_size=32, local_views=4),
+        ...     negatives=Negatives(shift="rot90", source="both"),
+        ... )
+        >>> model.compile(optimizer=keras.optimizers.AdamW(1e-3))
+        >>> model.fit(data.with_auxiliary(images, auxiliary), epochs=100)
+        >>> model.teacher_backbone.save("backbone.keras")
+
+    Reference:
+        Rafiee et al., "Self-Supervised Anomaly Detection by Self-Distillation and Negative
+        Sampling", arXiv 2201.06378; Caron et al., arXiv 2104.14294, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        backbone,
+        views,
+        negatives=None,
+        head=None,
+        student_temperature=0.1,
+        teacher_temperature=0.04,
+        teacher_momentum=0.996,
+        center_momentum=0.9,
+        negative_weight=1.0,
+        weight_decay=None,
+        gradient_clip_norm=3.0,
+        frozen_last_layer_steps=0,
+        mean=image_ops.IMAGENET_MEAN,
+        std=image_ops.IMAGENET_STD,
+        seed=0,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        feature_dim = _check_backbone(backbone, views)
+        self.views = views
+        self.negatives = negatives
+        self.student_temperature = student_temperature
+        self.teacher_temperature = schedules.get(teacher_temperature)
+        self.teacher_momentum = schedules.get(teacher_momentum)
+        self.center_momentum = center_momentum
+        self.negative_weight = schedules.get(negative_weight)
+        self.weight_decay = None if weight_decay is None else schedules.get(weight_decay)
+        self.gradient_clip_norm = gradient_clip_norm
+        self.frozen_last_layer_steps = frozen_last_layer_steps
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.seed = seed
+
+        self.student_backbone = backbone
+        self.student_head = head or ProjectionHead()
+        if not self.student_head.built:
+            self.student_head.build((None, feature_dim))
+        self.teacher_backbone = _frozen_copy(self.student_backbone, (None, *_input_shape(views)))
+        self.teacher_head = _frozen_copy(self.student_head, (None, feature_dim))
+        num_prototypes = self.student_head.compute_output_shape((None, feature_dim))[-1]
+        self.center = self.add_weight(
+            shape=(num_prototypes,),
+            initializer="zeros",
+            trainable=False,
+            dtype="float32",
+            name="center",
+        )
+        self.step = self.add_weight(
+            shape=(), initializer="zeros", trainable=False, dtype="int32", name="step"
+        )
+        self._batch_statistics = any(
+            isinstance(layer, keras.layers.BatchNormalization)
+            for layer in backbone._flatten_layers(include_self=True, recursive=True)
+        )
+        self._trackers = {
+            name: keras.metrics.Mean(name)
+            for name in ("loss", "positive_loss", "negative_loss", "teacher_entropy", "feature_std")
+        }
+        self.built = True
+
+    def call(self, images):
+        """Features of the teacher backbone, L2-normalised.
+
+        Args:
+            images: uint8 or float in 0-255, `(B, H, W, 3)`; resized to the global views' size.
+
+        Returns:
+            Float32 `(B, D)`.
+        """
+        images = image_ops.resize(images, self.views.image_size, self.views.image_size)
+        features = self.teacher_backbone(self._normalize(images), training=False)
+        return tf.math.l2_normalize(tf.cast(features, tf.float32), axis=-1)
+
+    def compile(self, optimizer="adamw", **kwargs):
+        """Choose the optimizer; the losses are the model's own.
+
+        Weight decay never acts on 1-D tensors (biases, norms, the last layer's gain), whether it
+        is the optimizer's or the model's `weight_decay` schedule.
+
+        Args:
+            optimizer: Keras optimizer, or its name.
+            **kwargs: As in `keras.Model.compile`, without `loss` and `metrics`.
+        """
+        for argument in ("loss", "loss_weights", "metrics", "weighted_metrics"):
+            if kwargs.get(argument) is not None:
+                raise ValueError(
+                    "SelfDistillation computes its own losses and metrics. "
+                    f"Received: {argument}={kwargs[argument]!r}"
+                )
+        super().compile(optimizer=optimizer, **kwargs)
+        optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+        if self.weight_decay is not None and optimizer.weight_decay:
+            raise ValueError(
+                "Weight decay was asked for twice: as the model's `weight_decay` schedule and as "
+                f"the optimizer's weight_decay={optimizer.weight_decay}. Compile with "
+                "keras.optimizers.Adam, which has none, or leave the model's at None."
+            )
+        if not optimizer.built:
+            one_dimensional = [v for v in self.trainable_variables if len(v.shape) < 2]
+            optimizer.exclude_from_weight_decay(var_list=one_dimensional)
+
+    def compile_from_config(self, config):
+        """Compile a loaded model as the saved one was; Keras leaves this to models with `compile`."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
+
+    def train_step(self, data):
+        """One step on a batch: the algorithm of the paper."""
+        images, auxiliary = self._unpack(data)
+        views, negatives = self._draw(images, auxiliary)
+
+        teacher_features, teacher_logits = self._teacher_outputs(views[0])
+        with tf.GradientTape() as tape:
+            positive_logits, negative_logits = self._student_logits(views, negatives, training=True)
+            terms = self._loss_terms(teacher_logits, positive_logits, negative_logits)
+            scaled_loss = self.optimizer.scale_loss(terms["loss"])
+        self._update_student(tape.gradient(scaled_loss, self.trainable_variables))
+        self._update_teacher()
+        self._update_center(teacher_logits)
+
+        logs = self._update_trackers(terms, teacher_features, teacher_logits)
+        logs["learning_rate"] = tf.cast(self.optimizer.learning_rate, tf.float32)
+        logs["teacher_momentum"] = self.teacher_momentum(self.step)
+        self.step.assign_add(1)
+        return logs
+
+    def test_step(self, data):
+        """The same losses on held-out images, without any update."""
+        images, auxiliary = self._unpack(data)
+        views, negatives = self._draw(images, auxiliary)
+        teacher_features, teacher_logits = self._teacher_outputs(views[0])
+        positive_logits, negative_logits = self._student_logits(views, negatives, training=False)
+        terms = self._loss_terms(teacher_logits, positive_logits, negative_logits)
+        return self._update_trackers(terms, teacher_features, teacher_logits)
+
+    def _unpack(self, data):
+        """Images and auxiliary images of a batch, checked while the step is traced."""
+        batch, labels, _ = keras.utils.unpack_x_y_sample_weight(data)
+        if labels is not None:
+            raise ValueError(
+                "SelfDistillation trains without labels: pass images alone. Received batches "
+                "with two or more parts."
+            )
+        needs_auxiliary = self.negatives is not None and self.negatives.needs_auxiliary
+        if isinstance(batch, dict):
+            images, auxiliary = batch.get("images"), batch.get("auxiliary")
+        else:
+            images, auxiliary = batch, None
+        _check_images("images", images)
+        if not needs_auxiliary:
+            return images, None
+        if auxiliary is None:
+            raise ValueError(
+                f"Negatives with source={self.negatives.source!r} need auxiliary images: train on "
+                "data.with_auxiliary(images, auxiliary), which yields dictionaries with the keys "
+                f"'images' and 'auxiliary'. Received: a batch of {_describe(batch)}"
+            )
+        _check_images("auxiliary", auxiliary)
+        if auxiliary.shape[0] != images.shape[0]:
+            raise ValueError(
+                "A batch needs as many auxiliary images as in-distribution images. Received: "
+                f"images.shape={images.shape}, auxiliary.shape={auxiliary.shape}"
+            )
+        return images, auxiliary
+
+    def _draw(self, images, auxiliary):
+        """Views and negatives, fixed by the model's seed, the step and the replica."""
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        seed = tf.random.fold_in(tf.stack([self.seed, tf.convert_to_tensor(self.step)]), replica)
+        view_seed, negative_seed = tf.unstack(tf.random.split(seed, 2))
+        views = self.views(images, view_seed)
+        if self.negatives is None:
+            return views, None
+        return views, self.negatives(self.views, images, auxiliary, negative_seed)
+
+    def _normalize(self, images):
+        return image_ops.normalize(images, self.mean, self.std)
+
+    def _teacher_outputs(self, global_views):
+        """Features `(G, B, D)` and logits `(G, B, K)` of the positive global views."""
+        features = self._features(self.teacher_backbone, global_views, training=False)
+        return features, self.teacher_head(features, training=False)
+
+    def _student_logits(self, views, negatives, training):
+        """Logits of all positive views `(V, B, K)` and all negatives `(N, B, K)`.
+
+        All views of one size go through the backbone in one call, all features through the head
+        in one. Where the backbone has batch statistics, negatives go apart from the positives and
+        leave the moving statistics as the positives made them.
+        """
+        if negatives is None:
+            return self._project_student(views, training), None
+        if self._batch_statistics:
+            positive_logits = self._project_student(views, training)
+            statistics = self.student_backbone.non_trainable_weights
+            values = [tf.identity(variable) for variable in statistics]
+            negative_logits = self._project_student(negatives, training)
+            for variable, value in zip(statistics, values, strict=True):
+                variable.assign(value)
+            return positive_logits, negative_logits
+        groups = [tf.concat(pair, axis=0) for pair in zip(views, negatives, strict=True)]
+        logits = self._project_student(groups, training)
+        sizes = [group.shape[0] for pair in zip(views, negatives, strict=True) for group in pair]
+        parts = tf.split(logits, sizes)
+        return tf.concat(parts[0::2], axis=0), tf.concat(parts[1::2], axis=0)
+
+    def _project_student(self, groups, training):
+        features = [self._features(self.student_backbone, group, training) for group in groups]
+        return self.student_head(tf.concat(features, axis=0), training=training)
+
+    def _features(self, backbone, group, training):
+        """Features `(V, B, D)` of a group of views `(V, B, h, w, 3)`."""
+        images = self._normalize(tf.reshape(group, [-1, *group.shape[2:]]))
+        features = backbone(images, training=training)
+        return tf.reshape(features, [group.shape[0], -1, features.shape[-1]])
+
+    def _loss_terms(self, teacher_logits, positive_logits, negative_logits):
+        positive = losses.distillation_loss(
+            teacher_logits,
+            positive_logits,
+            self.center,
+            self.teacher_temperature(self.step),
+            self.student_temperature,
+        )
+        if negative_logits is None:
+            return {"loss": positive, "positive_loss": positive, "negative_loss": 0.0}
+        negative = losses.uniformity_loss(negative_logits, self.student_temperature)
+        total = positive + self.negative_weight(self.step) * negative
+        return {"loss": total, "positive_loss": positive, "negative_loss": negative}
+
+    def _update_student(self, gradients):
+        """Clip each tensor's gradient, decay, and let the optimizer move the student."""
+        pairs = zip(gradients, self.trainable_variables, strict=True)
+        gradients, variables = zip(*[pair for pair in pairs if pair[0] is not None], strict=True)
+        context = tf.distribute.get_replica_context()
+        replicas = context.num_replicas_in_sync
+        gradients = context.all_reduce(tf.distribute.ReduceOp.MEAN, list(gradients))
+        if self.gradient_clip_norm is not None:
+            largest = self.optimizer.scale_loss(tf.constant(float(self.gradient_clip_norm)))
+            gradients = [tf.clip_by_norm(g, tf.cast(largest, g.dtype)) for g in gradients]
+        # Keras adds up what the replicas hand over.
+        gradients = [gradient / replicas for gradient in gradients]
+
+        frozen = self.student_head.last_layer.weights if self.frozen_last_layer_steps else []
+        before = [tf.identity(variable) for variable in frozen]
+        if self.weight_decay is not None:
+            decay = self.weight_decay(self.step) * self.optimizer.learning_rate
+            for variable in variables:
+                if len(variable.shape) > 1:
+                    variable.assign_sub(decay * variable)
+        self.optimizer.apply(gradients, variables)
+        # Putting the values back, rather than dropping the gradients, leaves Adam's moments warm
+        # for the first step that counts, and holds against decay and momentum alike.
+        for variable, value in zip(frozen, before, strict=True):
+            is_frozen = self.step < self.frozen_last_layer_steps
+            variable.assign(tf.where(is_frozen, value, variable))
+
+    def _update_teacher(self):
+        """Move every float of the teacher, batch statistics included, towards the student."""
+        momentum = self.teacher_momentum(self.step)
+        for student, teacher in (
+            (self.student_backbone, self.teacher_backbone),
+            (self.student_head, self.teacher_head),
+        ):
+            for source, target in zip(student.weights, teacher.weights, strict=True):
+                target.assign(momentum * target + (1.0 - momentum) * source)
+
+    def _update_center(self, teacher_logits):
+        center = losses.updated_center(self.center, teacher_logits, self.center_momentum)
+        context = tf.distribute.get_replica_context()
+        self.center.assign(context.all_reduce(tf.distribute.ReduceOp.MEAN, center))
+
+    def _update_trackers(self, terms, teacher_features, teacher_logits):
+        probabilities = losses.teacher_probabilities(
+            teacher_logits, self.center, self.teacher_temperature(self.step)
+        )
+        values = dict(terms)
+        values["teacher_entropy"] = _relative_entropy(probabilities)
+        values["feature_std"] = _relative_std(teacher_features)
+        for name, tracker in self._trackers.items():
+            tracker.update_state(values[name])
+        return {name: tracker.result() for name, tracker in self._trackers.items()}
+
+    @property
+    def metrics(self):
+        """Running means of what is logged; reset at each epoch."""
+        return list(self._trackers.values())
+
+    def get_config(self):
+        """Constructor arguments."""
+        serialize = keras.saving.serialize_keras_object
+        return {
+            **super().get_config(),
+            "backbone": serialize(self.student_backbone),
+            "views": serialize(self.views),
+            "negatives": serialize(self.negatives),
+            "head": serialize(self.student_head),
+            "student_temperature": self.student_temperature,
+            "teacher_temperature": serialize(self.teacher_temperature),
+            "teacher_momentum": serialize(self.teacher_momentum),
+            "center_momentum": self.center_momentum,
+            "negative_weight": serialize(self.negative_weight),
+            "weight_decay": serialize(self.weight_decay),
+            "gradient_clip_norm": self.gradient_clip_norm,
+            "frozen_last_layer_steps": self.frozen_last_layer_steps,
+            "mean": self.mean,
+            "std": self.std,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        """The model that `get_config` describes, with new weights."""
+        parts = ("backbone", "views", "negatives", "head")
+        objects = {name: keras.saving.deserialize_keras_object(config[name]) for name in parts}
+        return cls(**{**config, **objects})
+
+
+def _input_shape(views):
+    return (views.image_size, views.image_size, 3)
+
+
+def _frozen_copy(layer, input_shape):
+    """The teacher's part: same class, configuration and values, variables of its own."""
+    if isinstance(layer, keras.Model):
+        copy = keras.models.clone_model(layer)
+    else:
+        copy = type(layer).from_config(layer.get_config())
+    if not copy.built:
+        copy.build(input_shape)
+    copy.set_weights(layer.get_weights())
+    copy.trainable = False
+    if {id(v) for v in copy.variables} & {id(v) for v in layer.variables}:
+        raise ValueError(
+            "The teacher must not share variables with the student, but the copy that "
+            f"get_config and from_config make of {layer.name!r} ({type(layer).__name__}) does."
+        )
+    return copy
+
+
+def _check_backbone(backbone, views):
+    """Number of features of the backbone, which must take every size of view."""
+    if not isinstance(backbone, keras.Model):
+        raise ValueError(
+            "`backbone` must be a keras.Model from normalised images (B, h, w, 3) to features "
+            f"(B, D). Received: {backbone!r}"
+        )
+    for size in views.sizes:
+        fixed = getattr(backbone, "input_shape", None)
+        if fixed is not None and any(side not in (None, size) for side in tuple(fixed)[1:3]):
+            raise ValueError(
+                f"`backbone` takes inputs of shape {fixed} only, but the views have the sides "
+                f"{views.sizes}. Build it with an input shape of (None, None, 3), or use "
+                "MultiCrop(local_views=0) with its image_size."
+            )
+        try:
+            shape = backbone.compute_output_shape((None, size, size, 3))
+        except Exception as error:
+            raise ValueError(
+                f"`backbone` does not take views of {size} px; the views have the sides "
+                f"{views.sizes}, see MultiCrop's `image_size` and `local_size`."
+            ) from error
+        if len(shape) != 2:
+            raise ValueError(
+                "`backbone` must give one vector (B, D) per image; add "
+                "keras.layers.GlobalAveragePooling2D() to one that gives feature maps. "
+                f"Received: output shape {shape} for images of {size} px"
+            )
+    if not backbone.built:
+        backbone.build((None, *_input_shape(views)))
+    return shape[-1]
+
+
+def _check_images(name, images):
+    if images is None or images.shape.rank != 4 or images.shape[-1] != 3:
+        raise ValueError(
+            f"`{name}` must be RGB images (B, H, W, 3), uint8 or float in 0-255. "
+            f"Received: {_describe(images)}"
+        )
+    if None in images.shape[1:3]:
+        raise ValueError(
+            f"`{name}` must all have one size, known before training; resize them first, as "
+            f"data.load(..., image_size=...) does. Received: shape {images.shape}"
+        )
+
+
+def _describe(value):
+    if isinstance(value, dict):
+        return f"dict with keys {sorted(value)}"
+    return f"shape {value.shape}, dtype {value.dtype}" if hasattr(value, "shape") else repr(value)
+
+
+def _relative_entropy(probabilities):
+    log_probabilities = tf.math.log(tf.maximum(probabilities, 1e-30))
+    entropy = -tf.reduce_sum(probabilities * log_probabilities, axis=-1)
+    return tf.reduce_mean(entropy) / tf.math.log(float(probabilities.shape[-1]))
+
+
+def _relative_std(features):
+    dim = features.shape[-1]
+    features = tf.cast(tf.reshape(features, [-1, dim]), tf.float32)
+    normalized = tf.math.l2_normalize(features, axis=-1)
+    return tf.reduce_mean(tf.math.reduce_std(normalized, axis=0)) * dim**0.5

@@ -1,0 +1,162 @@
+"""Shifting transformations that turn a view into a negative.
+
+Each is a function `(images, seed) -> images` of a batch `(B, S, S, 3)` of squares, any number
+type, with one independent draw per image. All run in a compiled graph, XLA included.
+
+Reference:
+    Rafiee et al., arXiv 2201.06378: shifts that keep low-level statistics and change high-level
+    semantics make the best negatives on average.
+"""
+
+import itertools
+import math
+
+import keras
+import tensorflow as tf
+
+
+@keras.saving.register_keras_serializable("sddns_tf")
+def identity(images, seed):
+    """No shift: the auxiliary image itself is the negative. `seed` is not used."""
+    del seed
+    return images
+
+
+@keras.saving.register_keras_serializable("sddns_tf")
+def rot90(images, seed):
+    """Rotate each image by 90, 180 or 270 degrees, never by 0."""
+    _check_squares(images, "rot90")
+    turns = _random_integers(tf.shape(images)[0], 3, seed)[:, tf.newaxis, tf.newaxis, tf.newaxis]
+    transposed = tf.transpose(images, [0, 2, 1, 3])
+    quarter = tf.reverse(transposed, axis=[1])
+    half = tf.reverse(images, axis=[1, 2])
+    three_quarters = tf.reverse(transposed, axis=[2])
+    return tf.where(turns == 0, quarter, tf.where(turns == 1, half, three_quarters))
+
+
+@keras.saving.register_keras_serializable("sddns_tf")
+def rot360(images, seed):
+    """Rotate each image by a uniform angle; bilinear, black where nothing was, size kept."""
+    _check_squares(images, "rot360")
+    angles = tf.random.stateless_uniform([tf.shape(images)[0]], seed, maxval=2.0 * math.pi)
+    return rotate(images, angles)
+
+
+def rotate(images, angles):
+    """Rotate about the centre, counter-clockwise; bilinear, black outside, size kept.
+
+    Args:
+        images: Squares `(B, S, S, 3)` of any number type.
+        angles: Radians, float `(B,)`.
+
+    Returns:
+        Tensor of the shape and dtype of `images`.
+    """
+    images = tf.convert_to_tensor(images)
+    size = images.shape[1]
+    offsets = tf.range(size, dtype=tf.float32) - (size - 1) / 2.0
+    cos = tf.cos(angles)[:, tf.newaxis, tf.newaxis]
+    sin = tf.sin(angles)[:, tf.newaxis, tf.newaxis]
+    y, x = offsets[tf.newaxis, :, tf.newaxis], offsets[tf.newaxis, tf.newaxis, :]
+    source_x = cos * x - sin * y + (size - 1) / 2.0
+    source_y = sin * x + cos * y + (size - 1) / 2.0
+    left, top = tf.floor(source_x), tf.floor(source_y)
+    pixels = tf.reshape(tf.cast(images, tf.float32), [-1, size * size, images.shape[-1]])
+    rotated = tf.zeros_like(pixels)
+    for corner_y, corner_x in itertools.product((top, top + 1.0), (left, left + 1.0)):
+        weight = (1.0 - tf.abs(source_x - corner_x)) * (1.0 - tf.abs(source_y - corner_y))
+        inside = (corner_x >= 0) & (corner_x < size) & (corner_y >= 0) & (corner_y < size)
+        weight = tf.where(inside, weight, tf.zeros_like(weight))
+        index = tf.cast(tf.where(inside, corner_y * size + corner_x, 0.0), tf.int32)
+        corner = tf.gather(pixels, tf.reshape(index, [-1, size * size]), batch_dims=1)
+        rotated += tf.reshape(weight, [-1, size * size, 1]) * corner
+    if images.dtype.is_integer:
+        rotated = tf.round(rotated)
+    return tf.cast(tf.reshape(rotated, tf.shape(images)), images.dtype)
+
+
+@keras.saving.register_keras_serializable("sddns_tf")
+def perm4(images, seed):
+    """Put the 2x2 grid of patches in a random order other than the identity."""
+    orders = tf.constant(list(itertools.permutations(range(4)))[1:])
+    draw = _random_integers(tf.shape(images)[0], len(orders), seed)
+    return _reorder_patches(images, tf.gather(orders, draw), 2, "perm4")
+
+
+@keras.saving.register_keras_serializable("sddns_tf")
+def perm16(images, seed):
+    """Put the 4x4 grid of patches in a random order."""
+    return _reorder_patches(images, _random_orders(images, 16, seed), 4, "perm16")
+
+
+@keras.saving.register_keras_serializable("sddns_tf")
+def pixel_perm(images, seed):
+    """Put all pixels in one random order, the same for each channel."""
+    _check_squares(images, "pixel_perm")
+    size = images.shape[1]
+    pixels = tf.reshape(images, [-1, size * size, images.shape[-1]])
+    order = _random_orders(images, size * size, seed)
+    return tf.reshape(tf.gather(pixels, order, batch_dims=1), tf.shape(images))
+
+
+_SHIFTS = {shift.__name__: shift for shift in (rot90, rot360, perm4, perm16, pixel_perm, identity)}
+NAMES = tuple(_SHIFTS)
+
+
+def get(shift):
+    """A shift by its name, or the given callable.
+
+    Args:
+        shift: One of `shifts.NAMES`, or a callable `(images, seed) -> images` that keeps the
+            shape `(B, S, S, 3)`; `seed` is an int32 tensor `(2,)` for `tf.random.stateless_*`.
+
+    Returns:
+        The callable.
+
+    Raises:
+        ValueError: If the name is not known.
+
+    Example:
+        >>> negatives = shifts.get("rot90")(images, seed=[0, 1])
+    """
+    if callable(shift):
+        return shift
+    if shift in _SHIFTS:
+        return _SHIFTS[shift]
+    raise ValueError(
+        f"`shift` must be a callable (images, seed) -> images or one of {NAMES}. "
+        f"Received: {shift!r}"
+    )
+
+
+def _check_squares(images, name, grid=1):
+    height, width = images.shape[1], images.shape[2]
+    if height is None or height != width or height % grid:
+        sides = f" with sides divisible by {grid}" if grid > 1 else ""
+        raise ValueError(
+            f"The shift {name!r} takes square images{sides}, (B, S, S, 3) with a static S. "
+            f"Received: images.shape={images.shape}"
+        )
+
+
+def _random_integers(count, maxval, seed):
+    return tf.random.stateless_uniform([count], seed, maxval=maxval, dtype=tf.int32)
+
+
+def _random_orders(images, length, seed):
+    """Independent uniform permutations of `length` things, `(B, length)` int32."""
+    keys = tf.random.stateless_uniform([tf.shape(images)[0], length], seed)
+    return tf.argsort(keys, axis=-1)
+
+
+def _reorder_patches(images, order, grid, name):
+    _check_squares(images, name, grid)
+    size, channels = images.shape[1], images.shape[-1]
+    side = size // grid
+    patches = tf.reshape(images, [-1, grid, side, grid, side, channels])
+    patches = tf.reshape(
+        tf.transpose(patches, [0, 1, 3, 2, 4, 5]), [-1, grid**2, side, side, channels]
+    )
+    patches = tf.gather(patches, order, batch_dims=1)
+    patches = tf.reshape(patches, [-1, grid, grid, side, side, channels])
+    return tf.reshape(tf.transpose(patches, [0, 1, 3, 2, 4, 5]), tf.shape(images))

@@ -1,0 +1,354 @@
+"""The views of an image: DINO's multi-crop, and the negatives made from it."""
+
+import math
+
+import keras
+import tensorflow as tf
+
+from sddns_tf import image_ops, shifts
+
+SOURCES = ("in_distribution", "auxiliary", "both")
+
+# torchvision's RandomResizedCrop tries this often before it takes the largest box it may.
+_CROP_ATTEMPTS = 10
+
+
+@keras.saving.register_keras_serializable("sddns_tf")
+class MultiCrop:
+    """Two global views and some local ones of each image, computed in the graph as one batch.
+
+    A view is a random resized crop (bicubic, antialiased), flipped, colour-jittered, turned grey,
+    blurred and solarised with the probabilities below. All draws are per view and per image.
+
+    A *group* is all views of one resolution, `(V, B, h, w, 3)` float32 in 0-255. The first group
+    holds the global views, the second, if there are any, the local ones.
+
+    Args:
+        image_size: Side of the global views in pixels.
+        local_views: Number of local views.
+        local_size: Side of the local views in pixels. Defaults to half of `image_size`.
+        global_area: Smallest and largest share of the image's area in a global view.
+        local_area: The same for a local view. The paper takes `(0.15, 0.4)` for CIFAR.
+        aspect_ratio: Smallest and largest width / height of the crop.
+        flip: Probability of a horizontal flip.
+        color_jitter: Probability of the colour jitter.
+        brightness: Largest relative change of the brightness.
+        contrast: Largest relative change of the contrast.
+        saturation: Largest relative change of the saturation.
+        hue: Largest hue shift, in turns of the colour circle.
+        grayscale: Probability of a grey view.
+        blur: Probability of Gaussian blur on the first global, second global and local views.
+        blur_sigma: Smallest and largest standard deviation, in pixels of a 224 px view; scaled
+            with the size of the view.
+        solarize: Probability of solarisation on the first global, second global, local views.
+
+    Example:
+        >>> views = MultiCrop(image_size=32, local_views=4)
+        >>> [group.shape for group in views(images, seed=[0, 1])]
+        [TensorShape([2, 64, 32, 32, 3]), TensorShape([4, 64, 16, 16, 3])]
+
+    Reference:
+        Caron et al., arXiv 2104.14294, sections 3.1 and 5; Rafiee et al., arXiv 2201.06378.
+    """
+
+    def __init__(
+        self,
+        image_size,
+        local_views=8,
+        local_size=None,
+        global_area=(0.4, 1.0),
+        local_area=(0.05, 0.4),
+        aspect_ratio=(3 / 4, 4 / 3),
+        flip=0.5,
+        color_jitter=0.8,
+        brightness=0.4,
+        contrast=0.4,
+        saturation=0.2,
+        hue=0.1,
+        grayscale=0.2,
+        blur=(1.0, 0.1, 0.5),
+        blur_sigma=(0.1, 2.0),
+        solarize=(0.0, 0.2, 0.0),
+    ):
+        _check_positive_int("image_size", image_size)
+        if local_views:
+            _check_positive_int("local_views", local_views)
+        for name, low, high in (
+            ("global_area", *global_area),
+            ("local_area", *local_area),
+        ):
+            if not 0.0 < low <= high <= 1.0:
+                raise ValueError(
+                    f"`{name}` must be two shares with 0 < smallest <= largest <= 1. "
+                    f"Received: {(low, high)}"
+                )
+        self.image_size = image_size
+        self.local_views = local_views
+        self.local_size = local_size or image_size // 2
+        self.global_area = tuple(global_area)
+        self.local_area = tuple(local_area)
+        self.aspect_ratio = tuple(aspect_ratio)
+        self.flip = flip
+        self.color_jitter = color_jitter
+        self.brightness = brightness
+        self.contrast = contrast
+        self.saturation = saturation
+        self.hue = hue
+        self.grayscale = grayscale
+        self.blur = tuple(blur)
+        self.blur_sigma = tuple(blur_sigma)
+        self.solarize = tuple(solarize)
+
+    @property
+    def sizes(self):
+        """Sides of the views in pixels, one per group."""
+        return (self.image_size, self.local_size) if self.local_views else (self.image_size,)
+
+    def __call__(self, images, seed):
+        """All views of each image.
+
+        Args:
+            images: uint8 or float in 0-255, `(B, H, W, 3)`.
+            seed: Two integers; the same seed gives the same views.
+
+        Returns:
+            List of groups: `(2, B, S, S, 3)` and, with local views, `(local_views, B, s, s, 3)`.
+        """
+        global_seed, local_seed = tf.unstack(tf.random.split(seed, 2))
+        groups = [self._global_views(images, tf.constant([[0], [1]]), global_seed)]
+        return groups + self._local_views(images, local_seed)
+
+    def negative(self, images, seed):
+        """The views a negative is made from: one global, of either recipe, and the local ones.
+
+        Args:
+            images: uint8 or float in 0-255, `(B, H, W, 3)`.
+            seed: Two integers.
+
+        Returns:
+            List of groups: `(1, B, S, S, 3)` and, with local views, `(local_views, B, s, s, 3)`.
+        """
+        recipe_seed, global_seed, local_seed = tf.unstack(tf.random.split(seed, 3))
+        shape = [1, tf.shape(images)[0]]
+        recipe = tf.random.stateless_uniform(shape, recipe_seed, maxval=2, dtype=tf.int32)
+        groups = [self._global_views(images, recipe, global_seed)]
+        return groups + self._local_views(images, local_seed)
+
+    def _global_views(self, images, recipe, seed):
+        """`recipe` is 0 or 1, `(V, 1)` or `(V, B)`: the first or the second global view's."""
+        draws = _Draws([recipe.shape[0], tf.shape(images)[0]], seed)
+        blur = tf.gather(self.blur, recipe)
+        solarize = tf.gather(self.solarize, recipe)
+        return self._views(images, draws, self.image_size, self.global_area, blur, solarize)
+
+    def _local_views(self, images, seed):
+        if not self.local_views:
+            return []
+        draws = _Draws([self.local_views, tf.shape(images)[0]], seed)
+        blur, solarize = self.blur[2], self.solarize[2]
+        return [self._views(images, draws, self.local_size, self.local_area, blur, solarize)]
+
+    def _views(self, images, draws, size, area, blur, solarize):
+        planes = self._crop(images, draws, size, area)
+        planes = self._recolor(planes, draws)
+        low, high = self.blur_sigma
+        sigma = draws.uniform(low, high) * (size / 224)
+        kernel = image_ops.gaussian_matrix(size, tf.where(draws.happens(blur), sigma, 0.0))
+        planes = image_ops.resample(planes, kernel, kernel)
+        solarized = draws.happens(solarize)[..., tf.newaxis, tf.newaxis, tf.newaxis]
+        planes = tf.where(solarized, image_ops.solarize(planes), planes)
+        return image_ops.from_planes(planes)
+
+    def _crop(self, images, draws, size, area):
+        """Random resized crop and flip: planes `(V, B, 3, size, size)`."""
+        height, width = images.shape[1:3]
+        top, left, crop_height, crop_width = _crop_boxes(
+            draws, height, width, area, self.aspect_ratio
+        )
+        rows = image_ops.resampling_matrix(height, size, top, crop_height)
+        columns = image_ops.resampling_matrix(width, size, left, crop_width)
+        flipped = draws.happens(self.flip)[..., tf.newaxis, tf.newaxis]
+        columns = tf.where(flipped, tf.reverse(columns, axis=[-2]), columns)
+        planes = image_ops.resample(image_ops.to_planes(images), rows, columns)
+        return tf.clip_by_value(planes, 0.0, 255.0)
+
+    def _recolor(self, planes, draws):
+        """Colour jitter, in a random order of its four parts, then grayscale."""
+        jittered = draws.happens(self.color_jitter)
+
+        def factor(change):
+            return tf.where(jittered, draws.uniform(max(0.0, 1.0 - change), 1.0 + change), 1.0)
+
+        hue_rank, contrast_rank, saturation_rank = (draws.uniform() for _ in range(3))
+        planes = image_ops.jitter_color(
+            planes,
+            brightness=factor(self.brightness),
+            contrast=factor(self.contrast),
+            saturation=factor(self.saturation),
+            hue=tf.where(jittered, draws.uniform(-self.hue, self.hue), 0.0),
+            contrast_first=contrast_rank < hue_rank,
+            saturation_first=saturation_rank < hue_rank,
+        )
+        planes = tf.clip_by_value(planes, 0.0, 255.0)
+        gray = draws.happens(self.grayscale)[..., tf.newaxis, tf.newaxis, tf.newaxis]
+        return tf.where(gray, image_ops.luma(planes), planes)
+
+    def get_config(self):
+        """Constructor arguments."""
+        return {
+            "image_size": self.image_size,
+            "local_views": self.local_views,
+            "local_size": self.local_size,
+            "global_area": self.global_area,
+            "local_area": self.local_area,
+            "aspect_ratio": self.aspect_ratio,
+            "flip": self.flip,
+            "color_jitter": self.color_jitter,
+            "brightness": self.brightness,
+            "contrast": self.contrast,
+            "saturation": self.saturation,
+            "hue": self.hue,
+            "grayscale": self.grayscale,
+            "blur": self.blur,
+            "blur_sigma": self.blur_sigma,
+            "solarize": self.solarize,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        """The object that `get_config` describes."""
+        return cls(**config)
+
+
+@keras.saving.register_keras_serializable("sddns_tf")
+class Negatives:
+    """Negative examples: views put through a shifting transformation.
+
+    Args:
+        shift: Name from `shifts.NAMES` or a callable `(images, seed) -> images`; a callable that is
+            registered with Keras is saved with the model.
+        source: Where negatives come from: `"in_distribution"` images, `"auxiliary"` images, or
+            `"both"`, weighted equally.
+
+    Example:
+        >>> negatives = Negatives("rot90", source="both")
+        >>> groups = negatives(MultiCrop(32, local_views=4), images, auxiliary, seed=[0, 1])
+        >>> [group.shape for group in groups]
+        [TensorShape([2, 64, 32, 32, 3]), TensorShape([8, 64, 16, 16, 3])]
+
+    Reference:
+        Rafiee et al., arXiv 2201.06378.
+    """
+
+    def __init__(self, shift="rot90", source="auxiliary"):
+        if source not in SOURCES:
+            raise ValueError(f"`source` must be one of {SOURCES}. Received: {source!r}")
+        apply = shifts.get(shift)
+        if apply is shifts.identity and source != "auxiliary":
+            raise ValueError(
+                "The shift 'identity' makes negatives of auxiliary images only; on "
+                "in-distribution images it would call the positives negative. "
+                f"Received: source={source!r}"
+            )
+        self.shift = shift
+        self.source = source
+        self._apply = apply
+
+    @property
+    def needs_auxiliary(self):
+        """Whether the training batches must hold auxiliary images."""
+        return self.source != "in_distribution"
+
+    def __call__(self, views, images, auxiliary, seed):
+        """Negatives of a batch.
+
+        Args:
+            views: The `MultiCrop` that makes the positive views.
+            images: In-distribution images, uint8 or float in 0-255, `(B, H, W, 3)`.
+            auxiliary: Auxiliary images `(B, H', W', 3)`, resized to `(H, W)` first so that
+                resolution gives nothing away; `None` where the source needs none.
+            seed: Two integers.
+
+        Returns:
+            List of groups as from `views`: `(n, B, S, S, 3)`, `(n * local_views, B, s, s, 3)` with
+            n the number of sources.
+        """
+        sources = [] if self.source == "auxiliary" else [images]
+        if self.needs_auxiliary:
+            sources.append(image_ops.resize(auxiliary, *images.shape[1:3]))
+        seeds = tf.unstack(tf.random.split(seed, len(sources)))
+        groups = [self._of_source(views, *pair) for pair in zip(sources, seeds, strict=True)]
+        return [tf.concat(group, axis=0) for group in zip(*groups, strict=True)]
+
+    def _of_source(self, views, images, seed):
+        seeds = tf.random.split(seed, 1 + len(views.sizes))
+        groups = views.negative(images, seeds[0])
+        return [
+            self._shift_group(group, seeds[index]) for index, group in enumerate(groups, start=1)
+        ]
+
+    def _shift_group(self, group, seed):
+        shape = tf.shape(group)
+        images = tf.reshape(group, [-1, *group.shape[2:]])
+        return tf.ensure_shape(tf.reshape(self._apply(images, seed), shape), group.shape)
+
+    def get_config(self):
+        """Constructor arguments."""
+        shift = self.shift
+        if not isinstance(shift, str):
+            shift = keras.saving.serialize_keras_object(shift)
+        return {"shift": shift, "source": self.source}
+
+    @classmethod
+    def from_config(cls, config):
+        """The object that `get_config` describes."""
+        shift = config["shift"]
+        if isinstance(shift, dict):
+            shift = keras.saving.deserialize_keras_object(shift)
+        return cls(shift, config["source"])
+
+
+class _Draws:
+    """Uniform numbers for each view and image, `(V, B)`, a fresh one at each call."""
+
+    def __init__(self, shape, seed):
+        self.shape = shape
+        self._seeds = iter(tf.unstack(tf.random.split(seed, 32)))
+
+    def uniform(self, low=0.0, high=1.0, attempts=None):
+        shape = self.shape if attempts is None else [*self.shape, attempts]
+        return tf.random.stateless_uniform(shape, next(self._seeds), low, high)
+
+    def happens(self, probability):
+        """Bool `(V, B)`, true with the given probability, which may itself be `(V, B)`."""
+        return self.uniform() < probability
+
+
+def _crop_boxes(draws, height, width, area, aspect_ratio):
+    """Whole-pixel boxes as torchvision's `RandomResizedCrop` draws them.
+
+    Area uniform, aspect ratio log-uniform; the first of ten attempts that fits, else the largest box
+    of an allowed aspect ratio (of a square: all of it), here at a random place.
+
+    Returns:
+        top, left, height, width: float tensors `(V, B)`.
+    """
+    areas = draws.uniform(*area, attempts=_CROP_ATTEMPTS) * (height * width)
+    ratios = tf.exp(draws.uniform(*map(math.log, aspect_ratio), attempts=_CROP_ATTEMPTS))
+    heights, widths = tf.round(tf.sqrt(areas / ratios)), tf.round(tf.sqrt(areas * ratios))
+    fits = (heights >= 1) & (heights <= height) & (widths >= 1) & (widths <= width)
+    first = tf.one_hot(tf.argmax(tf.cast(fits, tf.int32), axis=-1), _CROP_ATTEMPTS)
+    found = tf.reduce_any(fits, axis=-1)
+    narrowest, widest = aspect_ratio
+    largest_height = float(min(height, max(1, round(width / narrowest))))
+    largest_width = float(min(width, max(1, round(height * widest))))
+    crop_height = tf.where(found, tf.reduce_sum(first * heights, axis=-1), largest_height)
+    crop_width = tf.where(found, tf.reduce_sum(first * widths, axis=-1), largest_width)
+    top = tf.floor(draws.uniform() * (height - crop_height + 1.0))
+    left = tf.floor(draws.uniform() * (width - crop_width + 1.0))
+    return top, left, crop_height, crop_width
+
+
+def _check_positive_int(name, value):
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be a positive int. Received: {value!r}")

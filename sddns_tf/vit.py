@@ -1,0 +1,570 @@
+"""Vision transformer whose position embedding follows the size of its input."""
+
+import math
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers, ops
+
+
+def _initializer():
+    # A fresh one for each weight: a Keras initializer that is shared draws the same values twice.
+    return keras.initializers.TruncatedNormal(stddev=0.02)
+
+
+def _bicubic_matrix(size, source_size, xp=np):
+    """Matrix that resamples `source_size` samples to `size` samples, bicubically.
+
+    Keys' kernel with a = -0.75, half-pixel centers, no antialiasing and clamped edges: the rule of
+    `torch.nn.functional.interpolate(mode="bicubic")`, by which DINO resizes position embeddings.
+
+    Args:
+        size: Length of the result: an integer or, with `xp=keras.ops`, an integer tensor.
+        source_size: Length of what is resampled, a Python integer.
+        xp: `numpy` or `keras.ops`.
+
+    Returns:
+        float array or tensor `(size, source_size)`, whose rows sum to one.
+    """
+    centers = (xp.arange(size, dtype="float32") + 0.5) * xp.true_divide(source_size, size) - 0.5
+    # The four taps about a center reach two samples beyond either end.
+    samples = np.arange(-2, source_size + 2)
+    distance = xp.abs(xp.expand_dims(centers, 1) - samples.astype("float32"))
+    near = (1.25 * distance - 2.25) * distance * distance + 1.0
+    far = ((-0.75 * distance + 3.75) * distance - 6.0) * distance + 3.0
+    weights = xp.where(distance <= 1.0, near, xp.where(distance < 2.0, far, 0.0))
+    # What falls beyond an end counts for the sample at that end.
+    clamp = np.eye(source_size, dtype="float32")[np.clip(samples, 0, source_size - 1)]
+    return xp.matmul(weights, clamp)
+
+
+@keras.saving.register_keras_serializable("sddns_tf")
+class PatchEmbedding(layers.Layer):
+    """Cuts images into square patches and projects each to a token.
+
+    It is a convolution whose stride is its kernel's size, carried out as one matrix product, which
+    is two to eight times as fast on a CPU.
+
+    Args:
+        patch_size: Side of a patch in pixels.
+        hidden_dim: Length of a token.
+    """
+
+    def __init__(self, patch_size, hidden_dim, **kwargs):
+        super().__init__(**kwargs)
+        self.patch_size = patch_size
+        self.hidden_dim = hidden_dim
+
+    def build(self, input_shape):
+        """Creates the weights."""
+        # Uniform in +-1/sqrt(fan in): DINO leaves this kernel at the convolution's own default.
+        self.kernel = self.add_weight(
+            name="kernel",
+            shape=(self.patch_size, self.patch_size, input_shape[-1], self.hidden_dim),
+            initializer=keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform"),
+        )
+        self.bias = self.add_weight(name="bias", shape=(self.hidden_dim,), initializer="zeros")
+
+    def call(self, images):
+        """Images `(B, H, W, C)` to tokens `(B, N, hidden_dim)`, patches in row-major order."""
+        _, height, width, channels = ops.shape(images)
+        patch = self.patch_size
+        rows, columns = height // patch, width // patch
+        # (row of patches, line, patch, its pixels of that line): rank 4 is all it takes.
+        x = ops.reshape(images, (-1, patch, columns, patch * channels))
+        x = ops.transpose(x, (0, 2, 1, 3))
+        x = ops.reshape(x, (-1, rows * columns, patch * patch * channels))
+        return ops.matmul(x, ops.reshape(self.kernel, (-1, self.hidden_dim))) + self.bias
+
+    def compute_output_shape(self, input_shape):
+        """Shape of the output."""
+        sides = [side and side // self.patch_size for side in input_shape[1:3]]
+        return (input_shape[0], None if None in sides else math.prod(sides), self.hidden_dim)
+
+    def get_config(self):
+        """Constructor arguments."""
+        config = super().get_config()
+        config.update({"patch_size": self.patch_size, "hidden_dim": self.hidden_dim})
+        return config
+
+
+@keras.saving.register_keras_serializable("sddns_tf")
+class SelfAttention(layers.Layer):
+    """Multi-head self-attention with one projection for queries, keys and values.
+
+    Tensors have rank 4 at most, so that TFLite runs them with built-in operations. The softmax is
+    taken in float32 whatever the dtype policy.
+
+    Args:
+        num_heads: Number of heads; divides the length of a token.
+        qkv_bias: Whether queries, keys and values have a bias.
+    """
+
+    def __init__(self, num_heads, qkv_bias=True, **kwargs):
+        super().__init__(**kwargs)
+        self.num_heads = num_heads
+        self.qkv_bias = qkv_bias
+
+    def build(self, input_shape):
+        """Creates the weights."""
+        dim = input_shape[-1]
+        self.qkv = layers.Dense(
+            3 * dim,
+            use_bias=self.qkv_bias,
+            kernel_initializer=_initializer(),
+            dtype=self.dtype_policy,
+            name="qkv",
+        )
+        self.projection = layers.Dense(
+            dim, kernel_initializer=_initializer(), dtype=self.dtype_policy, name="projection"
+        )
+        self.qkv.build(input_shape)
+        self.projection.build(input_shape)
+
+    def call(self, tokens):
+        """Tokens `(B, N, D)` to tokens `(B, N, D)`."""
+        _, length, dim = ops.shape(tokens)
+        weights, value = self._weights_and_value(tokens)
+        x = ops.matmul(ops.cast(weights, value.dtype), value)
+        x = ops.reshape(ops.transpose(x, (0, 2, 1, 3)), (-1, length, dim))
+        return self.projection(x)
+
+    def weights_of(self, tokens):
+        """How much each token attends to each other one: float32 `(B, num_heads, N, N)`."""
+        return self._weights_and_value(tokens)[0]
+
+    def _weights_and_value(self, tokens):
+        _, length, dim = ops.shape(tokens)
+        head_dim = dim // self.num_heads
+        x = ops.reshape(self.qkv(tokens), (-1, length, 3 * self.num_heads, head_dim))
+        query, key, value = ops.split(ops.transpose(x, (0, 2, 1, 3)), 3, axis=1)
+        # Scaling the queries rather than the product keeps float16 from overflowing.
+        logits = tf.matmul(query * head_dim**-0.5, key, transpose_b=True)
+        return ops.softmax(ops.cast(logits, "float32"), axis=-1), value
+
+    def compute_output_shape(self, input_shape):
+        """Shape of the output."""
+        return input_shape
+
+    def get_config(self):
+        """Constructor arguments."""
+        config = super().get_config()
+        config.update({"num_heads": self.num_heads, "qkv_bias": self.qkv_bias})
+        return config
+
+
+@keras.saving.register_keras_serializable("sddns_tf")
+class StochasticDepth(layers.Layer):
+    """Drops a residual branch for some samples during training.
+
+    What remains is scaled by `1 / (1 - rate)`, so that the expectation does not change.
+
+    Args:
+        rate: Probability that a sample loses the branch, at least 0 and less than 1. Nothing is
+            drawn or computed at 0.
+
+    Reference:
+        Huang et al., "Deep Networks with Stochastic Depth", arXiv 1603.09382.
+    """
+
+    def __init__(self, rate, **kwargs):
+        super().__init__(**kwargs)
+        self.rate = float(rate)
+        if self.rate > 0:
+            self.seed_generator = keras.random.SeedGenerator()
+        self.built = True
+
+    def call(self, inputs, training=False):
+        """The branch `(B, ...)`, or zeros for the samples that lose it."""
+        if not training or self.rate == 0:
+            return inputs
+        keep = 1.0 - self.rate
+        shape = (ops.shape(inputs)[0],) + (1,) * (len(inputs.shape) - 1)
+        uniform = keras.random.uniform(shape, dtype="float32", seed=self.seed_generator)
+        return inputs * ops.cast(ops.where(uniform < keep, 1.0 / keep, 0.0), inputs.dtype)
+
+    def compute_output_shape(self, input_shape):
+        """Shape of the output."""
+        return input_shape
+
+    def get_config(self):
+        """Constructor arguments."""
+        config = super().get_config()
+        config.update({"rate": self.rate})
+        return config
+
+
+@keras.saving.register_keras_serializable("sddns_tf")
+class TransformerBlock(layers.Layer):
+    """Pre-norm transformer block: self-attention, then an MLP, each around a residual.
+
+    Args:
+        num_heads: Number of attention heads.
+        mlp_dim: Width of the MLP's hidden layer.
+        qkv_bias: Whether queries, keys and values have a bias.
+        drop_path_rate: Probability that a sample loses either branch during training.
+        layer_norm_epsilon: Added to the variance in layer normalization.
+    """
+
+    def __init__(
+        self,
+        num_heads,
+        mlp_dim,
+        qkv_bias=True,
+        drop_path_rate=0.0,
+        layer_norm_epsilon=1e-6,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.num_heads = num_heads
+        self.mlp_dim = mlp_dim
+        self.qkv_bias = qkv_bias
+        self.drop_path_rate = float(drop_path_rate)
+        self.layer_norm_epsilon = layer_norm_epsilon
+
+    def build(self, input_shape):
+        """Creates the weights."""
+        dtype = self.dtype_policy
+        epsilon = self.layer_norm_epsilon
+        dim = input_shape[-1]
+        self.attention_norm = layers.LayerNormalization(
+            epsilon=epsilon, dtype=dtype, name="attention_norm"
+        )
+        self.attention = SelfAttention(
+            self.num_heads, qkv_bias=self.qkv_bias, dtype=dtype, name="attention"
+        )
+        self.mlp_norm = layers.LayerNormalization(epsilon=epsilon, dtype=dtype, name="mlp_norm")
+        self.mlp_hidden = layers.Dense(
+            self.mlp_dim, kernel_initializer=_initializer(), dtype=dtype, name="mlp_hidden"
+        )
+        self.mlp_output = layers.Dense(
+            dim, kernel_initializer=_initializer(), dtype=dtype, name="mlp_output"
+        )
+        self.drop_path = StochasticDepth(self.drop_path_rate, dtype=dtype, name="drop_path")
+        for layer in (self.attention_norm, self.attention, self.mlp_norm, self.mlp_hidden):
+            layer.build(input_shape)
+        self.mlp_output.build((*input_shape[:-1], self.mlp_dim))
+
+    def call(self, tokens, training=False):
+        """Tokens `(B, N, D)` to tokens `(B, N, D)`."""
+        x = self.attention(self.attention_norm(tokens))
+        tokens = tokens + self.drop_path(x, training=training)
+        x = self.mlp_hidden(self.mlp_norm(tokens))
+        x = self.mlp_output(ops.gelu(x, approximate=False))
+        return tokens + self.drop_path(x, training=training)
+
+    def attention_weights(self, tokens):
+        """How much each token attends to each other one: float32 `(B, num_heads, N, N)`."""
+        return self.attention.weights_of(self.attention_norm(tokens))
+
+    def compute_output_shape(self, input_shape):
+        """Shape of the output."""
+        return input_shape
+
+    def get_config(self):
+        """Constructor arguments."""
+        config = super().get_config()
+        config.update(
+            {
+                "num_heads": self.num_heads,
+                "mlp_dim": self.mlp_dim,
+                "qkv_bias": self.qkv_bias,
+                "drop_path_rate": self.drop_path_rate,
+                "layer_norm_epsilon": self.layer_norm_epsilon,
+            }
+        )
+        return config
+
+
+@keras.saving.register_keras_serializable("sddns_tf")
+class VisionTransformer(keras.Model):
+    """Vision transformer that takes images of any size its patches tile.
+
+    The feature of an image is its class token after the last layer normalization. The position
+    embedding is learned on the grid of patches of `image_size` and resampled to the grid of each
+    other input by DINO's bicubic rule, so that one network takes crops of several sizes. The
+    weights exist as soon as the model does.
+
+    Args:
+        image_size: Integer or `(height, width)` in pixels, multiples of `patch_size`: the size at
+            which the position embedding is learned.
+        patch_size: Side of a patch in pixels.
+        hidden_dim: Length of a token and of the feature.
+        depth: Number of transformer blocks.
+        num_heads: Number of attention heads; divides `hidden_dim`.
+        mlp_ratio: Width of a block's MLP, as a multiple of `hidden_dim`.
+        qkv_bias: Whether queries, keys and values have a bias.
+        drop_path_rate: Stochastic depth of the last block, at least 0 and less than 1. It grows
+            linearly from 0 at the first block and acts during training only.
+        layer_norm_epsilon: Added to the variance in layer normalization.
+        **kwargs: `name`, `dtype` and `trainable` of the model.
+
+    Call arguments:
+        images: Normalized float images `(B, height, width, 3)`; both sides are multiples of
+            `patch_size`. `height` and `width` may be unknown when the graph is made.
+        training: Whether stochastic depth is on.
+
+    Returns:
+        Features `(B, hidden_dim)` in the compute dtype.
+
+    Raises:
+        ValueError: If `image_size` or an input's size is not a multiple of `patch_size`, or if the
+            images are not float or not of rank 4 with 3 channels.
+
+    Example:
+    >>> backbone = VisionTransformer(32, patch_size=4, hidden_dim=192, depth=12, num_heads=3)
+    >>> backbone(np.zeros((8, 32, 32, 3), "float32")).shape
+    TensorShape([8, 192])
+    >>> backbone(np.zeros((8, 16, 16, 3), "float32")).shape
+    TensorShape([8, 192])
+
+    Reference:
+        Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv 2010.11929; Caron et al.,
+        "Emerging Properties in Self-Supervised Vision Transformers", arXiv 2104.14294.
+    """
+
+    def __init__(
+        self,
+        image_size=224,
+        patch_size=16,
+        hidden_dim=384,
+        depth=12,
+        num_heads=6,
+        mlp_ratio=4.0,
+        qkv_bias=True,
+        drop_path_rate=0.0,
+        layer_norm_epsilon=1e-6,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        for name, number in (
+            ("patch_size", patch_size),
+            ("hidden_dim", hidden_dim),
+            ("depth", depth),
+            ("num_heads", num_heads),
+        ):
+            if int(number) != number or number < 1:
+                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={number}")
+        if hidden_dim % num_heads:
+            raise ValueError(
+                "`hidden_dim` must be a multiple of `num_heads`. "
+                f"Received: hidden_dim={hidden_dim}, num_heads={num_heads}"
+            )
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(
+                "`drop_path_rate` must be at least 0 and less than 1. "
+                f"Received: drop_path_rate={drop_path_rate}"
+            )
+        sides = (image_size,) * 2 if np.ndim(image_size) == 0 else tuple(image_size)
+        if len(sides) != 2 or any(side < patch_size or side % patch_size for side in sides):
+            raise ValueError(
+                "`image_size` must be an integer or a pair (height, width) of multiples of "
+                f"`patch_size`. Received: image_size={image_size}, patch_size={patch_size}"
+            )
+        sides = tuple(int(side) for side in sides)
+        self.image_size = sides[0] if np.ndim(image_size) == 0 else sides
+        self.patch_size = patch_size
+        self.hidden_dim = hidden_dim
+        self.depth = depth
+        self.num_heads = num_heads
+        self.mlp_ratio = mlp_ratio
+        self.qkv_bias = qkv_bias
+        self.drop_path_rate = float(drop_path_rate)
+        self.layer_norm_epsilon = layer_norm_epsilon
+        self.grid_size = tuple(side // patch_size for side in sides)
+
+        dtype = self.dtype_policy
+        self.patch_embedding = PatchEmbedding(
+            patch_size, hidden_dim, dtype=dtype, name="patch_embedding"
+        )
+        self.blocks = [
+            TransformerBlock(
+                num_heads,
+                int(hidden_dim * mlp_ratio),
+                qkv_bias=qkv_bias,
+                drop_path_rate=rate,
+                layer_norm_epsilon=layer_norm_epsilon,
+                dtype=dtype,
+                name=f"blocks_{i}",
+            )
+            for i, rate in enumerate(np.linspace(0.0, drop_path_rate, depth))
+        ]
+        self.norm = layers.LayerNormalization(epsilon=layer_norm_epsilon, dtype=dtype, name="norm")
+        self.build((None, *sides, 3))
+
+    def build(self, input_shape):
+        """Creates the weights."""
+        # A model that is loaded is built again by Keras.
+        if self.built:
+            return
+        tokens_shape = (None, 1 + math.prod(self.grid_size), self.hidden_dim)
+        self.class_token = self.add_weight(
+            name="class_token", shape=(1, 1, self.hidden_dim), initializer=_initializer()
+        )
+        # Resampled in float32 under every policy.
+        self.position_embedding = self.add_weight(
+            name="position_embedding",
+            shape=(1, *tokens_shape[1:]),
+            initializer=_initializer(),
+            autocast=False,
+        )
+        self.patch_embedding.build(input_shape)
+        for layer in (*self.blocks, self.norm):
+            layer.build(tokens_shape)
+
+    def call(self, images, training=False):
+        """Normalized images `(B, height, width, 3)` to features `(B, hidden_dim)`."""
+        tokens = self._embed(images)
+        for block in self.blocks:
+            tokens = block(tokens, training=training)
+        # Normalization is per token: only the class token needs it.
+        return self.norm(tokens[:, 0])
+
+    def attention_weights(self, images):
+        """Attention of the last block, as shown in the DINO paper's figures.
+
+        Args:
+            images: Normalized float images `(B, height, width, 3)`.
+
+        Returns:
+            float32 `(B, num_heads, 1 + N, 1 + N)` for N patches in row-major order; index 0 is the
+            class token, so `[:, :, 0, 1:]` is what the class token attends to. Rows sum to one.
+        """
+        tokens = self._embed(ops.convert_to_tensor(images))
+        for block in self.blocks[:-1]:
+            tokens = block(tokens, training=False)
+        return self.blocks[-1].attention_weights(tokens)
+
+    def compute_output_shape(self, input_shape):
+        """Shape of the output."""
+        self._check_shape(input_shape)
+        return (input_shape[0], self.hidden_dim)
+
+    def get_config(self):
+        """Constructor arguments."""
+        config = super().get_config()
+        config.update(
+            {
+                "image_size": self.image_size,
+                "patch_size": self.patch_size,
+                "hidden_dim": self.hidden_dim,
+                "depth": self.depth,
+                "num_heads": self.num_heads,
+                "mlp_ratio": self.mlp_ratio,
+                "qkv_bias": self.qkv_bias,
+                "drop_path_rate": self.drop_path_rate,
+                "layer_norm_epsilon": self.layer_norm_epsilon,
+            }
+        )
+        return config
+
+    def _embed(self, images):
+        """Images to tokens `(B, 1 + N, hidden_dim)`, positions added."""
+        self._check_shape(images.shape)
+        if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(images.dtype)):
+            raise ValueError(
+                "`images` must be normalized float images, not pixels. "
+                f"Received: images of dtype {keras.backend.standardize_dtype(images.dtype)}"
+            )
+        batch, height, width, _ = ops.shape(images)
+        if not (isinstance(height, int) and isinstance(width, int)):
+            self._assert_size(height, width)
+        images = ops.cast(images, self.compute_dtype)
+        patches = self.patch_embedding(images)
+        class_token = ops.cast(self.class_token, patches.dtype)
+        class_token = ops.broadcast_to(class_token, (batch, 1, self.hidden_dim))
+        tokens = ops.concatenate([class_token, patches], axis=1)
+        positions = self._positions(height // self.patch_size, width // self.patch_size)
+        return tokens + ops.cast(positions, tokens.dtype)
+
+    def _positions(self, rows, columns):
+        """Position embedding `(1, 1 + rows * columns, hidden_dim)` of a grid of patches."""
+        known = isinstance(rows, int) and isinstance(columns, int)
+        if known and (rows, columns) == self.grid_size:
+            return self.position_embedding
+        xp = np if known else ops
+        to_rows = ops.cast(_bicubic_matrix(rows, self.grid_size[0], xp), "float32")
+        to_columns = ops.cast(_bicubic_matrix(columns, self.grid_size[1], xp), "float32")
+        class_position = self.position_embedding[:, :1]
+        grid = ops.reshape(self.position_embedding[:, 1:], (self.grid_size[0], -1))
+        grid = ops.matmul(to_rows, grid)
+        grid = ops.reshape(grid, (rows, self.grid_size[1], self.hidden_dim))
+        grid = tf.matmul(to_columns, grid)
+        grid = ops.reshape(grid, (1, rows * columns, self.hidden_dim))
+        return ops.concatenate([class_position, grid], axis=1)
+
+    def _check_shape(self, shape):
+        expected = (
+            f"`images` must have shape (batch, height, width, 3) with a height and a width that "
+            f"are multiples of the patch size, {self.patch_size}. "
+        )
+        if len(shape) != 4 or shape[3] != 3:
+            raise ValueError(f"{expected}Received: images of shape {tuple(shape)}")
+        if any(side is not None and (side < 1 or side % self.patch_size) for side in shape[1:3]):
+            raise ValueError(f"{expected}Received: images of shape {tuple(shape)}")
+
+    def _assert_size(self, height, width):
+        for name, side in (("height", height), ("width", width)):
+            tf.debugging.assert_equal(
+                side % self.patch_size,
+                0,
+                message=(
+                    f"The {name} of `images` must be a multiple of the patch size, "
+                    f"{self.patch_size}."
+                ),
+            )
+
+
+def vit_tiny(image_size=224, patch_size=16, **kwargs):
+    """ViT-Ti: a `VisionTransformer` of width 192 with 12 blocks of 3 heads.
+
+    Args:
+        image_size: Integer or `(height, width)` in pixels, multiples of `patch_size`.
+        patch_size: Side of a patch in pixels.
+        **kwargs: Further arguments of `VisionTransformer`, such as `drop_path_rate`.
+
+    Returns:
+        A `VisionTransformer` with random weights.
+
+    Example:
+    >>> backbone = vit_tiny(image_size=32, patch_size=4, drop_path_rate=0.1)
+    """
+    kwargs = {"hidden_dim": 192, "depth": 12, "num_heads": 3, "name": "vit_tiny", **kwargs}
+    return VisionTransformer(image_size=image_size, patch_size=patch_size, **kwargs)
+
+
+def vit_small(image_size=224, patch_size=16, **kwargs):
+    """ViT-S: a `VisionTransformer` of width 384 with 12 blocks of 6 heads.
+
+    Args:
+        image_size: Integer or `(height, width)` in pixels, multiples of `patch_size`.
+        patch_size: Side of a patch in pixels.
+        **kwargs: Further arguments of `VisionTransformer`, such as `drop_path_rate`.
+
+    Returns:
+        A `VisionTransformer` with random weights.
+
+    Example:
+    >>> backbone = vit_small(image_size=32, patch_size=4, drop_path_rate=0.1)
+    """
+    kwargs = {"hidden_dim": 384, "depth": 12, "num_heads": 6, "name": "vit_small", **kwargs}
+    return VisionTransformer(image_size=image_size, patch_size=patch_size, **kwargs)
+
+
+def vit_base(image_size=224, patch_size=16, **kwargs):
+    """ViT-B: a `VisionTransformer` of width 768 with 12 blocks of 12 heads.
+
+    Args:
+        image_size: Integer or `(height, width)` in pixels, multiples of `patch_size`.
+        patch_size: Side of a patch in pixels.
+        **kwargs: Further arguments of `VisionTransformer`, such as `drop_path_rate`.
+
+    Returns:
+        A `VisionTransformer` with random weights.
+
+    Example:
+    >>> backbone = vit_base(image_size=32, patch_size=4, drop_path_rate=0.1)
+    """
+    kwargs = {"hidden_dim": 768, "depth": 12, "num_heads": 12, "name": "vit_base", **kwargs}
+    return VisionTransformer(image_size=image_size, patch_size=patch_size, **kwargs)

@@ -1,0 +1,410 @@
+"""`SelfDistillation`: the step against a plain re-computation, saving, resuming, backbones."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from sddns_tf import losses, schedules
+from sddns_tf.heads import ProjectionHead
+from sddns_tf.self_distillation import SelfDistillation
+from sddns_tf.views import MultiCrop, Negatives
+from sddns_tf.vit import VisionTransformer
+
+BATCH, PROTOTYPES = 8, 24
+
+
+def upside_down(images, seed):
+    del seed
+    return tf.reverse(images, [1])
+
+
+def black(images, seed):
+    del seed
+    return tf.zeros_like(images)
+
+
+class FixedViews:
+    """Views without a draw: what a replica, a batch size or XLA does cannot change them."""
+
+    sizes = (16,)
+    image_size = 16
+
+    def __call__(self, images, seed):
+        del seed
+        images = tf.cast(images, tf.float32)
+        return [tf.stack([images, 255.0 - images, tf.reverse(images, [2])])[:, :, :16, :16]]
+
+    def negative(self, images, seed):
+        del seed
+        return [tf.cast(images, tf.float32)[tf.newaxis, :, 8:24, 8:24]]
+
+    def get_config(self):
+        return {}
+
+
+class OneView(FixedViews):
+    """The same view twice."""
+
+    def __call__(self, images, seed):
+        del seed
+        return [tf.stack([tf.cast(images, tf.float32)[:, :16, :16]] * 2)]
+
+
+def tiny_vit(**kwargs):
+    return VisionTransformer(16, patch_size=8, hidden_dim=16, depth=2, num_heads=2, **kwargs)
+
+
+def tiny_head(**kwargs):
+    return ProjectionHead(PROTOTYPES, hidden_dim=32, bottleneck_dim=8, **kwargs)
+
+
+def tiny_model(source="in_distribution", backbone=None, **kwargs):
+    keras.utils.set_random_seed(0)
+    arguments = {
+        "views": MultiCrop(16, local_views=2),
+        "negatives": Negatives("rot90", source=source),
+        "head": tiny_head(),
+        **kwargs,
+    }
+    return SelfDistillation(backbone or tiny_vit(), **arguments)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).integers(0, 256, (4 * BATCH, 32, 32, 3), np.uint8)
+
+
+def batches(images, repeat=1):
+    return tf.data.Dataset.from_tensor_slices(images).batch(BATCH).repeat(repeat)
+
+
+def assert_same_weights(model, other):
+    for ours, theirs in zip(model.weights, other.weights, strict=True):
+        np.testing.assert_array_equal(ours, theirs, err_msg=ours.path)
+
+
+def test_step_equals_plain_recomputation(images):
+    """One SGD step with clip, decay, teacher and centre, each computed again by hand."""
+    model = tiny_model(
+        views=FixedViews(),
+        head=tiny_head(norm_last_layer=False),
+        weight_decay=0.3,
+        teacher_momentum=0.9,
+        negatives=Negatives(upside_down, source="in_distribution"),
+        negative_weight=0.5,
+    )
+    model.compile(keras.optimizers.SGD(0.1), run_eagerly=True)
+    student = [*model.student_backbone.trainable_weights, *model.student_head.trainable_weights]
+    before = [variable.numpy() for variable in student]
+    batch = tf.constant(images[:BATCH])
+
+    views = model.views(batch, None)[0]
+    negatives = upside_down(model.views.negative(batch, None)[0][0], None)[tf.newaxis]
+
+    def project(part, group):
+        backbone, head = getattr(model, f"{part}_backbone"), getattr(model, f"{part}_head")
+        flat = tf.reshape(group, [-1, 16, 16, 3])
+        normalized = tf.cast((flat / 255.0 - model.mean) / model.std, tf.float32)
+        return tf.reshape(head(backbone(normalized)), [group.shape[0], BATCH, PROTOTYPES])
+
+    with tf.GradientTape() as tape:
+        positive = losses.distillation_loss(
+            project("teacher", views), project("student", views), model.center, 0.04
+        )
+        negative = losses.uniformity_loss(project("student", negatives))
+        loss = positive + 0.5 * negative
+    gradients = tape.gradient(loss, [variable.value for variable in student])
+    center = 0.1 * tf.reduce_mean(project("teacher", views), axis=(0, 1))
+    norms = [np.linalg.norm(gradient) for gradient in gradients]
+    model.gradient_clip_norm = clip = float(np.median(norms))
+    logs = model.train_step(batch)
+
+    np.testing.assert_allclose(logs["positive_loss"], positive, rtol=1e-5)
+    np.testing.assert_allclose(logs["negative_loss"], negative, rtol=1e-5)
+    np.testing.assert_allclose(logs["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(model.center, center, atol=1e-6)
+    for variable, old, gradient, norm in zip(student, before, gradients, norms, strict=True):
+        decay = 0.1 * 0.3 * old if old.ndim > 1 else 0.0
+        step = 0.1 * gradient.numpy() * min(1.0, clip / max(norm, 1e-12))
+        np.testing.assert_allclose(variable, old - decay - step, atol=2e-6, err_msg=variable.path)
+    teacher = [*model.teacher_backbone.trainable_weights, *model.teacher_head.trainable_weights]
+    assert not teacher
+    teacher = [*model.teacher_backbone.weights, *model.teacher_head.weights]
+    for target, source, old in zip(teacher, student, before, strict=True):
+        np.testing.assert_allclose(target, 0.9 * old + 0.1 * source.numpy(), atol=1e-6)
+
+
+def test_teacher_starts_as_a_disjoint_copy():
+    model = tiny_model()
+    for student, teacher in (
+        (model.student_backbone, model.teacher_backbone),
+        (model.student_head, model.teacher_head),
+    ):
+        assert_same_weights(student, teacher)
+        assert not {id(v) for v in student.variables} & {id(v) for v in teacher.variables}
+    assert not model.teacher_backbone.trainable_variables
+
+
+def test_backbone_that_shares_itself_with_its_copy_is_refused():
+    shared = tiny_vit()
+
+    class Sharing(keras.Model):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.inner = shared
+            self.built = True
+
+        def call(self, images, training=False):
+            return self.inner(images, training=training)
+
+        def compute_output_shape(self, input_shape):
+            return self.inner.compute_output_shape(input_shape)
+
+        def get_config(self):
+            return {}
+
+    with pytest.raises(ValueError, match="must not share variables with the student"):
+        tiny_model(backbone=Sharing())
+
+
+@pytest.mark.parametrize("norm_last_layer", [True, False])
+def test_last_layer_stays_frozen_for_its_steps(images, norm_last_layer):
+    model = tiny_model(frozen_last_layer_steps=3, head=tiny_head(norm_last_layer=norm_last_layer))
+    model.compile(keras.optimizers.AdamW(1e-2, weight_decay=0.1))
+    last_layer = model.student_head.last_layer
+    start = last_layer.get_weights()
+    model.fit(batches(images), steps_per_epoch=3, verbose=0)
+    for before, after in zip(start, last_layer.get_weights(), strict=True):
+        np.testing.assert_array_equal(before, after)
+    model.fit(batches(images), steps_per_epoch=1, verbose=0)
+    moved = np.abs(start[0] - last_layer.get_weights()[0]).max()
+    # As large as any first step of Adam: its moments are warm, not empty.
+    assert 0.002 < moved < 0.03
+
+
+def test_weight_decay_spares_one_dimensional_tensors(images):
+    model = tiny_model(head=tiny_head(norm_last_layer=False))
+    model.compile(keras.optimizers.AdamW(1e-3, weight_decay=0.1))
+    model.fit(batches(images), verbose=0)
+    for variable in model.trainable_variables:
+        assert model.optimizer._use_weight_decay(variable) == (len(variable.shape) > 1)
+
+
+def test_weight_decay_asked_for_twice_is_refused():
+    model = tiny_model(weight_decay=schedules.WarmupCosine(0.04, 0.4, 100))
+    with pytest.raises(ValueError, match="asked for twice"):
+        model.compile(keras.optimizers.AdamW(1e-3, weight_decay=0.1))
+
+
+def test_schedules_follow_the_step(images):
+    model = tiny_model(
+        teacher_momentum=schedules.Linear(0.5, 0.9, end_step=4),
+        negative_weight=schedules.Linear(0.0, 1.0, start_step=3, end_step=4),
+    )
+    model.compile(keras.optimizers.Adam(schedules.WarmupCosine(1e-3, 0.0, 8, 4)))
+    history = model.fit(batches(images, repeat=8), steps_per_epoch=1, epochs=6, verbose=0).history
+    np.testing.assert_allclose(history["teacher_momentum"], [0.5, 0.6, 0.7, 0.8, 0.9, 0.9])
+    gap = np.subtract(history["loss"], history["positive_loss"])
+    np.testing.assert_allclose(gap[:4], 0.0, atol=1e-6)
+    np.testing.assert_allclose(gap[4:], history["negative_loss"][4:], rtol=1e-5)
+    assert int(model.step) == 6
+
+
+def test_save_load_continue_equals_not_stopping(images, tmp_path):
+    """Schedules, centre, optimizer slots, views: all go on where they stood."""
+
+    def make():
+        model = tiny_model(
+            teacher_temperature=schedules.Linear(0.04, 0.02, end_step=8),
+            negative_weight=schedules.Linear(0.0, 1.0, end_step=8),
+            weight_decay=schedules.WarmupCosine(0.04, 0.4, 8),
+            frozen_last_layer_steps=2,
+        )
+        model.compile(keras.optimizers.Adam(schedules.WarmupCosine(1e-2, 1e-4, 8, 2)))
+        return model
+
+    unbroken, first = make(), make()
+    unbroken.fit(batches(images), epochs=2, verbose=0)
+    first.fit(batches(images), verbose=0)
+    first.save(tmp_path / "model.keras")
+    second = keras.models.load_model(tmp_path / "model.keras")
+    assert_same_weights(first, second)
+    assert int(second.step) == 4
+    second.fit(batches(images), verbose=0)
+    assert_same_weights(unbroken, second)
+    for ours, theirs in zip(unbroken.optimizer.variables, second.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(ours, theirs, err_msg=ours.path)
+
+
+def test_weights_file_carries_teacher_center_and_step(images, tmp_path):
+    model, other = tiny_model(), tiny_model()
+    model.compile(keras.optimizers.Adam(1e-2))
+    model.fit(batches(images), verbose=0)
+    model.save_weights(tmp_path / "model.weights.h5")
+    other.load_weights(tmp_path / "model.weights.h5")
+    assert_same_weights(model, other)
+    assert np.abs(other.center).max() > 0
+    assert int(other.step) == 4
+
+
+def test_step_compiles_under_xla_and_draws_nothing_on_the_host(images):
+    model = tiny_model(source="both", backbone=tiny_vit(drop_path_rate=0.1))
+    model.compile(keras.optimizers.Adam(1e-3), jit_compile=True)
+    data = {"images": images, "auxiliary": images[:, :24, :24]}
+    logs = model.fit(data, batch_size=BATCH, verbose=0).history
+    assert np.isfinite(logs["loss"]).all()
+
+    step = tf.function(model.train_step).get_concrete_function(
+        {name: tf.TensorSpec((BATCH, *value.shape[1:]), tf.uint8) for name, value in data.items()}
+    )
+    graph = step.graph.as_graph_def()
+    nodes = [
+        *graph.node,
+        *(node for function in graph.library.function for node in function.node_def),
+    ]
+    kinds = {node.op for node in nodes}
+    assert "MatMul" in kinds
+    assert not {k for k in kinds if "PyFunc" in k or "Decode" in k or k.startswith("Map")}
+    assert not {"ResizeBicubic", "CropAndResize", "ImageProjectiveTransformV3"} & kinds
+
+
+def test_negatives_go_apart_from_positives_where_there_are_batch_statistics(images):
+    """Moving statistics are those of positive views; the teacher's follow by momentum."""
+    layers = keras.layers
+    backbone = keras.Sequential(
+        [
+            keras.Input((None, None, 3)),
+            layers.Conv2D(4, 3),
+            layers.BatchNormalization(momentum=0.5),
+            layers.GlobalAveragePooling2D(),
+        ]
+    )
+    model = tiny_model(backbone=backbone, views=FixedViews(), negatives=None, teacher_momentum=0.8)
+    twin = tiny_model(
+        backbone=keras.models.clone_model(backbone),
+        views=FixedViews(),
+        negatives=Negatives(black, source="in_distribution"),
+        teacher_momentum=0.8,
+    )
+    twin.student_backbone.set_weights(model.student_backbone.get_weights())
+    for each in (model, twin):
+        each.compile(keras.optimizers.SGD(0.0))
+        each.fit(batches(images[:BATCH]), verbose=0)
+    ours, theirs = (m.student_backbone.layers[1].non_trainable_weights for m in (model, twin))
+    for variable, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(variable, other, rtol=1e-5)
+    moved = model.student_backbone.layers[1].moving_mean.numpy()
+    assert np.abs(moved).max() > 1e-3
+    np.testing.assert_allclose(model.teacher_backbone.layers[1].moving_mean, 0.2 * moved, rtol=1e-4)
+
+
+def test_evaluate_reports_the_losses_and_changes_nothing(images):
+    model = tiny_model()
+    model.compile(keras.optimizers.Adam(1e-3))
+    before = model.get_weights()
+    logs = model.evaluate(batches(images), return_dict=True, verbose=0)
+    assert set(logs) >= {"loss", "positive_loss", "negative_loss", "teacher_entropy"}
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_predict_gives_unit_features_of_the_teacher(images):
+    model = tiny_model()
+    features = model.predict(images, verbose=0)
+    assert features.shape == (len(images), 16)
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1.0, rtol=1e-5)
+
+
+def test_collapse_metrics_at_their_ends(images):
+    model = tiny_model(views=OneView(), negatives=None)
+    model.compile(keras.optimizers.SGD(0.0))
+    same = np.repeat(images[:1], BATCH, axis=0)
+    logs = model.evaluate(batches(same), return_dict=True, verbose=0)
+    assert logs["feature_std"] < 1e-3
+    logs = model.evaluate(batches(images), return_dict=True, verbose=0)
+    assert 0.01 < logs["feature_std"] < 1.5
+    assert 0.0 < logs["teacher_entropy"] < 1.0
+
+
+@pytest.mark.parametrize(
+    ("batch", "source", "message"),
+    [
+        (np.zeros((8, 32, 32), np.uint8), "in_distribution", r"must be RGB images \(B, H, W, 3\)"),
+        (np.zeros((8, 32, 32, 1), np.uint8), "in_distribution", "must be RGB images"),
+        (np.zeros((8, 32, 32, 3), np.uint8), "auxiliary", "data.with_auxiliary"),
+    ],
+)
+def test_batches_that_do_not_fit_are_refused(batch, source, message):
+    model = tiny_model(source=source)
+    model.compile(keras.optimizers.Adam(1e-3))
+    with pytest.raises(ValueError, match=message):
+        model.fit(batch, batch_size=BATCH, verbose=0)
+
+
+def test_labels_are_refused(images):
+    model = tiny_model()
+    model.compile(keras.optimizers.Adam(1e-3))
+    with pytest.raises(ValueError, match="trains without labels"):
+        model.fit(images, np.zeros(len(images)), batch_size=BATCH, verbose=0)
+
+
+def test_losses_of_ones_own_are_refused():
+    with pytest.raises(ValueError, match="computes its own losses"):
+        tiny_model().compile(keras.optimizers.Adam(1e-3), loss="mse")
+
+
+def test_backbones_that_do_not_fit_are_refused():
+    layers = keras.layers
+    maps = keras.Sequential([keras.Input((None, None, 3)), layers.Conv2D(4, 3)])
+    with pytest.raises(ValueError, match="one vector"):
+        tiny_model(backbone=maps)
+    fixed = keras.Sequential([keras.Input((16, 16, 3)), layers.Flatten(), layers.Dense(4)])
+    with pytest.raises(ValueError, match=r"takes inputs of shape \(None, 16, 16, 3\) only"):
+        tiny_model(backbone=fixed)
+    with pytest.raises(ValueError, match="does not take views of 4 px"):
+        tiny_model(views=MultiCrop(16, local_size=4))
+    with pytest.raises(ValueError, match=r"must be a keras\.Model"):
+        tiny_model(backbone=lambda x: x)
+
+
+def test_keras_applications_backbone_trains(images):
+    backbone = keras.applications.MobileNetV3Small(
+        input_shape=(None, None, 3),
+        alpha=0.35,
+        minimalistic=True,
+        include_top=False,
+        weights=None,
+        pooling="avg",
+        include_preprocessing=False,
+    )
+    model = tiny_model(backbone=backbone, views=MultiCrop(64, local_views=0))
+    model.compile(keras.optimizers.Adam(1e-3))
+    logs = model.fit(batches(images[: 2 * BATCH]), verbose=0).history
+    assert np.isfinite(logs["loss"]).all()
+
+
+def test_keras_cv_backbone_and_augmentation_plug_in(images):
+    keras_cv = pytest.importorskip("keras_cv")
+    backbone = keras.Sequential(
+        [
+            keras_cv.models.ResNetV2Backbone(
+                stackwise_filters=[8, 16],
+                stackwise_blocks=[1, 1],
+                stackwise_strides=[1, 2],
+                include_rescaling=False,
+                input_shape=(None, None, 3),
+            ),
+            keras.layers.GlobalAveragePooling2D(),
+        ]
+    )
+    grid_mask = keras_cv.layers.GridMask()
+    model = tiny_model(
+        backbone=backbone,
+        negatives=Negatives(
+            lambda batch, seed: grid_mask(batch, training=True), source="in_distribution"
+        ),
+    )
+    model.compile(keras.optimizers.Adam(1e-3))
+    logs = model.fit(batches(images[: 2 * BATCH]), verbose=0).history
+    assert np.isfinite(logs["loss"]).all()
