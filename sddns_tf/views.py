@@ -137,8 +137,8 @@ class MultiCrop:
     def _global_views(self, images, recipe, seed):
         """`recipe` is 0 or 1, `(V, 1)` or `(V, B)`: the first or the second global view's."""
         draws = _Draws([recipe.shape[0], tf.shape(images)[0]], seed)
-        blur = tf.gather(self.blur, recipe)
-        solarize = tf.gather(self.solarize, recipe)
+        blur = tf.gather(tf.constant(self.blur, tf.float32), recipe)
+        solarize = tf.gather(tf.constant(self.solarize, tf.float32), recipe)
         return self._views(images, draws, self.image_size, self.global_area, blur, solarize)
 
     def _local_views(self, images, seed):
@@ -327,8 +327,8 @@ class _Draws:
 def _crop_boxes(draws, height, width, area, aspect_ratio):
     """Whole-pixel boxes as torchvision's `RandomResizedCrop` draws them.
 
-    Area uniform, aspect ratio log-uniform; the first of ten attempts that fits, else the largest box
-    of an allowed aspect ratio (of a square: all of it), here at a random place.
+    Area uniform, aspect ratio log-uniform; the first of ten attempts that fits, else the largest
+    box of an allowed aspect ratio (of a square: all of it), here at a random place.
 
     Returns:
         top, left, height, width: float tensors `(V, B)`.

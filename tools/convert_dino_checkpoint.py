@@ -4,8 +4,8 @@ r"""Converts a DINO checkpoint of PyTorch to Keras weights.
         --output=dino_vits16.weights.h5
 
 prints the constructor whose `load_weights` takes the file. Needs PyTorch, which is used to read the
-checkpoint only. The sizes come from the parameters' shapes; two that shapes leave open, the aspect of
-the images and the number of heads, can be given.
+checkpoint only. The sizes come from the parameters' shapes; those that shapes leave open, the
+aspect of the images and the number of heads, can be given.
 """
 
 import argparse

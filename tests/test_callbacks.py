@@ -1,0 +1,158 @@
+"""`CollapseMonitor` on made-up logs and real collapses, `OODProbe` against a plain computation."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from sddns_tf import image_ops, metrics, shifts
+from sddns_tf.callbacks import CollapseMonitor, OODProbe
+from sddns_tf.heads import ProjectionHead
+from sddns_tf.self_distillation import SelfDistillation
+from sddns_tf.views import MultiCrop
+from sddns_tf.vit import VisionTransformer
+
+
+class Stub:
+    step = 7
+    stop_training = False
+
+
+def watch(monitor, entropies, feature_stds):
+    """Feed per-step values as Keras does: running means since the start of the epoch."""
+    monitor.set_model(Stub())
+    monitor.on_train_begin()
+    monitor.on_epoch_begin(0)
+    counts = np.arange(1, len(entropies) + 1)
+    entropies = np.cumsum(entropies) / counts
+    feature_stds = np.cumsum(feature_stds) / counts
+    for batch, pair in enumerate(zip(entropies, feature_stds, strict=True)):
+        monitor.on_train_batch_end(batch, dict(zip(("teacher_entropy", "feature_std"), pair)))
+    return monitor.model.stop_training
+
+
+@pytest.mark.parametrize(
+    ("entropy", "feature_std", "collapse", "advice"),
+    [
+        (0.999, 0.3, "uniform", "lower `teacher_temperature`"),
+        (0.001, 0.01, "one prototype", "higher `teacher_temperature`"),
+        (float("nan"), 0.3, "uniform", "learning rate"),
+        (0.9, 0.3, None, None),
+        (0.001, 0.5, None, None),
+    ],
+)
+def test_each_collapse_is_told_apart(capsys, entropy, feature_std, collapse, advice):
+    # Healthy steps first: a mean since the start of the epoch would hide what follows.
+    monitor = CollapseMonitor(window=10, patience=3, stop_training=True)
+    entropies, feature_stds = [0.5] * 200 + [entropy] * 60, [0.5] * 200 + [feature_std] * 60
+    stopped = watch(monitor, entropies, feature_stds)
+    assert monitor.collapse == collapse
+    assert stopped == (collapse is not None)
+    printed = capsys.readouterr().out
+    assert printed.count("Collapse (") == (collapse is not None)
+    assert advice is None or advice in printed
+
+
+def test_short_visits_to_the_edge_are_no_collapse():
+    entropies = ([0.999] * 20 + [0.9] * 20) * 10
+    monitor = CollapseMonitor(window=10, patience=3)
+    watch(monitor, entropies, [0.5] * len(entropies))
+    assert monitor.collapse is None
+
+
+@pytest.fixture(scope="module")
+def images():
+    generator = np.random.default_rng(0)
+    shades = np.linspace(0, 255, 16)[:, np.newaxis]
+    ramp = np.tile(shades, (64, 1, 16))[..., np.newaxis] * generator.uniform(0.2, 1, (64, 1, 1, 3))
+    return ramp.astype(np.uint8)
+
+
+def make_model(**kwargs):
+    keras.utils.set_random_seed(1)
+    return SelfDistillation(
+        VisionTransformer(16, patch_size=8, hidden_dim=16, depth=1, num_heads=2),
+        MultiCrop(16, local_views=0),
+        head=ProjectionHead(32, hidden_dim=32, bottleneck_dim=8),
+        **kwargs,
+    )
+
+
+def test_uniform_collapse_of_a_real_run_is_caught(images):
+    """A teacher no sharper than the student has nothing to hold on to."""
+    model = make_model(teacher_temperature=0.3, teacher_momentum=0.9)
+    model.compile(keras.optimizers.Adam(5e-3))
+    monitor = CollapseMonitor(window=10, patience=2, stop_training=True)
+    model.fit(images, batch_size=16, epochs=60, callbacks=[monitor], verbose=0)
+    assert monitor.collapse == "uniform"
+    assert int(model.step) < 240
+
+
+def test_probe_writes_the_aurocs_of_the_teacher_into_the_history(images, tmp_path):
+    noise = np.random.default_rng(2).integers(0, 256, (24, 20, 20, 3), np.uint8)
+    probe = OODProbe(
+        images[:32], images[32:], shifts=("rot90", upside_down), ood={"noise": noise}, every=2
+    )
+    log = tmp_path / "log.csv"
+    model = make_model()
+    model.compile(keras.optimizers.Adam(1e-3))
+    history = model.fit(
+        images[:32],
+        batch_size=16,
+        epochs=3,
+        callbacks=[probe, keras.callbacks.CSVLogger(log)],
+        verbose=0,
+    ).history
+    assert len(history["auroc_noise"]) == len(history["auroc_rot90"]) == 2
+
+    def features(batch):
+        resized = image_ops.resize(image_ops.resize(batch, 16, 16), 16, 16)
+        raw = model.teacher_backbone(image_ops.normalize(resized), training=False).numpy()
+        return raw / np.linalg.norm(raw, axis=1, keepdims=True)
+
+    def scores(batch):
+        cosines = features(batch) @ features(images[:32]).T
+        return -np.log(np.mean(np.exp((cosines - 0.1) / 0.04), axis=1))
+
+    normal = scores(images[32:])
+    turned = shifts.get("rot90")(tf.constant(images[32:]), [0, 0])
+    for name, ood in (
+        ("noise", noise),
+        ("rot90", turned),
+        ("upside_down", images[32:, ::-1]),
+    ):
+        expected = metrics.ood_metrics(normal, scores(ood))["auroc"]
+        assert history[f"auroc_{name}"][-1] == pytest.approx(expected, abs=2e-3)
+    assert "auroc_rot90" in log.read_text().splitlines()[0]
+
+
+def upside_down(batch, seed):
+    del seed
+    return tf.reverse(batch, [1])
+
+
+def test_probe_does_not_change_the_training(images):
+    def train(callbacks):
+        model = make_model()
+        model.compile(keras.optimizers.Adam(1e-3))
+        model.fit(images[:32], batch_size=16, epochs=2, callbacks=callbacks, verbose=0)
+        return model.get_weights()
+
+    probe = OODProbe(images[:32], images[32:])
+    for plain, probed in zip(train([]), train([probe]), strict=True):
+        np.testing.assert_array_equal(plain, probed)
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        CollapseMonitor(window=3, stop_training=True),
+        OODProbe(np.zeros((2, 8, 8, 3), np.uint8), np.ones((2, 8, 8, 3), np.uint8), ("perm4",)),
+    ],
+)
+def test_callbacks_survive_serialisation(callback):
+    copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(callback))
+    for key, value in callback.get_config().items():
+        np.testing.assert_array_equal(copy.get_config()[key], value)
+
+
