@@ -11,18 +11,15 @@ neighbour on pixels, the untrained network, self-distillation without negatives 
 and writes pictures, the trained model and the detector to `--output_dir`.
 """
 
-import pathlib
-import time
-
 import keras
 import numpy as np
 import skimage.color
 import skimage.data
 import sklearn.neighbors
-from absl import app, flags
+from absl import flags
 
 import sddns_tf
-from sddns_tf import image_ops, metrics, plots, schedules
+from sddns_tf import image_ops, metrics, schedules
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("output_dir", "quickstart_output", "Where pictures, model and detector go.")
@@ -56,10 +53,9 @@ def crops(photo, count, generator, size=CROP_SIZE):
     size = min(size, *photo.shape)
     tops = generator.integers(0, photo.shape[0] - size + 1, count)
     lefts = generator.integers(0, photo.shape[1] - size + 1, count)
-    squares = [photo[t : t + size, l : l + size] for t, l in zip(tops, lefts, strict=True)]
+    squares = [photo[y : y + size, x : x + size] for y, x in zip(tops, lefts, strict=True)]
     images = np.repeat(np.stack(squares)[..., np.newaxis], 3, axis=-1)
     return np.round(image_ops.resize(images, IMAGE_SIZE, IMAGE_SIZE)).astype(np.uint8)
-
 
 
 def make_data(generator):
@@ -176,15 +172,16 @@ def print_comparison(scores):
 def print_detector(detector, data):
     """All figures of the detector, and what it flags at its threshold."""
     test = detector.predict(data["test"], verbose=0)
-    print(f"\n{'trained detector':34}{'AUROC':>8}{'AUPR in':>9}{'AUPR out':>9}{'FPR95':>8}{'flagged':>9}")
+    columns = ("AUROC", "AUPR in", "AUPR out", "FPR95", "flagged")
+    print(f"\n{'trained detector':34}" + "".join(f"{column:>10}" for column in columns))
     for name, images in data["ood"].items():
         out = detector.predict(images, verbose=0)
         figures = metrics.ood_metrics(test["ood_score"], out["ood_score"])
         print(
-            f"{name:34}{figures['auroc']:8.3f}{figures['aupr_in']:9.3f}{figures['aupr_out']:9.3f}"
-            f"{figures['fpr95']:8.3f}{np.mean(out['is_ood']):9.1%}"
+            f"{name:34}{figures['auroc']:10.3f}{figures['aupr_in']:10.3f}"
+            f"{figures['aupr_out']:10.3f}{figures['fpr95']:10.3f}{np.mean(out['is_ood']):10.1%}"
         )
     print(
-        f"{'fresh normal images':34}{'':34}{np.mean(test['is_ood']):9.1%}  "
+        f"{'fresh normal images':34}{'':40}{np.mean(test['is_ood']):10.1%}  "
         f"(asked for: {FALSE_POSITIVE_RATE:.0%})"
     )

@@ -164,7 +164,7 @@ class SelfDistillation(keras.Model):
             optimizer.exclude_from_weight_decay(var_list=one_dimensional)
 
     def compile_from_config(self, config):
-        """Compile a loaded model as the saved one was; Keras leaves this to models with `compile`."""
+        """Compile a loaded model as the saved one was."""
         self.compile(**keras.saving.deserialize_keras_object(config))
         self.optimizer.build(self.trainable_variables)
 

@@ -12,6 +12,9 @@ SOURCES = ("in_distribution", "auxiliary", "both")
 # torchvision's RandomResizedCrop tries this often before it takes the largest box it may.
 _CROP_ATTEMPTS = 10
 
+# Numbers that one view needs: two for each attempt at a crop, and one for each other choice.
+_DRAWS = 2 * _CROP_ATTEMPTS + 15
+
 
 @keras.saving.register_keras_serializable("sddns_tf")
 class MultiCrop:
@@ -309,15 +312,20 @@ class Negatives:
 
 
 class _Draws:
-    """Uniform numbers for each view and image, `(V, B)`, a fresh one at each call."""
+    """Uniform numbers for each view and image, `(V, B)`, fresh ones at each call.
+
+    All come from one random operation: the graph stays small and compiles fast.
+    """
 
     def __init__(self, shape, seed):
-        self.shape = shape
-        self._seeds = iter(tf.unstack(tf.random.split(seed, 32)))
+        self._numbers = iter(tf.unstack(tf.random.stateless_uniform([_DRAWS, *shape], seed)))
 
-    def uniform(self, low=0.0, high=1.0, attempts=None):
-        shape = self.shape if attempts is None else [*self.shape, attempts]
-        return tf.random.stateless_uniform(shape, next(self._seeds), low, high)
+    def uniform(self, low=0.0, high=1.0):
+        return low + (high - low) * next(self._numbers)
+
+    def attempts(self, low, high):
+        """As many numbers as a crop has attempts: `(V, B, _CROP_ATTEMPTS)`."""
+        return tf.stack([self.uniform(low, high) for _ in range(_CROP_ATTEMPTS)], axis=-1)
 
     def happens(self, probability):
         """Bool `(V, B)`, true with the given probability, which may itself be `(V, B)`."""
@@ -333,8 +341,8 @@ def _crop_boxes(draws, height, width, area, aspect_ratio):
     Returns:
         top, left, height, width: float tensors `(V, B)`.
     """
-    areas = draws.uniform(*area, attempts=_CROP_ATTEMPTS) * (height * width)
-    ratios = tf.exp(draws.uniform(*map(math.log, aspect_ratio), attempts=_CROP_ATTEMPTS))
+    areas = draws.attempts(*area) * (height * width)
+    ratios = tf.exp(draws.attempts(*map(math.log, aspect_ratio)))
     heights, widths = tf.round(tf.sqrt(areas / ratios)), tf.round(tf.sqrt(areas * ratios))
     fits = (heights >= 1) & (heights <= height) & (widths >= 1) & (widths <= width)
     first = tf.one_hot(tf.argmax(tf.cast(fits, tf.int32), axis=-1), _CROP_ATTEMPTS)

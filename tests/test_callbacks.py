@@ -27,7 +27,8 @@ def watch(monitor, entropies, feature_stds):
     entropies = np.cumsum(entropies) / counts
     feature_stds = np.cumsum(feature_stds) / counts
     for batch, pair in enumerate(zip(entropies, feature_stds, strict=True)):
-        monitor.on_train_batch_end(batch, dict(zip(("teacher_entropy", "feature_std"), pair)))
+        logs = {"teacher_entropy": pair[0], "feature_std": pair[1]}
+        monitor.on_train_batch_end(batch, logs)
     return monitor.model.stop_training
 
 
@@ -154,5 +155,3 @@ def test_callbacks_survive_serialisation(callback):
     copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(callback))
     for key, value in callback.get_config().items():
         np.testing.assert_array_equal(copy.get_config()[key], value)
-
-

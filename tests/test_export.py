@@ -273,8 +273,7 @@ print(json.dumps([tensors, [op["op_name"] for op in interpreter._get_ops_details
     assert (narrow or "float32") in hidden
     assert {dtype for _, dtype in tensors} <= {"float32", "int32", "int64", "uint8", "bool", narrow}
     if quantization == "int8":
-        # Activations as well, all but the products of attention.
-        assert [[16 * 17, 96], "int8"] in tensors  # The last batch was of 16 images.
+        assert [[1, 96], "int8"] in tensors  # Activations as well: queries, keys and values.
 
 
 def test_quantized_files_are_smaller(files):
@@ -300,6 +299,26 @@ def test_convolutional_backbones_are_quantized(tmp_path):
     assert sizes[1] < sizes[0] - 2 * 32 * 9 * 64 * 0.9
     assert max(sizes[2:]) < sizes[0] - 3 * 32 * 9 * 64 * 0.9
     assert left_in(tmp_path) == ["model.tflite"]
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision_is_exported_to_tflite_in_float32(policy, tmp_path):
+    litert = pytest.importorskip("ai_edge_litert.interpreter")
+    keras.config.set_dtype_policy(policy)
+    try:
+        inputs = keras.Input((16, 16, 3))
+        x = keras.layers.Dense(8, activation="gelu")(inputs)
+        backbone = keras.Model(inputs, keras.layers.Flatten()(x))
+        images = mixture(10, 14, 16, 16)
+        detector = Detector.from_images(backbone, images[:10], images[10:], 0.1, verbose=0)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    path = export.tflite(detector, tmp_path / "model.tflite")
+    answers = litert.Interpreter(str(path)).get_signature_runner()(images=images)
+    assert detector.extractor.backbone.compute_dtype == policy.removeprefix("mixed_")
+    in_float32 = export._in_float32(detector)
+    np.testing.assert_allclose(answers["ood_score"], in_float32(images)["ood_score"], atol=1e-4)
+    assert np.abs(answers["ood_score"] - detector(images)["ood_score"]).max() > 1e-4
 
 
 def test_wrong_arguments_are_named(detector, tmp_path, monkeypatch):
