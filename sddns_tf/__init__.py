@@ -4,20 +4,30 @@ Train `SelfDistillation` on unlabelled normal images with `fit`, make a `Detecto
 backbone, and export that for TensorFlow Serving or TFLite.
 """
 
-import keras
+import os
+
+_WRONG_BACKEND = (
+    "sddns_tf needs Keras' TensorFlow backend: set the environment variable "
+    'KERAS_BACKEND="tensorflow" before importing keras. Received: KERAS_BACKEND="{}"'
+)
+
+try:
+    import keras
+except ImportError as error:
+    backend = os.environ.get("KERAS_BACKEND", "tensorflow")
+    if backend == "tensorflow":
+        raise
+    raise ImportError(_WRONG_BACKEND.format(backend)) from error
 
 if keras.backend.backend() != "tensorflow":
-    raise ImportError(
-        "sddns_tf needs Keras' TensorFlow backend: set the environment variable "
-        'KERAS_BACKEND="tensorflow" before importing keras. '
-        f'Received: KERAS_BACKEND="{keras.backend.backend()}"'
-    )
+    raise ImportError(_WRONG_BACKEND.format(keras.backend.backend()))
 
 from sddns_tf import (
     bank,
     callbacks,
     data,
     dino_weights,
+    export,
     image_ops,
     losses,
     metrics,
@@ -45,6 +55,7 @@ __all__ = [
     "callbacks",
     "data",
     "dino_weights",
+    "export",
     "image_ops",
     "losses",
     "metrics",

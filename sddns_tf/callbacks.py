@@ -6,6 +6,19 @@ import tensorflow as tf
 
 from sddns_tf import bank, metrics, shifts
 
+_WATCHED = ("loss", "teacher_entropy", "mean_output_entropy")
+_ADVICE = {
+    "uniform": (
+        "the teacher gives all prototypes the same probability. Try a lower "
+        "`teacher_temperature`, a `negative_weight` that ramps up later, or a lower learning rate"
+    ),
+    "one prototype": (
+        "the teacher gives all images the same prototype. Try a higher `teacher_temperature`, a "
+        "lower `center_momentum`, or a lower learning rate"
+    ),
+    "not finite": "the loss is not a finite number. Try a lower learning rate, or float32",
+}
+
 
 @keras.saving.register_keras_serializable("sddns_tf")
 class CollapseMonitor(keras.callbacks.Callback):
@@ -13,17 +26,19 @@ class CollapseMonitor(keras.callbacks.Callback):
 
     Two collapses are known. *Uniform*: the teacher gives every prototype the same probability, its
     entropy stays near ln K. *One prototype*: it gives all probability to one prototype whatever
-    the image, its entropy is near 0 and the features of all images look alike. The centre works
-    against the second and for the first, the teacher temperature the other way round.
+    the image, the entropy of its mean output is near 0. The centre works against the second and
+    for the first, the teacher temperature the other way round. A loss that is not finite is
+    reported as well.
 
-    Looks at means over windows of `window` steps. A collapse is reported once.
+    Looks at means over windows of `window` steps, or over an epoch where that is shorter. The
+    first collapse is reported, once.
 
     Args:
         window: Steps of a window.
         patience: Windows in a row that must look collapsed.
         uniform_above: `teacher_entropy`, relative to ln K, above which outputs count as uniform.
-        one_prototype_below: `teacher_entropy` below which they may count as one prototype.
-        feature_std_below: `feature_std` below which features count as alike.
+        one_prototype_below: `mean_output_entropy`, likewise, below which all images have one
+            prototype.
         stop_training: Whether to end the training.
 
     Example:
@@ -38,8 +53,7 @@ class CollapseMonitor(keras.callbacks.Callback):
         window=20,
         patience=5,
         uniform_above=0.995,
-        one_prototype_below=0.05,
-        feature_std_below=0.1,
+        one_prototype_below=0.02,
         stop_training=False,
     ):
         super().__init__()
@@ -47,7 +61,6 @@ class CollapseMonitor(keras.callbacks.Callback):
         self.patience = patience
         self.uniform_above = uniform_above
         self.one_prototype_below = one_prototype_below
-        self.feature_std_below = feature_std_below
         self.stop_training = stop_training
         self.collapse = None
 
@@ -60,46 +73,47 @@ class CollapseMonitor(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         """Keras' running means start anew with each epoch."""
         del epoch, logs
-        self._seen, self._sums = 0, np.zeros(2)
+        self._start, self._seen, self._sums = 0, 0, np.zeros(len(_WATCHED))
 
     def on_train_batch_end(self, batch, logs=None):
         """At the end of each window, look at its means."""
-        seen = batch + 1
-        if seen - self._seen < self.window or self.collapse:
+        self._seen = batch + 1
+        if self._seen - self._start >= self.window:
+            self._look(logs)
+
+    def on_epoch_end(self, epoch, logs=None):
+        """An epoch shorter than a window is one."""
+        del epoch
+        if self._start == 0 and self._seen:
+            self._look(logs)
+
+    def _look(self, logs):
+        if self.collapse:
             return
-        sums = seen * np.array([float(logs["teacher_entropy"]), float(logs["feature_std"])])
-        entropy, feature_std = (sums - self._sums) / (seen - self._seen)
-        self._seen, self._sums = seen, sums
-        suspect = self._diagnose(entropy, feature_std)
+        sums = self._seen * np.array([float(logs[name]) for name in _WATCHED])
+        means = dict(zip(_WATCHED, (sums - self._sums) / (self._seen - self._start), strict=True))
+        self._start, self._sums = self._seen, sums
+        suspect = self._diagnose(**means)
         self._windows = self._windows + 1 if suspect == self._suspect else 1
         self._suspect = suspect
         if suspect and self._windows >= self.patience:
-            self._report(suspect, entropy, feature_std)
+            self._report(suspect, means)
 
-    def _diagnose(self, entropy, feature_std):
-        if not np.isfinite(entropy) or entropy > self.uniform_above:
+    def _diagnose(self, loss, teacher_entropy, mean_output_entropy):
+        if not np.isfinite([loss, teacher_entropy, mean_output_entropy]).all():
+            return "not finite"
+        if teacher_entropy > self.uniform_above:
             return "uniform"
-        if entropy < self.one_prototype_below and feature_std < self.feature_std_below:
+        if mean_output_entropy < self.one_prototype_below:
             return "one prototype"
         return None
 
-    def _report(self, collapse, entropy, feature_std):
+    def _report(self, collapse, means):
         self.collapse = collapse
-        advice = {
-            "uniform": (
-                "the teacher gives all prototypes the same probability. Try a lower "
-                "`teacher_temperature`, a `negative_weight` that ramps up later, or a lower "
-                "learning rate"
-            ),
-            "one prototype": (
-                "the teacher gives all images the same prototype. Try a higher "
-                "`teacher_temperature`, a lower `center_momentum`, or a lower learning rate"
-            ),
-        }[collapse]
+        seen = ", ".join(f"{name}={value:.4f}" for name, value in means.items())
         keras.utils.io_utils.print_msg(
-            f"\nCollapse ({collapse}) at step {int(self.model.step)}: {advice}. Seen over "
-            f"{self.patience * self.window} steps: teacher_entropy={entropy:.4f} (1: uniform, "
-            f"0: one-hot), feature_std={feature_std:.4f} (0: all features alike)."
+            f"\nCollapse ({collapse}) at step {int(self.model.step)}: {_ADVICE[collapse]}. In the "
+            f"last {self.window} steps: {seen}."
         )
         if self.stop_training:
             self.model.stop_training = True
@@ -111,7 +125,6 @@ class CollapseMonitor(keras.callbacks.Callback):
             "patience": self.patience,
             "uniform_above": self.uniform_above,
             "one_prototype_below": self.one_prototype_below,
-            "feature_std_below": self.feature_std_below,
             "stop_training": self.stop_training,
         }
 
@@ -161,7 +174,7 @@ class OODProbe(keras.callbacks.Callback):
         del logs
         self._sets = dict(self.ood)
         for index, shift in enumerate(self.shifts):
-            name = shift if isinstance(shift, str) else shift.__name__
+            name = shifts.name_of(shift)
             shifted = shifts.get(shift)(tf.convert_to_tensor(self.held_out), [index, 0])
             self._sets[name] = shifted.numpy()
         self._extractor = bank.FeatureExtractor(

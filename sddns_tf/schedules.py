@@ -6,6 +6,7 @@ as the learning rate of any Keras optimizer and everywhere `SelfDistillation` ta
 """
 
 import math
+import numbers
 
 import keras
 import tensorflow as tf
@@ -144,7 +145,7 @@ def get(value):
         value = keras.saving.deserialize_keras_object(value)
     if isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
         return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
         return Constant(value)
     raise ValueError(
         "Expected a number or a keras.optimizers.schedules.LearningRateSchedule. "

@@ -6,6 +6,15 @@ import tensorflow as tf
 from sddns_tf import image_ops, losses, schedules
 from sddns_tf.heads import ProjectionHead
 
+_LOGGED = (
+    "loss",
+    "positive_loss",
+    "negative_loss",
+    "teacher_entropy",
+    "mean_output_entropy",
+    "feature_std",
+)
+
 
 @keras.saving.register_keras_serializable("sddns_tf")
 class SelfDistillation(keras.Model):
@@ -23,7 +32,8 @@ class SelfDistillation(keras.Model):
 
     Args:
         backbone: Any Keras model from normalised images `(B, h, w, 3)` to features `(B, D)` that
-            takes the sizes of all views. It becomes the student's; the teacher's is a copy.
+            takes the sizes of all views. It becomes the student's; the teacher's is a copy, so
+            load weights to start from before.
         views: `MultiCrop`.
         negatives: `Negatives`, or `None` to train by self-distillation alone.
         head: `ProjectionHead` of the student. Defaults to one with 4096 prototypes.
@@ -42,9 +52,10 @@ class SelfDistillation(keras.Model):
 
     Logs:
         `loss`, `positive_loss`, `negative_loss`; `teacher_entropy`, the mean entropy of the
-        teacher's outputs relative to `ln K` (1: uniform, 0: one-hot); `feature_std`, the standard
-        deviation of the teacher's normalised features over the batch, relative to that of
-        isotropic features (0: all images look alike); `learning_rate`; `teacher_momentum`.
+        teacher's outputs relative to `ln K` (1: uniform, 0: one-hot); `mean_output_entropy`, that
+        of their mean over the batch (0: one prototype for all images); `feature_std`, the
+        standard deviation of the teacher's normalised features over the batch, relative to that
+        of isotropic features (0: all images look alike); `learning_rate`; `teacher_momentum`.
 
     Example:
         >>> model = SelfDistillation(
@@ -80,7 +91,8 @@ class SelfDistillation(keras.Model):
         seed=0,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        # Images in 0-255 would lose their last bits if Keras cast them to the global policy.
+        super().__init__(**{"autocast": False, **kwargs})
         feature_dim = _check_backbone(backbone, views)
         self.views = views
         self.negatives = negatives
@@ -116,10 +128,7 @@ class SelfDistillation(keras.Model):
             isinstance(layer, keras.layers.BatchNormalization)
             for layer in backbone._flatten_layers(include_self=True, recursive=True)
         )
-        self._trackers = {
-            name: keras.metrics.Mean(name)
-            for name in ("loss", "positive_loss", "negative_loss", "teacher_entropy", "feature_std")
-        }
+        self._trackers = {name: keras.metrics.Mean(name) for name in _LOGGED}
         self.built = True
 
     def call(self, images):
@@ -135,7 +144,7 @@ class SelfDistillation(keras.Model):
         features = self.teacher_backbone(self._normalize(images), training=False)
         return tf.math.l2_normalize(tf.cast(features, tf.float32), axis=-1)
 
-    def compile(self, optimizer="adamw", **kwargs):
+    def compile(self, optimizer, **kwargs):
         """Choose the optimizer; the losses are the model's own.
 
         Weight decay never acts on 1-D tensors (biases, norms, the last layer's gain), whether it
@@ -159,14 +168,14 @@ class SelfDistillation(keras.Model):
                 f"the optimizer's weight_decay={optimizer.weight_decay}. Compile with "
                 "keras.optimizers.Adam, which has none, or leave the model's at None."
             )
-        if not optimizer.built:
+        if not self.optimizer.built:
             one_dimensional = [v for v in self.trainable_variables if len(v.shape) < 2]
             optimizer.exclude_from_weight_decay(var_list=one_dimensional)
+            self.optimizer.build(self.trainable_variables)
 
     def compile_from_config(self, config):
         """Compile a loaded model as the saved one was."""
         self.compile(**keras.saving.deserialize_keras_object(config))
-        self.optimizer.build(self.trainable_variables)
 
     def train_step(self, data):
         """One step on a batch: the algorithm of the paper."""
@@ -178,11 +187,11 @@ class SelfDistillation(keras.Model):
             positive_logits, negative_logits = self._student_logits(views, negatives, training=True)
             terms = self._loss_terms(teacher_logits, positive_logits, negative_logits)
             scaled_loss = self.optimizer.scale_loss(terms["loss"])
-        self._update_student(tape.gradient(scaled_loss, self.trainable_variables))
+        self._update_student(self._gradients(tape, scaled_loss))
         self._update_teacher()
+        logs = self._update_trackers(terms, teacher_features, teacher_logits)
         self._update_center(teacher_logits)
 
-        logs = self._update_trackers(terms, teacher_features, teacher_logits)
         logs["learning_rate"] = tf.cast(self.optimizer.learning_rate, tf.float32)
         logs["teacher_momentum"] = self.teacher_momentum(self.step)
         self.step.assign_add(1)
@@ -220,7 +229,7 @@ class SelfDistillation(keras.Model):
                 f"'images' and 'auxiliary'. Received: a batch of {_describe(batch)}"
             )
         _check_images("auxiliary", auxiliary)
-        if auxiliary.shape[0] != images.shape[0]:
+        if None not in (sizes := (images.shape[0], auxiliary.shape[0])) and sizes[0] != sizes[1]:
             raise ValueError(
                 "A batch needs as many auxiliary images as in-distribution images. Received: "
                 f"images.shape={images.shape}, auxiliary.shape={auxiliary.shape}"
@@ -292,13 +301,17 @@ class SelfDistillation(keras.Model):
         total = positive + self.negative_weight(self.step) * negative
         return {"loss": total, "positive_loss": positive, "negative_loss": negative}
 
+    def _gradients(self, tape, loss):
+        """Zero for a variable that the loss does not depend on."""
+        sources = [variable.value for variable in self.trainable_variables]
+        return tape.gradient(loss, sources, unconnected_gradients="zero")
+
     def _update_student(self, gradients):
         """Clip each tensor's gradient, decay, and let the optimizer move the student."""
-        pairs = zip(gradients, self.trainable_variables, strict=True)
-        gradients, variables = zip(*[pair for pair in pairs if pair[0] is not None], strict=True)
+        variables = self.trainable_variables
         context = tf.distribute.get_replica_context()
         replicas = context.num_replicas_in_sync
-        gradients = context.all_reduce(tf.distribute.ReduceOp.MEAN, list(gradients))
+        gradients = context.all_reduce(tf.distribute.ReduceOp.MEAN, gradients)
         if self.gradient_clip_norm is not None:
             largest = self.optimizer.scale_loss(tf.constant(float(self.gradient_clip_norm)))
             gradients = [tf.clip_by_norm(g, tf.cast(largest, g.dtype)) for g in gradients]
@@ -320,14 +333,23 @@ class SelfDistillation(keras.Model):
             variable.assign(tf.where(is_frozen, value, variable))
 
     def _update_teacher(self):
-        """Move every float of the teacher, batch statistics included, towards the student."""
+        """Move every float of the teacher, batch statistics included, towards the student.
+
+        Each replica has batch statistics of its own: the teacher follows their mean.
+        """
         momentum = self.teacher_momentum(self.step)
+        context = tf.distribute.get_replica_context()
         for student, teacher in (
             (self.student_backbone, self.teacher_backbone),
             (self.student_head, self.teacher_head),
         ):
             for source, target in zip(student.weights, teacher.weights, strict=True):
-                target.assign(momentum * target + (1.0 - momentum) * source)
+                if not keras.backend.is_float_dtype(source.dtype):
+                    continue
+                value = tf.convert_to_tensor(source)
+                if not source.trainable:
+                    value = context.all_reduce(tf.distribute.ReduceOp.MEAN, value)
+                target.assign(momentum * target + (1.0 - momentum) * value)
 
     def _update_center(self, teacher_logits):
         center = losses.updated_center(self.center, teacher_logits, self.center_momentum)
@@ -339,7 +361,10 @@ class SelfDistillation(keras.Model):
             teacher_logits, self.center, self.teacher_temperature(self.step)
         )
         values = dict(terms)
-        values["teacher_entropy"] = _relative_entropy(probabilities)
+        values["teacher_entropy"] = tf.reduce_mean(_relative_entropy(probabilities))
+        values["mean_output_entropy"] = _relative_entropy(
+            tf.reduce_mean(probabilities, axis=list(range(probabilities.shape.rank - 1)))
+        )
         values["feature_std"] = _relative_std(teacher_features)
         for name, tracker in self._trackers.items():
             tracker.update_state(values[name])
@@ -457,7 +482,7 @@ def _describe(value):
 def _relative_entropy(probabilities):
     log_probabilities = tf.math.log(tf.maximum(probabilities, 1e-30))
     entropy = -tf.reduce_sum(probabilities * log_probabilities, axis=-1)
-    return tf.reduce_mean(entropy) / tf.math.log(float(probabilities.shape[-1]))
+    return entropy / tf.math.log(float(probabilities.shape[-1]))
 
 
 def _relative_std(features):

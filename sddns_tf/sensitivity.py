@@ -18,7 +18,7 @@ def sensitivity(detector, images, trained_on=None, probes=PROBES, seed=0, batch_
     Args:
         detector: Trained `Detector`.
         images: Held-out in-distribution images, squares, uint8 or float in 0-255, `(N, S, S, 3)`.
-        trained_on: Name of the shift that made the negatives, which is left out of the mean.
+        trained_on: Shift that made the negatives, by name or callable; left out of the mean.
         probes: Names from `shifts.NAMES`, or callables.
         seed: Integer; fixes the draws of the probes.
         batch_size: Images per forward.
@@ -34,8 +34,9 @@ def sensitivity(detector, images, trained_on=None, probes=PROBES, seed=0, batch_
         Rafiee et al., arXiv 2201.06378. The definition is this package's: the abstract says what
         the sensitivity is for, and that it comes from the score alone.
     """
-    names = [probe if isinstance(probe, str) else probe.__name__ for probe in probes]
-    used = [pair for pair in zip(names, probes, strict=True) if pair[0] != trained_on]
+    names = [shifts.name_of(probe) for probe in probes]
+    trained_name = shifts.name_of(shifts.get(trained_on)) if trained_on else None
+    used = [pair for pair in zip(names, probes, strict=True) if pair[0] != trained_name]
     if not used:
         raise ValueError(
             "`probes` must hold a shift other than the one trained on. Received: "

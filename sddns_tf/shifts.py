@@ -129,6 +129,13 @@ def get(shift):
     )
 
 
+def name_of(shift):
+    """The name of a shift that is given by its name or as a callable."""
+    if isinstance(shift, str):
+        return shift
+    return getattr(shift, "__name__", type(shift).__name__)
+
+
 def _check_squares(images, name, grid=1):
     height, width = images.shape[1], images.shape[2]
     if height is None or height != width or height % grid:
