@@ -1,23 +1,32 @@
-"""CIFAR-10 as normal, any TFDS set as auxiliary and as OOD: the paper's experiment.
+r"""CIFAR-10 as normal, any TFDS set as auxiliary and as OOD: the paper's experiment.
 
-    python examples/cifar10.py --data_dir=TFDS --recipe=cpu --minutes=20
+    python examples/cifar10.py --data_dir=TFDS --recipe=cpu --minutes=20 \
+        --auxiliary=imagenet_aux --ood=cifar100,gtsrb32,dtd32
 
 trains the small recipe for 20 minutes on two CPU cores, RESULT_LINE
 
     python examples/cifar10.py --data_dir=TFDS
 
 is the paper's recipe (ViT-S/16 on images enlarged to 256 px, 500 epochs, batch 128): days on one
-GPU; not run here. `TFDS` holds prepared TensorFlow-Datasets; nothing is downloaded. Any set
-there is known by its name: `--auxiliary`, `--ood`. Class names listed in the file
-`--auxiliary_exclude` (one at the start of each line) are left out of the auxiliary images: those
-that show CIFAR-10's own classes.
+GPU; not run here.
 
-Writes the training curves, score histograms, ROC curves, `results.json`, the model and the
-detector to `--output_dir`. Training goes on from the last epoch if it was stopped.
+`TFDS` holds prepared TensorFlow-Datasets; nothing is downloaded. Any set there is known by its
+name. Public ones are `imagenet_resized/32x32` and `places365_small` (auxiliary), `cifar100`,
+`svhn_cropped`, `dtd` and `places365_small` (OOD); `tfds build NAME --data_dir=TFDS` prepares them.
+`imagenet_aux` (a 64 px ImageNet subset), `gtsrb32` and `dtd32` (traffic signs and textures, 32 px)
+are sets that one has prepared oneself under these names. Images of another size are resized to that
+of the normal ones. Class names listed in the file `--auxiliary_exclude` (one at the start of each
+line) are left out of the auxiliary images: those that show CIFAR-10's own classes.
+
+Writes to `--output_dir` the model, the detector, `results.json`, training curves, score histograms,
+ROC curves and attention maps. The same command goes on from the last epoch if training was stopped,
+for the steps planned at first (`run.json`).
 """
 
+import csv
 import dataclasses
 import json
+import os
 import pathlib
 import time
 
@@ -26,16 +35,18 @@ import numpy as np
 from absl import app, flags
 
 import sddns_tf
-from sddns_tf import data, metrics, plots, schedules
+from sddns_tf import bank, data, image_ops, metrics, plots, schedules
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Prepared TFDS sets; defaults to $TFDS_DATA_DIR.")
 flags.DEFINE_string("output_dir", "cifar10_output", "Where results go.")
 flags.DEFINE_enum("recipe", "paper", ["paper", "cpu"], "Paper's recipe, or one for two CPU cores.")
 flags.DEFINE_string("in_distribution", "cifar10", "TFDS set with the splits train and test.")
-flags.DEFINE_string("auxiliary", "imagenet_aux", "TFDS set whose train split makes negatives.")
+flags.DEFINE_string(
+    "auxiliary", "imagenet_resized/32x32", "TFDS set whose train split makes negatives; in memory."
+)
 flags.DEFINE_string("auxiliary_exclude", None, "File of class names to leave out of it.")
-flags.DEFINE_list("ood", ["cifar100", "gtsrb32", "dtd32"], "TFDS sets; their test splits.")
+flags.DEFINE_list("ood", ["cifar100", "svhn_cropped", "dtd"], "TFDS sets; their test splits.")
 flags.DEFINE_string("shift", "rot90", "Shift of the negatives, or 'none' for no negatives.")
 flags.DEFINE_enum(
     "source", "auxiliary", ["auxiliary", "in_distribution", "both"], "What is shifted."
@@ -46,6 +57,10 @@ flags.DEFINE_integer("seed", 0, "Fixes weights, order, views and negatives.")
 
 FALSE_POSITIVE_RATE = 0.05
 STEPS_BETWEEN_LOGS = 200  # with --minutes, where an epoch would be long
+RUN_FLAGS = (
+    "recipe", "in_distribution", "auxiliary", "auxiliary_exclude", "shift", "source", "epochs",
+    "minutes", "seed",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,32 +152,98 @@ def training_batches(recipe, images):
         lines = pathlib.Path(FLAGS.auxiliary_exclude).read_text().splitlines()
         excluded = [line.split()[0] for line in lines if line.strip() and line[0] != "#"]
     auxiliary = data.load_arrays(
-        f"tfds:{FLAGS.auxiliary}", data_dir=FLAGS.data_dir, exclude_labels=excluded
+        f"tfds:{FLAGS.auxiliary}",
+        data_dir=FLAGS.data_dir,
+        exclude_labels=excluded,
+        image_size=images.shape[1],
     )
     return data.with_auxiliary(batches, data.load(auxiliary, seed=FLAGS.seed + 1, **options))
 
 
-def train(model, batches, steps_per_epoch, epochs, images, held_out, output_dir):
-    """Fit, going on from the last complete epoch if there is one."""
-    callbacks = [
-        keras.callbacks.BackupAndRestore(output_dir / "backup"),
-        sddns_tf.callbacks.CollapseMonitor(),
-        sddns_tf.callbacks.OODProbe(images[:2000], held_out[:1000], every=max(1, epochs // 10)),
-        keras.callbacks.CSVLogger(output_dir / "log.csv"),
-        keras.callbacks.TensorBoard(output_dir / "tensorboard"),
-    ]
-    return model.fit(
-        batches, steps_per_epoch=steps_per_epoch, epochs=epochs, callbacks=callbacks, verbose=2
-    ).history
+def write_json(path, value):
+    """Written beside its place and renamed: never half a file."""
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(value, indent=2))
+    os.replace(unfinished, path)
+
+
+def first_plan(output_dir):
+    """The plan of the run that was begun in `output_dir`, or None if there is none."""
+    path = output_dir / "run.json"
+    if not path.exists():
+        return None
+    plan = json.loads(path.read_text())
+    for name, value in plan["flags"].items():
+        if FLAGS[name].value != value:
+            raise app.UsageError(
+                f"{output_dir} holds a run with --{name}={value}. Received "
+                f"--{name}={FLAGS[name].value}: choose another --output_dir."
+            )
+    return plan
+
+
+def make_plan(recipe, batches):
+    """How long to train, and the flags that define the run."""
+    epochs, steps_per_epoch = FLAGS.epochs or recipe.epochs, int(batches.cardinality())
+    if FLAGS.minutes:
+        steps = max(1, int(60 * FLAGS.minutes / seconds_per_step(recipe, batches)))
+        epochs = -(-steps // STEPS_BETWEEN_LOGS)
+        steps_per_epoch = steps // epochs
+    return {
+        "flags": {name: FLAGS[name].value for name in RUN_FLAGS},
+        "steps": epochs * steps_per_epoch,
+        "epochs": epochs,
+        "steps_per_epoch": steps_per_epoch,
+    }
 
 
 def seconds_per_step(recipe, batches):
     """Measured on a model that is thrown away, so that `--minutes` can be told in steps."""
     model = make_model(recipe, steps_per_epoch=1, total_steps=1000)
-    model.fit(batches.take(3), verbose=0)
-    start = time.perf_counter()
-    model.fit(batches.take(20), verbose=0)
-    return (time.perf_counter() - start) / 20
+    times = []
+    clock = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: times.append(time.perf_counter())
+    )
+    model.fit(batches.repeat(), steps_per_epoch=23, callbacks=[clock], verbose=0)
+    return (times[-1] - times[2]) / 20  # without compilation and the filling of buffers
+
+
+class Clock(keras.callbacks.Callback):
+    """Logs the seconds of each epoch, so that a run that was stopped still knows its time."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Start the clock."""
+        self.start = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Write into the logs."""
+        logs["seconds"] = time.perf_counter() - self.start
+
+
+def train(model, batches, plan, images, held_out, output_dir):
+    """Fit, going on from the last complete epoch if there is one; the log of the whole run."""
+    callbacks = [
+        sddns_tf.callbacks.CollapseMonitor(),
+        sddns_tf.callbacks.OODProbe(images[:1000], held_out[:500]),
+        Clock(),
+        keras.callbacks.CSVLogger(output_dir / "log.csv", append=True),
+        # Kept after the end: the same command then evaluates without training again.
+        keras.callbacks.BackupAndRestore(
+            output_dir / "backup", double_checkpoint=True, delete_checkpoint=False
+        ),
+    ]
+    model.fit(
+        batches.repeat(),
+        steps_per_epoch=plan["steps_per_epoch"],
+        epochs=plan["epochs"],
+        callbacks=callbacks,
+        verbose=2,
+    )
+    with open(output_dir / "log.csv", newline="") as file:
+        # Stopped between log and backup, an epoch is done twice: the second time counts.
+        rows = {row.pop("epoch"): row for row in csv.DictReader(file)}
+    names = [name for name in next(iter(rows.values())) if not name.startswith("val_")]
+    return {name: [float(row[name]) for row in rows.values()] for name in names}
 
 
 def evaluate(detector, test_images):
@@ -170,7 +251,12 @@ def evaluate(detector, test_images):
     test = detector.predict(test_images, verbose=0)
     ood_scores, table = {}, {}
     for name in FLAGS.ood:
-        images = data.load_arrays(f"tfds:{name}", split="test", data_dir=FLAGS.data_dir)
+        images = data.load_arrays(
+            f"tfds:{name}",
+            split="test",
+            data_dir=FLAGS.data_dir,
+            image_size=test_images.shape[1],
+        )
         out = detector.predict(images, verbose=0)
         ood_scores[name] = out["ood_score"]
         table[name] = metrics.ood_metrics(test["ood_score"], out["ood_score"])
@@ -188,33 +274,43 @@ def print_table(table):
         print(f"{name:24}" + "".join(cells))
 
 
+def write_pictures(detector, log, images, scores, ood_scores, output_dir):
+    """Training curves, score histograms, ROC curves, and where the network looks."""
+    backbone, size = detector.extractor.backbone, detector.extractor.image_size
+    attention = backbone.attention_weights(image_ops.normalize(image_ops.resize(images[:6], *size)))
+    figures = {
+        "training_curves": plots.training_curves(log),
+        "score_histograms": plots.score_histograms(scores, ood_scores, detector.threshold),
+        "roc_curves": plots.roc_curves(scores, ood_scores),
+        "attention": plots.attention_overlay(images[:6], attention),
+    }
+    for name, figure in figures.items():
+        plots.save(figure, output_dir / f"{name}.png")
+
+
 def main(argv):
     """Train, make a detector, evaluate, write everything."""
-    del argv
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
     output_dir = pathlib.Path(FLAGS.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
+    plan = first_plan(output_dir)
     recipe = PAPER if FLAGS.recipe == "paper" else CPU
-    images, labels = data.load_arrays(
-        f"tfds:{FLAGS.in_distribution}", data_dir=FLAGS.data_dir, with_labels=True
-    )
-    test_images, test_labels = data.load_arrays(
-        f"tfds:{FLAGS.in_distribution}", split="test", data_dir=FLAGS.data_dir, with_labels=True
-    )
+    normal = {
+        "source": f"tfds:{FLAGS.in_distribution}", "data_dir": FLAGS.data_dir, "with_labels": True
+    }  # fmt: skip
+    images, labels = data.load_arrays(**normal)
+    test_images, test_labels = data.load_arrays(**normal, split="test")
     # One half of the test images calibrates, the other is what the table is about.
-    calibration, fresh = test_images[::2], test_images[1::2]
+    calibration, fresh, fresh_labels = test_images[::2], test_images[1::2], test_labels[1::2]
     batches = training_batches(recipe, images)
 
-    epochs, steps_per_epoch = FLAGS.epochs or recipe.epochs, int(batches.cardinality())
-    if FLAGS.minutes:
-        steps = int(60 * FLAGS.minutes / seconds_per_step(recipe, batches))
-        epochs = -(-steps // STEPS_BETWEEN_LOGS)
-        steps_per_epoch = steps // epochs
-    model = make_model(recipe, steps_per_epoch, epochs * steps_per_epoch)
-    start = time.perf_counter()
-    history = train(
-        model, batches.repeat(), steps_per_epoch, epochs, images, calibration, output_dir
-    )
-    minutes = (time.perf_counter() - start) / 60
+    if plan is None:
+        plan = make_plan(recipe, batches)
+        write_json(output_dir / "run.json", plan)
+    model = make_model(recipe, plan["steps_per_epoch"], plan["steps"])
+    log = train(model, batches, plan, images, calibration, output_dir)
+    minutes = sum(log["seconds"]) / 60
     print(f"trained {int(model.step)} steps of {recipe.batch_size} images in {minutes:.1f} minutes")
 
     detector = sddns_tf.Detector.from_images(
@@ -224,22 +320,19 @@ def main(argv):
         false_positive_rate=FALSE_POSITIVE_RATE,
         image_size=recipe.image_size,
     )
-    table, scores, ood_scores = evaluate(detector, fresh)
-    print_table(table)
-    knn_accuracy = metrics.knn_accuracy(
-        detector.features(images), labels, detector.features(fresh), test_labels[1::2]
-    )
-    print(f"\nk-NN accuracy of the features, as a check of them: {knn_accuracy:.3f}")
-
-    results = {"table": table, "knn_accuracy": knn_accuracy, "minutes": minutes}
-    (output_dir / "results.json").write_text(json.dumps(results, indent=2))
-    plots.save(plots.training_curves(history), output_dir / "training_curves.png")
-    histograms = plots.score_histograms(scores, ood_scores, threshold=detector.threshold)
-    plots.save(histograms, output_dir / "score_histograms.png")
-    plots.save(plots.roc_curves(scores, ood_scores), output_dir / "roc_curves.png")
     model.save(output_dir / "model.keras")
     detector.save(output_dir / "detector.keras")
-    print(f"pictures, model and detector: {output_dir.resolve()}")
+
+    table, scores, ood_scores = evaluate(detector, fresh)
+    print_table(table)
+    features = bank.extract_features(detector.extractor, images, verbose=0)
+    fresh_features = bank.extract_features(detector.extractor, fresh, verbose=0)
+    knn_accuracy = metrics.knn_accuracy(features, labels, fresh_features, fresh_labels)
+    print(f"\nk-NN accuracy of the features, as a check of them: {knn_accuracy:.3f}")
+    results = {"table": table, "knn_accuracy": knn_accuracy, "minutes": minutes}
+    write_json(output_dir / "results.json", results)
+    write_pictures(detector, log, fresh, scores, ood_scores, output_dir)
+    print(f"model, detector, results and pictures: {output_dir.resolve()}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from sddns_tf import bank, metrics, shifts
 
@@ -111,8 +112,8 @@ class CollapseMonitor(keras.callbacks.Callback):
     def _report(self, collapse, means):
         self.collapse = collapse
         seen = ", ".join(f"{name}={value:.4f}" for name, value in means.items())
-        keras.utils.io_utils.print_msg(
-            f"\nCollapse ({collapse}) at step {int(self.model.step)}: {_ADVICE[collapse]}. In the "
+        logging.warning(
+            f"Collapse ({collapse}) at step {int(self.model.step)}: {_ADVICE[collapse]}. In the "
             f"last {self.window} steps: {seen}."
         )
         if self.stop_training:

@@ -14,42 +14,50 @@ from sddns_tf.vit import VisionTransformer
 
 
 class Stub:
+    """What the monitor asks of a model."""
+
     step = 7
     stop_training = False
 
 
-def watch(monitor, entropies, feature_stds):
+def watch(monitor, entropies, mean_entropies, epoch_length=10**6, loss=1.0):
     """Feed per-step values as Keras does: running means since the start of the epoch."""
     monitor.set_model(Stub())
     monitor.on_train_begin()
-    monitor.on_epoch_begin(0)
-    counts = np.arange(1, len(entropies) + 1)
-    entropies = np.cumsum(entropies) / counts
-    feature_stds = np.cumsum(feature_stds) / counts
-    for batch, pair in enumerate(zip(entropies, feature_stds, strict=True)):
-        logs = {"teacher_entropy": pair[0], "feature_std": pair[1]}
-        monitor.on_train_batch_end(batch, logs)
+    values = np.stack([np.full(len(entropies), loss), entropies, mean_entropies], axis=1)
+    for start in range(0, len(values), epoch_length):
+        epoch = values[start : start + epoch_length]
+        means = np.cumsum(epoch, axis=0) / np.arange(1, len(epoch) + 1)[:, np.newaxis]
+        monitor.on_epoch_begin(start // epoch_length)
+        for batch, row in enumerate(means):
+            names = ("loss", "teacher_entropy", "mean_output_entropy")
+            logs = dict(zip(names, row, strict=True))
+            monitor.on_train_batch_end(batch, logs)
+        monitor.on_epoch_end(start // epoch_length, logs)
     return monitor.model.stop_training
 
 
+@pytest.mark.parametrize("epoch_length", [10**6, 25, 5])
 @pytest.mark.parametrize(
-    ("entropy", "feature_std", "collapse", "advice"),
+    ("entropy", "mean_entropy", "loss", "collapse", "advice"),
     [
-        (0.999, 0.3, "uniform", "lower `teacher_temperature`"),
-        (0.001, 0.01, "one prototype", "higher `teacher_temperature`"),
-        (float("nan"), 0.3, "uniform", "learning rate"),
-        (0.9, 0.3, None, None),
-        (0.001, 0.5, None, None),
+        (0.999, 0.999, 1.0, "uniform", "lower `teacher_temperature`"),
+        (0.001, 0.001, 1.0, "one prototype", "higher `teacher_temperature`"),
+        (0.9, 0.9, float("nan"), "not finite", "learning rate"),
+        (0.9, 0.95, 1.0, None, None),
+        (0.001, 0.6, 1.0, None, None),
     ],
 )
-def test_each_collapse_is_told_apart(capsys, entropy, feature_std, collapse, advice):
+def test_each_collapse_is_told_apart(
+    caplog, entropy, mean_entropy, loss, collapse, advice, epoch_length
+):
     # Healthy steps first: a mean since the start of the epoch would hide what follows.
     monitor = CollapseMonitor(window=10, patience=3, stop_training=True)
-    entropies, feature_stds = [0.5] * 200 + [entropy] * 60, [0.5] * 200 + [feature_std] * 60
-    stopped = watch(monitor, entropies, feature_stds)
+    entropies, means = [0.5] * 200 + [entropy] * 60, [0.7] * 200 + [mean_entropy] * 60
+    stopped = watch(monitor, entropies, means, epoch_length, loss)
     assert monitor.collapse == collapse
     assert stopped == (collapse is not None)
-    printed = capsys.readouterr().out
+    printed = caplog.text
     assert printed.count("Collapse (") == (collapse is not None)
     assert advice is None or advice in printed
 
@@ -57,7 +65,7 @@ def test_each_collapse_is_told_apart(capsys, entropy, feature_std, collapse, adv
 def test_short_visits_to_the_edge_are_no_collapse():
     entropies = ([0.999] * 20 + [0.9] * 20) * 10
     monitor = CollapseMonitor(window=10, patience=3)
-    watch(monitor, entropies, [0.5] * len(entropies))
+    watch(monitor, entropies, entropies)
     assert monitor.collapse is None
 
 

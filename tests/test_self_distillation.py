@@ -1,5 +1,9 @@
 """`SelfDistillation`: the step against a plain re-computation, saving, resuming, backbones."""
 
+import pathlib
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -408,3 +412,57 @@ def test_keras_cv_backbone_and_augmentation_plug_in(images):
     model.compile(keras.optimizers.Adam(1e-3))
     logs = model.fit(batches(images[: 2 * BATCH]), verbose=0).history
     assert np.isfinite(logs["loss"]).all()
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision_keeps_what_must_be_float32(images, policy):
+    backbone = tiny_vit(dtype=policy)
+    model = tiny_model(backbone=backbone, head=tiny_head(dtype=policy), gradient_clip_norm=0.5)
+    optimizer = keras.optimizers.Adam(1e-3)
+    if policy == "mixed_float16":
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=128.0)
+    model.compile(optimizer)
+    before = model.get_weights()
+    logs = model.fit(batches(images), verbose=0).history
+    assert np.isfinite(logs["loss"]).all()
+    assert {str(weight.dtype) for weight in model.weights} == {"float32", "int32"}
+    changed = [(a != b).any() for a, b in zip(before, model.get_weights(), strict=True)]
+    assert np.mean(changed) > 0.9
+    assert all(np.isfinite(weight).all() for weight in model.get_weights())
+
+
+TWO_REPLICAS = """
+import sys
+import keras, numpy as np, tensorflow as tf
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+)
+sys.path.insert(0, sys.argv[1])
+import test_self_distillation as t
+
+images = np.load(sys.argv[2])
+weights = []
+for strategy in (tf.distribute.get_strategy(), tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])):
+    with strategy.scope():
+        model = t.tiny_model(
+            views=t.FixedViews(),
+            negatives=t.Negatives(t.upside_down, source="in_distribution"),
+            weight_decay=0.1,
+        )
+        model.compile(keras.optimizers.Adam(1e-2))
+    logs = model.fit(t.batches(images), epochs=2, shuffle=False, verbose=0).history
+    weights.append([*model.get_weights(), *[v.numpy() for v in model.optimizer.variables]])
+    weights[-1].append(np.array(logs["loss"]))
+for one, two in zip(*weights, strict=True):
+    np.testing.assert_allclose(one, two, atol=2e-4, rtol=1e-3)
+print("largest difference", max(np.abs(a - b).max() for a, b in zip(*weights)))
+"""
+
+
+def test_two_replicas_equal_one(images, tmp_path):
+    """The same global batches give the same student, teacher, centre, slots and losses."""
+    np.save(tmp_path / "images.npy", images)
+    here = pathlib.Path(__file__).parent
+    command = [sys.executable, "-c", TWO_REPLICAS, here, tmp_path / "images.npy"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
