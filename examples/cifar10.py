@@ -237,6 +237,7 @@ def train(model, batches, plan, images, held_out, output_dir):
         steps_per_epoch=plan["steps_per_epoch"],
         epochs=plan["epochs"],
         callbacks=callbacks,
+        shuffle=False,  # the data set does it
         verbose=2,
     )
     with open(output_dir / "log.csv", newline="") as file:
