@@ -1,9 +1,11 @@
 r"""CIFAR-10 as normal, any TFDS set as auxiliary and as OOD: the paper's experiment.
 
     python examples/cifar10.py --data_dir=TFDS --recipe=cpu --minutes=20 \
-        --auxiliary=imagenet_aux --ood=cifar100,gtsrb32,dtd32
+        --auxiliary=imagenet_aux --auxiliary_exclude=FILE --ood=cifar100,gtsrb32,dtd32,mnist
 
-trains the small recipe for 20 minutes on two CPU cores, RESULT_LINE
+trains the small recipe for 20 minutes on two CPU cores: 2,068 steps of 96 images gave AUROC 0.558
+against cifar100, 0.749 gtsrb32, 0.844 dtd32, 0.881 mnist, and flagged 5.5 % of fresh normal images
+(asked for: 5 %). That is far from the paper: it is the start of the curve.
 
     python examples/cifar10.py --data_dir=TFDS
 
