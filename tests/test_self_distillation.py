@@ -394,7 +394,7 @@ def test_keras_cv_backbone_and_augmentation_plug_in(images):
         [
             keras_cv.models.ResNetV2Backbone(
                 stackwise_filters=[8, 16],
-                stackwise_blocks=[1, 1],
+                stackwise_blocks=[2, 2],
                 stackwise_strides=[1, 2],
                 include_rescaling=False,
                 input_shape=(None, None, 3),
