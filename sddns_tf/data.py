@@ -5,19 +5,15 @@ so all that is left to the input pipeline is to hand over raw pixels.
 """
 
 import os
-import struct
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
-from absl import logging
 
-MAX_PIXELS = 64_000_000
+from sddns_tf.image_folder import MAX_PIXELS, usable_files
 
-_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png")
 # A shuffle buffer holds the whole of a set up to this size, and a part of a larger one.
 _SHUFFLE_BYTES = 512 * 2**20
 _UNKNOWN_IMAGE_BYTES = 128 * 2**10
@@ -200,7 +196,7 @@ def image_files(folder, *, min_size=None, max_pixels=MAX_PIXELS, on_error="raise
     images = sddns_tf.data.load("folder:photos", image_size=64, batch_size=32, on_error="skip")
     ```
     """
-    return [path for path, _ in _usable_files(folder, min_size, max_pixels, on_error)]
+    return [path for path, _ in usable_files(folder, min_size, max_pixels, on_error)]
 
 
 def with_auxiliary(images, auxiliary):
@@ -414,7 +410,7 @@ def _excluded_ids(name, features, exclude_labels):
 
 
 def _open_folder(folder, image_size, min_size, max_pixels, on_error):
-    files = _usable_files(folder, min_size, max_pixels, on_error)
+    files = usable_files(folder, min_size, max_pixels, on_error)
     first_path, first_size = files[0]
     for path, size in files:
         if image_size is None and size != first_size:
@@ -431,86 +427,6 @@ def _open_folder(folder, image_size, min_size, max_pixels, on_error):
     # Bytes, because a file name need not be valid Unicode.
     records = tf.data.Dataset.from_tensor_slices([os.fsencode(path) for path, _ in files])
     return _Opened(records, decode, shuffle_buffer=len(files))
-
-
-def _usable_files(folder, min_size, max_pixels, on_error):
-    """Lists `(path, (height, width))` of the usable images of a folder."""
-    paths = _image_paths(folder)
-
-    def inspect(path):
-        return _inspect(path, min_size or 1, max_pixels)
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = list(zip(paths, pool.map(inspect, paths), strict=True))
-    files = [(path, size) for path, (size, _) in results if size]
-    problems = [f"{path}: {problem}" for path, (_, problem) in results if problem]
-    if problems:
-        listed = "\n  ".join(problems[:10] + ["..."] * (len(problems) > 10))
-        summary = f"{len(problems)} of {len(paths)} image files cannot be used:\n  {listed}"
-        if on_error == "raise" or not files:
-            raise ValueError(
-                f'{summary}\nRemove or mend them, or leave them out with on_error="skip".'
-            )
-        logging.warning("Skipped: %s", summary)
-    return files
-
-
-def _image_paths(folder):
-    folder = os.path.expanduser(folder)
-    if not os.path.isdir(folder):
-        raise ValueError(f"folder:{folder} must be a folder; there is none of that name.")
-    paths, others = [], []
-    for parent, folders, names in os.walk(folder, followlinks=False):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith("."):
-                is_image = name.lower().endswith(_EXTENSIONS)
-                (paths if is_image else others).append(os.path.join(parent, name))
-    if not paths:
-        found = f"{len(others)} other files, such as {min(others)}" if others else "no files"
-        raise ValueError(
-            f"folder:{folder} must hold images ({', '.join(_EXTENSIONS)}); it holds {found}."
-        )
-    return sorted(paths)
-
-
-def _inspect(path, min_size, max_pixels):
-    """Returns the size of a file's image and `None`, or `None` and what is wrong with it."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-        height, width = _announced_size(data)
-        # A few kilobytes can announce, and decode to, gigabytes.
-        if height * width > max_pixels:
-            return None, f"{height} x {width} is more than max_pixels={max_pixels}"
-        pixels = tf.io.decode_image(data, channels=3, expand_animations=False)
-    except (OSError, ValueError) as error:
-        return None, str(error)
-    except struct.error:
-        return None, "its header is cut short"
-    except tf.errors.InvalidArgumentError as error:
-        reason = error.message.partition("}} ")[2] or error.message
-        return None, f"corrupt or cut short ({reason.partition(' [Op:')[0]})"
-    height, width = pixels.shape[:2]
-    if min(height, width) < min_size:
-        return None, f"{height} x {width} is smaller than min_size={min_size}"
-    return (height, width), None
-
-
-def _announced_size(data):
-    if not data:
-        raise ValueError("the file is empty")
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        width, height = struct.unpack_from(">II", data, 16)
-    elif data.startswith((b"GIF87a", b"GIF89a")):
-        width, height = struct.unpack_from("<HH", data, 6)
-    elif data.startswith(b"BM"):
-        width, height = struct.unpack_from("<ii", data, 18)
-    elif data.startswith(b"\xff\xd8\xff"):
-        height, width, _ = tf.io.extract_jpeg_shape(data).numpy().tolist()
-    else:
-        raise ValueError("not a JPEG, PNG, GIF or BMP image")
-    return abs(height), width
 
 
 # --- Memory -------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import skimage.data
 import tensorflow as tf
 
-from sddns_tf import export, image_ops
+from sddns_tf import edge, export, export_checks, image_ops, serving
 from sddns_tf.detector import Detector
 from sddns_tf.vit import VisionTransformer
 
@@ -181,9 +181,9 @@ def test_versions_follow_one_another_and_are_never_overwritten(detector, tmp_pat
     for name in ("3", "12", "notes", ".export-abc"):
         (tmp_path / name).mkdir()
     (tmp_path / "3" / "kept").touch()
-    monkeypatch.setattr(export, "_run_apart", lambda *_: {"features.features": None})
-    monkeypatch.setattr(export, "_check_answers", lambda *_: None)
-    monkeypatch.setattr(export, "_check_features", lambda *_: None)
+    monkeypatch.setattr(serving, "run_apart", lambda *_: {"features.features": None})
+    monkeypatch.setattr(serving, "check_answers", lambda *_: None)
+    monkeypatch.setattr(serving, "check_features", lambda *_: None)
     assert export.saved_model(detector, tmp_path) == tmp_path / "13"
     assert export.saved_model(detector, str(tmp_path), version=5) == tmp_path / "5"
     before = left_in(tmp_path)
@@ -196,7 +196,7 @@ def test_versions_follow_one_another_and_are_never_overwritten(detector, tmp_pat
 
 
 def test_an_export_that_disagrees_is_discarded(detector, tmp_path, monkeypatch):
-    right = export._answer_images
+    right = export_checks.answer_images
 
     def wrong(detector, size):
         answer = right(detector, size)
@@ -206,7 +206,8 @@ def test_an_export_that_disagrees_is_discarded(detector, tmp_path, monkeypatch):
             input_signature=[spec],
         )
 
-    monkeypatch.setattr(export, "_answer_images", wrong)
+    for module in (serving, edge):
+        monkeypatch.setattr(module, "answer_images", wrong)
     (tmp_path / "kept.tflite").write_bytes(b"earlier")
     message = "does not agree.*score over 16 images: [0-9.]+; allowed: 0.0001"
     with pytest.raises(RuntimeError, match=message):
@@ -218,7 +219,7 @@ def test_an_export_that_disagrees_is_discarded(detector, tmp_path, monkeypatch):
 
 
 def test_an_export_that_does_not_run_is_discarded(detector, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "_RUN_TFLITE", "raise SystemExit('no such operation')")
+    monkeypatch.setattr(edge, "_RUN_TFLITE", "raise SystemExit('no such operation')")
     with pytest.raises(RuntimeError, match="no such operation"):
         export.tflite(detector, tmp_path / "new" / "model.tflite")
     assert left_in(tmp_path) == []
@@ -228,12 +229,12 @@ def test_an_export_that_does_not_run_is_discarded(detector, tmp_path, monkeypatc
 def test_the_comparison_sees_every_output(detector, name):
     images = mixture(3, 4)
     answers = {key: value.numpy() for key, value in detector(images).items()}
-    export._check_answers(detector, images, answers, "", 4e-6)
+    export_checks.check_answers(detector, images, answers, "", 4e-6)
     for change in [np.nan, 1e-3] if name == "ood_score" else [1e-3]:
         changed = answers[name].copy()
         changed[4] = ~changed[4] if name == "is_ood" else changed[4] + change
         with pytest.raises(RuntimeError, match="does not agree"):
-            export._check_answers(detector, images, {**answers, name: changed}, "", 4e-6)
+            export_checks.check_answers(detector, images, {**answers, name: changed}, "", 4e-6)
 
 
 # --- TFLite -------------------------------------------------------------------------------------
@@ -316,7 +317,7 @@ def test_mixed_precision_is_exported_to_tflite_in_float32(policy, tmp_path):
     path = export.tflite(detector, tmp_path / "model.tflite")
     answers = litert.Interpreter(str(path)).get_signature_runner()(images=images)
     assert detector.extractor.backbone.compute_dtype == policy.removeprefix("mixed_")
-    in_float32 = export._in_float32(detector)
+    in_float32 = edge._in_float32(detector)
     np.testing.assert_allclose(answers["ood_score"], in_float32(images)["ood_score"], atol=1e-4)
     assert np.abs(answers["ood_score"] - detector(images)["ood_score"]).max() > 1e-4
 

@@ -21,7 +21,8 @@ LEVELS = {
     "losses": 0,
     "schedules": 0,
     "metrics": 0,
-    "data": 0,
+    "image_folder": 0,
+    "data": 1,
     "dino_weights": 1,
     "shifts": 1,
     "views": 1,
@@ -30,12 +31,15 @@ LEVELS = {
     "callbacks": 2,
     "detector": 3,
     "sensitivity": 4,
-    "export": 4,
+    "export_checks": 4,
+    "serving": 5,
+    "edge": 5,
+    "export": 6,
     "plots": 4,
 }
 WITHIN_A_LEVEL = {("views", "shifts")}
 # Training code never reaches a served graph.
-SERVED = ("bank", "detector", "export")
+SERVED = ("bank", "detector", "serving", "edge", "export")
 TRAINING_LEVEL = 2
 
 

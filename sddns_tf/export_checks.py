@@ -1,0 +1,156 @@
+"""What every export goes through: written aside, run apart, compared, then renamed into place.
+
+What was written is run in a process of its own, without Keras, and compared with the detector
+before it gets its name: an export is whole and right, or it is not there.
+"""
+
+import contextlib
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+import tensorflow as tf
+
+from sddns_tf.bank import check_images
+
+# By how much a cosine may be off in an export. Divided by the temperature it bounds the score: at
+# 0.04 these are 1e-4, 0.025, 0.25 and 0.5. Measured over photographs, on vision transformers of 2,
+# 6 and 12 blocks, were at most 8e-6, 0.004, 0.083 and, over the representative images, 0.22.
+COSINE_TOLERANCE = {None: 4e-6, "float16": 1e-3, "dynamic": 1e-2, "int8": 2e-2}
+CHECKED_IMAGES = 16
+
+
+@contextlib.contextmanager
+def temporary_folder_in(directory):
+    """A hidden folder in `directory`; what is still in it in the end is removed.
+
+    So is `directory` itself, with parents, if it was made here and nothing came to lie in it.
+    """
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=directory) as folder:
+            yield pathlib.Path(folder)
+    finally:
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()  # Refused for a folder that is not empty, as after a success.
+
+
+def save(path, detector, signatures):
+    """Write a SavedModel with these signatures, each variable of the detector stored once."""
+    # A module that held the detector itself would store its variables under names that the
+    # session loader does not find. The functions need no more than the variables to be held.
+    module = tf.Module()
+    module.detector_variables = [weight.value for weight in detector.weights]
+    tf.saved_model.save(module, str(path), signatures=signatures)
+
+
+def answer_images(detector, size):
+    """A function from uint8 images of a size, which may be (None, None), to the answers."""
+    images = tf.TensorSpec([None, *size, 3], tf.uint8, name="images")
+    return tf.function(lambda images: detector(images), input_signature=[images], autograph=False)
+
+
+def resolution(detector):
+    """The size at which an image shows all that the detector sees of it."""
+    return detector.extractor.resolution or detector.extractor.image_size
+
+
+def images_or_synthetic(detector, images):
+    """A user's own images to compare on, checked, or made-up ones."""
+    if images is None:
+        return _synthetic_images(resolution(detector))
+    images = np.asarray(images)
+    check_images(images)
+    if images.dtype != np.uint8 or not len(images):
+        raise ValueError(
+            "Images to export with must be uint8, and at least one. "
+            f"Received: shape={images.shape}, dtype={images.dtype}."
+        )
+    return images
+
+
+def _synthetic_images(size):
+    """Coloured gradients in all directions under more and more noise, always the same."""
+    generator = np.random.default_rng(0)
+    directions = generator.normal(size=(CHECKED_IMAGES, 3, 2))
+    rows, columns = (np.linspace(-1.0, 1.0, length) for length in size)
+    grid = np.stack(np.meshgrid(rows, columns, indexing="ij"))
+    gradients = np.einsum("ncd,dhw->nhwc", directions, grid)
+    noise = generator.normal(size=gradients.shape)
+    share = np.linspace(0.0, 1.0, CHECKED_IMAGES)[:, np.newaxis, np.newaxis, np.newaxis]
+    mixed = 128.0 + 64.0 * ((1.0 - share) * gradients + share * noise)
+    return np.clip(mixed, 0.0, 255.0).astype(np.uint8)
+
+
+def run_apart(program, folder, images):
+    """Run the export in `folder` on images in a fresh Python process, on the CPU."""
+    np.save(folder / "images.npy", images)
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder,
+        # This process may hold all memory of a GPU.
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if result.returncode:
+        raise RuntimeError(
+            "What was written does not run in a process of its own, so it was discarded. "
+            f"Received:\n{result.stderr[-2000:]}"
+        )
+    with np.load(folder / "answers.npz") as answers:
+        return dict(answers)
+
+
+def check_answers(detector, images, answers, prefix, tolerance):
+    """Raise RuntimeError unless answers agree with the detector's; `tolerance` is a cosine's."""
+    scores, p_values, is_ood = (
+        answers[prefix + name] for name in ("ood_score", "p_value", "is_ood")
+    )
+    with tf.device("CPU:0"):  # As the export was: GPUs multiply matrices less precisely.
+        expected = detector(images)["ood_score"].numpy()
+    tolerance = max(tolerance, _rounding(detector)) / detector.temperature
+    calibration = detector.calibration_scores.numpy()
+    counts = np.count_nonzero(calibration >= scores[:, np.newaxis], axis=1)
+    differences = {
+        "score": (np.max(np.abs(scores - expected)), tolerance),
+        "p-value from that of its score": (
+            np.max(np.abs(p_values - (1 + counts) / (1 + len(calibration)))),
+            1e-6,
+        ),
+        "decision from that of its score": (
+            np.max(is_ood != ~(scores <= np.float32(detector.threshold))),
+            0,
+        ),
+    }
+    for name, (difference, bound) in differences.items():
+        _check_difference(prefix + name, difference, bound, len(images))
+
+
+def check_features(detector, images, features):
+    """Raise RuntimeError unless features agree with the detector's."""
+    with tf.device("CPU:0"):
+        expected = detector.features(images).numpy()
+    bound = max(1e-4, _rounding(detector))
+    _check_difference("features", np.max(np.abs(features - expected)), bound, len(images))
+
+
+def _check_difference(name, difference, bound, count):
+    if not difference <= bound:  # NaN fails as well.
+        raise RuntimeError(
+            "What was written does not agree with the detector, so it was discarded. Largest "
+            f"difference of {name} over {count} images: {difference:.3g}; allowed: {bound:.3g}."
+        )
+
+
+def _rounding(detector):
+    """Relative rounding error of what the backbone computes in, where that is not float32."""
+    precisions = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
+    return precisions.get(detector.extractor.backbone.compute_dtype, 0.0)
