@@ -78,9 +78,9 @@ def rotate(images, angles):
 @keras.saving.register_keras_serializable("sddns_tf")
 def perm4(images, seed):
     """Put the 2x2 grid of patches in a random order other than the identity."""
-    orders = tf.constant(list(itertools.permutations(range(4)))[1:])
+    orders = list(itertools.permutations(range(4)))[1:]
     draw = _random_integers(tf.shape(images)[0], len(orders), seed)
-    return _reorder_patches(images, tf.gather(orders, draw), 2, "perm4")
+    return _reorder_patches(images, tf.gather(tf.constant(orders), draw), 2, "perm4")
 
 
 @keras.saving.register_keras_serializable("sddns_tf")
