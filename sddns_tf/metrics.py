@@ -1,4 +1,4 @@
-"""How well scores tell normal images from the rest, and how well features tell classes."""
+"""How well scores tell normal images from the rest, features tell classes, and how sure that is."""
 
 import numpy as np
 
@@ -85,6 +85,131 @@ def ood_metrics(id_scores, ood_scores):
         "aupr_out": float(average_precision_score(is_ood, scores)),
         "fpr95": float(np.mean(ood_scores <= threshold)),
     }
+
+
+def ood_metric_intervals(id_scores, ood_scores, confidence=0.95, resamples=1000, seed=0):
+    """Bootstrap intervals of `ood_metrics`: how much they would move with other test images.
+
+    Both sets are drawn anew from themselves, with replacement, `resamples` times; an interval
+    holds the middle `confidence` of a metric's values. It tells nothing of how much another
+    training run would differ.
+
+    Args:
+        id_scores: Scores of in-distribution images, `(N,)`, finite.
+        ood_scores: Scores of out-of-distribution images, `(M,)`, finite.
+        confidence: Share of the resampled values inside the interval, between 0 and 1.
+        resamples: Number of times to draw.
+        seed: Int, fixes the draws.
+
+    Returns:
+        Dict from each name of `ood_metrics` to `(low, high)`, Python floats.
+
+    Raises:
+        ValueError: as for `ood_metrics`, and if `confidence` or `resamples` is out of range.
+
+    Example:
+    >>> sddns_tf.metrics.ood_metric_intervals(normal_scores, texture_scores)["auroc"]
+    (0.912, 0.931)
+
+    Reference:
+        Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13 (percentiles).
+    """
+    id_scores = as_scores(id_scores, "id_scores")
+    ood_scores = as_scores(ood_scores, "ood_scores")
+    _check_bootstrap(confidence, resamples)
+    generator = np.random.default_rng(seed)
+    levels, positions = np.unique(np.concatenate([id_scores, ood_scores]), return_inverse=True)
+    id_positions, ood_positions = np.split(positions, [id_scores.size])
+    values = [
+        _metrics_of_counts(
+            _resampled_counts(generator, id_positions, levels.size),
+            _resampled_counts(generator, ood_positions, levels.size),
+        )
+        for _ in range(resamples)
+    ]
+    return {
+        name: percentile_interval([value[name] for value in values], confidence)
+        for name in values[0]
+    }
+
+
+def share_interval(share, count, confidence=0.95):
+    """Bootstrap interval of a share: of images flagged, say, or classified rightly.
+
+    The number of hits in `count` draws with replacement is binomial, so that nothing is drawn
+    here. Where the share is 0 or 1 every draw is alike and the interval a point.
+
+    Args:
+        share: Share found, in 0-1.
+        count: Number of images that it was found in.
+        confidence: Share of the resampled values inside the interval, between 0 and 1.
+
+    Returns:
+        `(low, high)`, Python floats.
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    Example:
+    >>> sddns_tf.metrics.share_interval(0.05, 1000)
+    (0.037, 0.064)
+
+    Reference:
+        Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
+    """
+    from scipy.stats import binom
+
+    _check_bootstrap(confidence, count)
+    if not 0 <= share <= 1:
+        raise ValueError(f"`share` must be in 0-1. Received {share}.")
+    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
+    low, high = binom.ppf(tails, count, share) / count
+    return float(low), float(high)
+
+
+def percentile_interval(values, confidence=0.95):
+    """The middle `confidence` of resampled values, as `(low, high)`."""
+    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
+    low, high = np.quantile(values, tails)
+    return float(low), float(high)
+
+
+def _check_bootstrap(confidence, count):
+    if not 0 < confidence < 1:
+        raise ValueError(f"`confidence` must be between 0 and 1. Received {confidence}.")
+    if count < 1:
+        raise ValueError(f"At least one draw is needed. Received {count}.")
+
+
+def _resampled_counts(generator, positions, levels):
+    """How many of as many draws fall on each level of score, lowest first."""
+    drawn = generator.integers(0, positions.size, positions.size)
+    return np.bincount(positions[drawn], minlength=levels)
+
+
+def _metrics_of_counts(id_counts, ood_counts):
+    """`ood_metrics` of how many scores lie on each level, lowest first; linear in the levels.
+
+    Scikit-learn would sort each resampled set: a hundred times as long for ten thousand images.
+    """
+    id_below, ood_below = np.cumsum(id_counts), np.cumsum(ood_counts)
+    id_total, ood_total = id_below[-1], ood_below[-1]
+    id_above, ood_above = id_total - id_below + id_counts, ood_total - ood_below + ood_counts
+    wins = ood_counts * (id_below - 0.5 * id_counts)
+    accepted = -(-95 * id_total // 100)
+    threshold = np.searchsorted(id_below, accepted)
+    return {
+        "auroc": wins.sum() / (id_total * ood_total),
+        "aupr_in": _average_precision(id_counts, id_below, ood_below),
+        "aupr_out": _average_precision(ood_counts, ood_above, id_above),
+        "fpr95": ood_below[threshold] / ood_total,
+    }
+
+
+def _average_precision(counts, true_positives, false_positives):
+    """Precision at each threshold, weighted by the positives that it adds."""
+    precision = true_positives / np.maximum(true_positives + false_positives, 1)
+    return (counts * precision).sum() / counts.sum()
 
 
 def knn_accuracy(bank_features, bank_labels, features, labels, k=20, temperature=0.04):

@@ -236,3 +236,56 @@ def test_bad_knn_arguments_are_named(change, message):
     }
     with pytest.raises(ValueError, match=message):
         metrics.knn_accuracy(**(arguments | change))
+
+
+# --- Intervals ----------------------------------------------------------------------------------
+
+
+def test_intervals_are_those_of_resampled_metrics():
+    generator = np.random.default_rng(1)
+    # Rounded, so that scores tie within and between the sets.
+    normal = np.round(generator.normal(0, 1, 80), 1)
+    ood = np.round(generator.normal(1, 1, 50), 1)
+    draws = np.random.default_rng(7)
+    drawn = []
+    for _ in range(25):
+        rows = draws.integers(0, 80, 80)
+        drawn.append(metrics.ood_metrics(normal[rows], ood[draws.integers(0, 50, 50)]))
+    found = metrics.ood_metric_intervals(normal, ood, confidence=0.8, resamples=25, seed=7)
+    for name in drawn[0]:
+        expected = np.quantile([one[name] for one in drawn], [0.1, 0.9])
+        np.testing.assert_allclose(found[name], expected, rtol=1e-9)
+
+
+def test_interval_holds_the_truth_about_as_often_as_it_says():
+    generator = np.random.default_rng(0)
+    truth = 0.7602499  # of two normal distributions one standard deviation apart: Phi(1 / sqrt 2)
+    hits = 0
+    for seed in range(100):
+        normal, ood = generator.normal(0, 1, 100), generator.normal(1, 1, 100)
+        low, high = metrics.ood_metric_intervals(normal, ood, resamples=200, seed=seed)["auroc"]
+        hits += low <= truth <= high
+    assert 87 <= hits <= 100
+
+
+def test_share_interval_is_the_bootstrap_of_hits():
+    hits = np.repeat([1.0, 0.0], [30, 170])
+    draws = np.random.default_rng(0).choice(hits, (20_000, 200)).mean(axis=1)
+    expected = np.quantile(draws, [0.025, 0.975])
+    np.testing.assert_allclose(metrics.share_interval(0.15, 200), expected, atol=0.0051)
+    assert metrics.share_interval(0.0, 10) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: metrics.share_interval(1.5, 10), r"`share` must be in 0-1. Received 1.5"),
+        (lambda: metrics.share_interval(0.5, 0), "At least one draw"),
+        (lambda: metrics.ood_metric_intervals([0.0], [1.0], confidence=1), "`confidence`"),
+        (lambda: metrics.ood_metric_intervals([0.0], [1.0], resamples=0), "At least one draw"),
+        (lambda: metrics.ood_metric_intervals([0.0], []), "`ood_scores`"),
+    ],
+)
+def test_intervals_refuse(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,222 @@
+"""A detector against sets of out-of-distribution images: a table with intervals, and what it shows.
+
+`evaluate` scores; `markdown`, `csv` and `report.html` tell.
+"""
+
+import csv as csv_writer
+import dataclasses
+import io
+
+import numpy as np
+
+from sddns_tf import bank, image_ops, metrics
+
+COLUMNS = ("auroc", "aupr_in", "aupr_out", "fpr95", "flagged")
+FRESH = "fresh normal images"
+_ATTENTION_BATCH = 32
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+        rows: Dict from the name of each set to a dict from a column to `(value, low, high)`. The
+            normal images are the last, under `FRESH`, and have no column but `flagged`.
+        images: Dict from the name of each set to its images, uint8 `(N, H, W, 3)`.
+        answers: Dict from the name of each set to what `Detector.predict` gave.
+        threshold: Score above which images are flagged.
+        false_positive_rate: What the detector promises.
+        knn_accuracy: `(value, low, high)`, or None where there are no labels.
+        features: Dict from the name of each set to features of its first images, `(n, D)`.
+    """
+
+    rows: dict
+    images: dict
+    answers: dict
+    threshold: float
+    false_positive_rate: float
+    knn_accuracy: tuple | None
+    features: dict
+
+    def as_dict(self):
+        """What goes into a JSON file: everything but images, single answers and features."""
+        return {
+            "confidence": 0.95,
+            "sets": {
+                name: {
+                    "images": len(self.images[name]),
+                    **{
+                        column: {"value": value, "low": low, "high": high}
+                        for column, (value, low, high) in row.items()
+                    },
+                }
+                for name, row in self.rows.items()
+            },
+            "knn_accuracy": self.knn_accuracy
+            and dict(zip(("value", "low", "high"), self.knn_accuracy, strict=True)),
+            "threshold": self.threshold,
+            "false_positive_rate": self.false_positive_rate,
+        }
+
+
+def evaluate(
+    detector,
+    normal,
+    ood,
+    labels=None,
+    labelled=None,
+    resamples=1000,
+    feature_count=300,
+    batch_size=256,
+    seed=0,
+    verbose="auto",
+):
+    """Scores normal images and each OOD set, and measures how well they are told apart.
+
+    Args:
+        detector: `Detector`.
+        normal: In-distribution images that are neither trained nor calibrated on, uint8
+            `(N, H, W, 3)`.
+        ood: Dict from a name to images, uint8 `(M, H', W', 3)`.
+        labels: Their classes, ints `(N,)`, for the k-NN accuracy; or None.
+        labelled: Pair of in-distribution training images and their classes, for the same.
+        resamples: Draws of the bootstrap.
+        feature_count: Images of each set whose features are kept, for a map of them.
+        batch_size: Images per forward.
+        seed: Int, of the bootstrap.
+        verbose: As in Keras.
+
+    Returns:
+        `Evaluation`.
+
+    Raises:
+        ValueError: If there is no OOD set, or one has the name of the normal images.
+
+    Example:
+        >>> found = evaluate(detector, test_images, {"textures": textures})
+        >>> print(markdown(found))
+    """
+    if not ood or FRESH in ood:
+        raise ValueError(
+            f"`ood` must hold at least one set, none of the name {FRESH!r}. Received: {list(ood)}"
+        )
+    images = {**ood, FRESH: normal}
+    answers = {
+        name: detector.predict(x, batch_size=batch_size, verbose=verbose)
+        for name, x in images.items()
+    }
+    normal_scores = answers[FRESH]["ood_score"]
+    rows = {
+        name: _row(normal_scores, answer, name == FRESH, resamples, seed)
+        for name, answer in answers.items()
+    }
+    extract = {"batch_size": batch_size, "verbose": 0}
+    return Evaluation(
+        rows=rows,
+        images=images,
+        answers=answers,
+        threshold=detector.threshold,
+        false_positive_rate=detector.false_positive_rate,
+        knn_accuracy=_knn_accuracy(detector, normal, labels, labelled, batch_size, verbose),
+        features={
+            name: bank.extract_features(detector.extractor, x[:feature_count], **extract)
+            for name, x in images.items()
+        },
+    )
+
+
+def _row(normal_scores, answer, is_normal, resamples, seed):
+    """One row of the table: each column's value and its interval."""
+    flagged = float(np.mean(answer["is_ood"]))
+    row = {"flagged": (flagged, *metrics.share_interval(flagged, len(answer["is_ood"])))}
+    if is_normal:
+        return row
+    pair = normal_scores, answer["ood_score"]
+    intervals = metrics.ood_metric_intervals(*pair, resamples=resamples, seed=seed)
+    values = metrics.ood_metrics(*pair)
+    return {**{name: (value, *intervals[name]) for name, value in values.items()}, **row}
+
+
+def _knn_accuracy(detector, normal, labels, labelled, batch_size, verbose):
+    if labels is None or labelled is None:
+        return None
+    known, classes = labelled
+    options = {"batch_size": batch_size, "verbose": verbose}
+    accuracy = metrics.knn_accuracy(
+        bank.extract_features(detector.extractor, known, **options),
+        classes,
+        bank.extract_features(detector.extractor, normal, **options),
+        labels,
+        k=min(20, len(known)),
+    )
+    return accuracy, *metrics.share_interval(accuracy, len(labels))
+
+
+def attention_maps(detector, images):
+    """Where the class token of a vision transformer looks, mean over heads.
+
+    Args:
+        detector: `Detector`.
+        images: uint8 `(N, H, W, 3)`.
+
+    Returns:
+        Float32 `(N, rows, columns)`, or None if the backbone tells of no attention.
+    """
+    extractor = detector.extractor
+    if not hasattr(extractor.backbone, "attention_weights"):
+        return None
+    patch = extractor.backbone.patch_size
+    rows, columns = (side // patch for side in extractor.image_size)
+    maps = []
+    for start in range(0, len(images), _ATTENTION_BATCH):
+        batch = images[start : start + _ATTENTION_BATCH]
+        if extractor.resolution is not None:
+            batch = image_ops.resize(batch, *extractor.resolution)
+        batch = image_ops.resize(batch, *extractor.image_size)
+        normalized = image_ops.normalize(batch, extractor.mean, extractor.std)
+        weights = np.asarray(extractor.backbone.attention_weights(normalized))
+        maps.append(weights[:, :, 0, 1:].mean(axis=1).reshape(-1, rows, columns))
+    return np.concatenate(maps)
+
+
+def markdown(evaluation):
+    """The table as Markdown: each value with its 95 % interval."""
+    lines = [
+        "| set | images | " + " | ".join(COLUMNS) + " |",
+        "|---|---:|" + "---:|" * len(COLUMNS),
+    ]
+    for name, row in evaluation.rows.items():
+        cells = [cell(row[column]) if column in row else "" for column in COLUMNS]
+        shown = name.replace("|", "\\|")
+        lines.append(f"| {shown} | {len(evaluation.images[name])} | " + " | ".join(cells) + " |")
+    lines += ["", f"In brackets: 95 % bootstrap interval. {promise(evaluation)}"]
+    if evaluation.knn_accuracy:
+        lines += ["", f"k-NN accuracy of the features: {cell(evaluation.knn_accuracy)}"]
+    return "\n".join(lines) + "\n"
+
+
+def promise(evaluation):
+    """A sentence on the threshold and the share of normal images that it may flag."""
+    return (
+        f"Flagged: score above {evaluation.threshold:.4g}, calibrated to flag at most "
+        f"{evaluation.false_positive_rate:.1%} of normal images."
+    )
+
+
+def cell(interval):
+    """A value and its interval as text."""
+    value, low, high = interval
+    return f"{value:.3f} ({low:.3f}-{high:.3f})"
+
+
+def csv(evaluation):
+    """The table as comma-separated values, limits of intervals in columns of their own."""
+    text = io.StringIO()
+    writer = csv_writer.writer(text, lineterminator="\n")
+    parts = [part for c in COLUMNS for part in (c, f"{c}_low", f"{c}_high")]
+    writer.writerow(["set", "images", *parts])
+    for name, row in evaluation.rows.items():
+        cells = [value for c in COLUMNS for value in row.get(c, ("", "", ""))]
+        writer.writerow([name, len(evaluation.images[name]), *cells])
+    return text.getvalue()
