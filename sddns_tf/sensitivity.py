@@ -3,7 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
-from sddns_tf import metrics, shifts
+from sddns_tf import metrics, plots, shifts
 
 PROBES = ("rot90", "rot360", "perm4", "perm16", "pixel_perm")
 
@@ -49,6 +49,91 @@ def sensitivity(detector, images, trained_on=None, probes=PROBES, seed=0, batch_
         shifted_scores = _scores(detector, shifted, batch_size)
         result[name] = metrics.ood_metrics(scores, shifted_scores)["auroc"]
     return {**result, "mean": float(np.mean(list(result.values())))}
+
+
+def rank_correlation(sensitivities, aurocs, confidence=0.95, resamples=2000, seed=0):
+    """How well sensitivities rank strategies as true AUROCs do: Spearman's correlation.
+
+    The interval is the bootstrap's over strategies. Of few strategies it is wide, as it should be;
+    draws in which all strategies tie rank nothing and are left out.
+
+    Args:
+        sensitivities: Mean sensitivity of each strategy, `(S,)`, S at least 3.
+        aurocs: Mean true AUROC of each, `(S,)`.
+        confidence: Share of the resampled values inside the interval, between 0 and 1.
+        resamples: Number of times to draw strategies.
+        seed: Integer; fixes the draws.
+
+    Returns:
+        `(value, low, high)`, Python floats.
+
+    Raises:
+        ValueError: If lengths differ, there are fewer than 3, or all values of one side are equal.
+
+    Example:
+        >>> rank_correlation([0.7, 0.8, 0.9, 0.6], [0.75, 0.81, 0.93, 0.7])
+        (1.0, 1.0, 1.0)
+
+    Reference:
+        Spearman, "The proof and measurement of association between two things", 1904.
+    """
+    from scipy.stats import spearmanr
+
+    pairs = np.stack(
+        [metrics.as_scores(sensitivities, "sensitivities"), _same(aurocs, len(sensitivities))]
+    )
+    if pairs.shape[1] < 3 or (np.ptp(pairs, axis=1) == 0).any():
+        raise ValueError(
+            "A rank correlation takes at least 3 strategies that differ. Received: "
+            f"sensitivities={pairs[0].tolist()}, aurocs={pairs[1].tolist()}"
+        )
+    generator = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(resamples):
+        sample = pairs[:, generator.integers(0, pairs.shape[1], pairs.shape[1])]
+        if (np.ptp(sample, axis=1) > 0).all():
+            drawn.append(spearmanr(*sample).statistic)
+    return float(spearmanr(*pairs).statistic), *metrics.percentile_interval(drawn, confidence)
+
+
+def bar_chart(sensitivities, aurocs=None):
+    """Sensitivity of each strategy, the highest first, beside its true AUROC where that is known.
+
+    Args:
+        sensitivities: Dict from the name of a strategy to its mean sensitivity.
+        aurocs: Dict from the same names to mean true AUROCs, or None.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+
+    Example:
+        >>> figure = bar_chart({"rot90": 0.91, "perm4": 0.84}, {"rot90": 0.93, "perm4": 0.85})
+    """
+    from matplotlib.figure import Figure
+
+    names = sorted(sensitivities, key=sensitivities.get)
+    bars = {"sensitivity (no labels, no OOD data)": (sensitivities, plots.BLUE)}
+    if aurocs:
+        bars["true AUROC"] = (aurocs, plots.VERMILION)
+    height = 0.8 / len(bars)
+    figure = Figure(figsize=(7.0, 1.2 + 0.5 * len(names)), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for index, (label, (values, color)) in enumerate(bars.items()):
+        places = np.arange(len(names)) + 0.4 - height * (index + 0.5)
+        drawn = axes.barh(places, [values[n] for n in names], height, color=color, label=label)
+        axes.bar_label(drawn, fmt="%.3f", padding=3, fontsize=8)
+    axes.axvline(0.5, color="0.6", linewidth=1, linestyle="--")
+    axes.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 1.1), xlabel="AUROC")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def _same(aurocs, length):
+    values = metrics.as_scores(aurocs, "aurocs")
+    if len(values) != length:
+        raise ValueError(f"`aurocs` must have one entry per strategy. Received {len(values)}.")
+    return values
 
 
 def _scores(detector, images, batch_size):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sddns_tf.sensitivity import PROBES, sensitivity
+from sddns_tf.sensitivity import PROBES, bar_chart, rank_correlation, sensitivity
 
 
 class TopIsBright:
@@ -47,3 +47,24 @@ def test_shift_trained_on_is_left_out(images):
         sensitivity(TopIsBright(), images, trained_on=same, probes=(same,))
     with pytest.raises(ValueError, match="one of"):
         sensitivity(TopIsBright(), images, trained_on="rot91")
+
+
+def test_rank_correlation_is_that_of_ranks():
+    sensitivities, aurocs = [0.9, 0.7, 0.8, 0.6, 0.5], [0.95, 0.7, 0.6, 0.65, 0.5]
+    # Ranks 5 3 4 2 1 and 5 4 2 3 1: 1 - 6 * (0 + 1 + 4 + 1 + 0) / (5 * 24)
+    value, low, high = rank_correlation(sensitivities, aurocs)
+    assert value == pytest.approx(0.7)
+    assert -1 <= low < value < high <= 1
+    assert rank_correlation([1, 2, 3], [3, 2, 1], resamples=50) == (-1.0, -1.0, -1.0)
+    for wrong in ([1, 2], [1, 1, 1]):
+        with pytest.raises(ValueError, match="at least 3 strategies that differ"):
+            rank_correlation(wrong, list(range(len(wrong))))
+    with pytest.raises(ValueError, match="one entry per strategy"):
+        rank_correlation([1, 2, 3], [1, 2])
+
+
+def test_bar_chart_puts_the_highest_on_top():
+    figure = bar_chart({"a": 0.6, "b": 0.9}, {"a": 0.7, "b": 0.8})
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+    assert sorted(bar.get_width() for bar in axes.patches) == [0.6, 0.7, 0.8, 0.9]

@@ -1,0 +1,128 @@
+"""Pictures of a training for TensorBoard: what the network sees, and how scores separate."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from sddns_tf import bank, plots, shifts
+
+
+@keras.saving.register_keras_serializable("sddns_tf")
+class TrainingPictures(keras.callbacks.Callback):
+    """Writes pictures beside the scalars of `keras.callbacks.TensorBoard`.
+
+    Once, at the start: the views of some images, and the negatives. Every few epochs: histograms
+    of the scores of held-out images against those of the same images put through a shift, which
+    needs no OOD data.
+
+    Args:
+        log_dir: Folder of the event files, that of `keras.callbacks.TensorBoard`.
+        bank: In-distribution training images `(M, H, W, 3)`, uint8 or float in 0-255; a thousand
+            do.
+        held_out: In-distribution images that are not trained on, `(N, H, W, 3)`. Of rectangles
+            the square in the middle is shifted, and scored.
+        auxiliary: Auxiliary images `(B, H', W', 3)`, at least eight, to show their negatives;
+            `None` where there are none.
+        every: Epochs between two histograms; the first epoch is shown.
+        shift: Name from `shifts.NAMES`, or a callable.
+
+    Example:
+        >>> pictures = TrainingPictures("logs", train[:1000], held_out[:500], every=5)
+        >>> model.fit(batches, callbacks=[pictures, keras.callbacks.TensorBoard("logs")])
+    """
+
+    def __init__(self, log_dir, bank, held_out, auxiliary=None, every=5, shift="rot90"):
+        super().__init__()
+        self.log_dir = str(log_dir)
+        self.bank = np.asarray(bank)
+        self.held_out = np.asarray(held_out)
+        self.auxiliary = None if auxiliary is None else np.asarray(auxiliary)
+        self.every = every
+        self.shift = shift
+
+    def on_train_begin(self, logs=None):
+        """Open the event file, show the views, and shift the held-out images once."""
+        del logs
+        self._writer = tf.summary.create_file_writer(f"{self.log_dir}/pictures")
+        squares = _central_squares(self.held_out)
+        self._sets = squares, shifts.get(self.shift)(tf.constant(squares), [0, 0]).numpy()
+        self._extractor = bank.FeatureExtractor(
+            self.model.teacher_backbone,
+            image_size=self.model.views.image_size,
+            resolution=squares.shape[1:3],
+            mean=self.model.mean,
+            std=self.model.std,
+        )
+        if int(self.model.step) == 0:
+            self._show_views()
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Every few epochs, show how scores separate."""
+        del logs
+        if epoch % self.every:
+            return
+        rows = self._features(self.bank)
+        normal, shifted = (bank.ood_score(self._features(x), rows).numpy() for x in self._sets)
+        name = shifts.name_of(self.shift)
+        with self._writer.as_default(step=epoch):
+            tf.summary.histogram("scores/held_out", normal)
+            tf.summary.histogram(f"scores/{name}", shifted)
+            self._show("separation", plots.score_histograms(normal, {name: shifted}))
+        self._writer.flush()
+
+    def on_train_end(self, logs=None):
+        """Close the event file."""
+        del logs
+        self._writer.close()
+
+    def _features(self, images):
+        return bank.extract_features(self._extractor, images, verbose=0)
+
+    def _show_views(self):
+        images, negatives = tf.constant(self.bank[:8]), self.model.negatives
+        groups = {"views": self.model.views(images, [0, 0])}
+        if negatives is not None and (self.auxiliary is not None or not negatives.needs_auxiliary):
+            auxiliary = self.auxiliary[:8] if negatives.needs_auxiliary else None
+            groups["negatives"] = negatives(self.model.views, images, auxiliary, [0, 1])
+        with self._writer.as_default(step=0):
+            for name, group in groups.items():
+                for views in group:
+                    sheet = np.concatenate(np.asarray(views), axis=0)
+                    title = f"{name} of {views.shape[2]} px"
+                    self._show(title, plots.contact_sheet(sheet, columns=8, title=title))
+        self._writer.flush()
+
+    def _show(self, name, figure):
+        tf.summary.image(name, _pixels(figure)[np.newaxis])
+
+    def get_config(self):
+        """Constructor arguments."""
+        return {
+            "log_dir": self.log_dir,
+            "bank": self.bank,
+            "held_out": self.held_out,
+            "auxiliary": self.auxiliary,
+            "every": self.every,
+            "shift": self.shift,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        """The callback that `get_config` describes."""
+        return cls(**keras.saving.deserialize_keras_object(config))
+
+
+def _central_squares(images):
+    height, width = images.shape[1:3]
+    side = min(height, width) // 4 * 4  # perm16 takes sides divisible by 4
+    top, left = (height - side) // 2, (width - side) // 2
+    return images[:, top : top + side, left : left + side]
+
+
+def _pixels(figure):
+    """A figure as uint8 `(H, W, 4)`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
