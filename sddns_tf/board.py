@@ -53,7 +53,8 @@ class TrainingPictures(keras.callbacks.Callback):
             mean=self.model.mean,
             std=self.model.std,
         )
-        if int(self.model.step) == 0:
+        # `int(self.model.step)` fails under a distribution strategy.
+        if int(tf.convert_to_tensor(self.model.step.value)) == 0:
             self._show_views()
 
     def on_epoch_end(self, epoch, logs=None):
