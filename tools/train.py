@@ -304,11 +304,26 @@ def make_strategy(settings):
             raise ValueError(
                 "--strategy=multi_worker needs the environment variable TF_CONFIG. Received: none"
             )
-        return tf.distribute.MultiWorkerMirroredStrategy()
+        return several_replicas(tf.distribute.MultiWorkerMirroredStrategy())
     several = len(tf.config.list_physical_devices("GPU")) > 1
     if settings.strategy == "mirrored" or (settings.strategy == "auto" and several):
-        return tf.distribute.MirroredStrategy()
+        return several_replicas(tf.distribute.MirroredStrategy())
     return None
+
+
+def several_replicas(strategy):
+    """The strategy, or None where it has one replica and nothing is to be distributed."""
+    if strategy.num_replicas_in_sync == 1:
+        command_line.say("One device only: training without a strategy")
+        return None
+    return strategy
+
+
+def worker_index(settings):
+    """Which of several machines this is; the first one writes the results."""
+    if settings.strategy != "multi_worker":
+        return 0
+    return json.loads(os.environ["TF_CONFIG"]).get("task", {}).get("index", 0)
 
 
 def make_backbone(settings, image_size):
@@ -454,11 +469,13 @@ def train(settings):
 
     import keras
 
+    strategy = make_strategy(settings)
+    if index := worker_index(settings):
+        settings.output_dir = os.path.join(settings.output_dir, f"worker-{index}")
     pathlib.Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
     if not settings.resume:
         forget_run(settings.output_dir)
     check_same_run(settings)
-    strategy = make_strategy(settings)
     images, calibration, resolution = read_images(settings)
     batches = training_batches(settings, images, resolution)
     image_size = settings.image_size or round(math.sqrt(math.prod(resolution)))
@@ -537,6 +554,8 @@ def main():
     settings = settings_of_flags()
     check(settings)
     detector, _ = train(settings)
+    if worker_index(settings):
+        return
     print(
         f"{pathlib.Path(settings.output_dir).resolve()}: detector.keras, backbone.keras, "
         f"model.keras. Threshold of the OOD score {detector.threshold:.6g}, for at most "
