@@ -26,6 +26,7 @@ from sddns_tf import (
     bank,
     board,
     callbacks,
+    checkpoint,
     data,
     dino_weights,
     evaluation,
@@ -41,6 +42,7 @@ from sddns_tf import (
 )
 from sddns_tf.detector import Detector
 from sddns_tf.heads import ProjectionHead
+from sddns_tf.pretrained_models import pretrained
 from sddns_tf.self_distillation import SelfDistillation
 from sddns_tf.version import __version__
 from sddns_tf.views import MultiCrop, Negatives
@@ -57,6 +59,7 @@ __all__ = [
     "bank",
     "board",
     "callbacks",
+    "checkpoint",
     "data",
     "dino_weights",
     "evaluation",
@@ -65,6 +68,7 @@ __all__ = [
     "losses",
     "metrics",
     "plots",
+    "pretrained",
     "report",
     "schedules",
     "sensitivity",

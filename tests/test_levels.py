@@ -17,6 +17,7 @@ LEVELS = {
     "version": 0,
     "vit": 0,
     "heads": 0,
+    "image_draws": 0,
     "image_ops": 0,
     "losses": 0,
     "schedules": 0,
@@ -27,23 +28,30 @@ LEVELS = {
     "shifts": 1,
     "views": 1,
     "bank": 1,
+    "checkpoint": 1,
     "self_distillation": 2,
     "callbacks": 2,
     "detector": 3,
+    "pretrained_models": 4,
     "report_charts": 0,
     "board": 5,
     "evaluation": 3,
     "report": 4,
     "sensitivity": 5,
+    "edge_metadata": 0,
+    "edge_quantization": 0,
     "export_checks": 4,
-    "serving": 5,
+    "served_bytes": 1,
+    "serving_warmup": 0,
+    "serving_signatures": 5,
+    "serving": 6,
     "edge": 5,
-    "export": 6,
+    "export": 7,
     "plots": 4,
 }
 WITHIN_A_LEVEL = {("views", "shifts")}
 # Training code never reaches a served graph.
-SERVED = ("bank", "detector", "serving", "edge", "export")
+SERVED = ("bank", "detector", "serving_signatures", "serving", "edge", "export")
 TRAINING_LEVEL = 2
 
 

@@ -1,0 +1,193 @@
+"""Training states on disk, whole or not at all: what a broken run goes on from."""
+
+import contextlib
+import os
+import pathlib
+import zipfile
+import zlib
+
+import keras
+import numpy as np
+from absl import logging
+
+_FACTOR = "learning_rate_factor"
+
+
+@keras.saving.register_keras_serializable("sddns_tf")
+class ScaledSchedule(keras.optimizers.schedules.LearningRateSchedule):
+    """A learning rate schedule times a constant.
+
+    Args:
+        schedule: `LearningRateSchedule`.
+        factor: Float.
+
+    Example:
+        >>> optimizer.learning_rate = ScaledSchedule(optimizer.learning_rate_schedule, 0.5)
+    """
+
+    def __init__(self, schedule, factor):
+        self.schedule = schedule
+        self.factor = factor
+
+    def __call__(self, step):
+        """The learning rate at a step."""
+        return self.factor * self.schedule(step)
+
+    def get_config(self):
+        """Constructor arguments."""
+        serialize = keras.saving.serialize_keras_object
+        return {"schedule": serialize(self.schedule), "factor": self.factor}
+
+    @classmethod
+    def from_config(cls, config):
+        """The schedule that `get_config` describes."""
+        return cls(keras.saving.deserialize_keras_object(config["schedule"]), config["factor"])
+
+
+def save(model, folder, keep=2):
+    """Write the whole training state of a compiled model: `FOLDER/step-<step>.npz`.
+
+    Weights, teacher, centre, step, optimizer and the states of random layers, but not the running
+    means of what is logged. The file is written under another name, brought to the disk and then
+    renamed: a process killed at any moment leaves a whole file or none.
+
+    Args:
+        model: `SelfDistillation`, compiled.
+        folder: Path; made if need be. One process at a time may write there.
+        keep: Int; so many states are kept, the newest ones.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        OSError: If the folder cannot be written to; the message names it.
+    """
+    folder = pathlib.Path(folder).expanduser()
+    values = {name: variable.numpy() for name, variable in _variables(model).items()}
+    values[_FACTOR] = np.float64(_learning_rate_factor(model))
+    path = folder / f"step-{int(model.step):08d}.npz"
+    unfinished = folder / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(unfinished, "wb") as file:
+            np.savez(file, **values)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise OSError(f"The training state cannot be written to {folder}: {error}") from error
+    for old in [*saved(folder)[:-keep], *folder.glob(".step-*.tmp")]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def restore(model, folder):
+    """Put the newest whole training state of a folder into a model.
+
+    Args:
+        model: `SelfDistillation`, compiled as the one that was saved.
+        folder: As for `save`.
+
+    Returns:
+        Path of the file, or `None` where there is none. Files that cannot be read are passed over
+        with a warning.
+
+    Raises:
+        ValueError: If the state is of another model.
+    """
+    for path in reversed(saved(folder)):
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                values = dict(file)  # reads all: each array has a checksum
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            logging.warning("%s cannot be read and is passed over: %s", path, error)
+            continue
+        _assign(model, values, path)
+        return path
+    return None
+
+
+def saved(folder):
+    """Paths of a folder's training states, the oldest first."""
+    return sorted(pathlib.Path(folder).expanduser().glob("step-*.npz"))
+
+
+def parts_left(step, steps_per_epoch, epochs):
+    """What is left of a training run: the rest of a broken epoch, then whole ones.
+
+    Args:
+        step: Int; steps done.
+        steps_per_epoch: Int.
+        epochs: Int; epochs of the whole run.
+
+    Returns:
+        List of none to two pairs: the number of the first batch, and the arguments `initial_epoch`,
+        `epochs` and `steps_per_epoch` of `fit`.
+
+    Example:
+        >>> checkpoint = sddns_tf.callbacks.Checkpoint("run/checkpoint")
+        >>> for first, part in parts_left(checkpoint.restore(model), 500, epochs=100):
+        ...     batches = data.load(images, batch_size=64, shuffle=True, first_batch=first)
+        ...     model.fit(batches, callbacks=[checkpoint], **part)
+    """
+    epoch, done = divmod(step, steps_per_epoch)
+    parts = []
+    if done and epoch < epochs:
+        rest = {"initial_epoch": epoch, "epochs": epoch + 1}
+        parts.append((step, {**rest, "steps_per_epoch": steps_per_epoch - done}))
+        epoch += 1
+    if epoch < epochs:
+        whole = {"initial_epoch": epoch, "epochs": epochs, "steps_per_epoch": steps_per_epoch}
+        parts.append((epoch * steps_per_epoch, whole))
+    return parts
+
+
+def scale_learning_rate(model, factor):
+    """Multiply the learning rate of a compiled model, be it a number or a schedule."""
+    optimizer = _inner(model.optimizer)
+    schedule = optimizer._learning_rate
+    if not isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
+        schedule.assign(factor * schedule)
+        return
+    if isinstance(schedule, ScaledSchedule):
+        schedule, factor = schedule.schedule, factor * schedule.factor
+    optimizer.learning_rate = ScaledSchedule(schedule, factor)
+    model.make_train_function(force=True)  # the schedule is part of the graph
+
+
+def _learning_rate_factor(model):
+    schedule = _inner(model.optimizer)._learning_rate
+    return schedule.factor if isinstance(schedule, ScaledSchedule) else 1.0
+
+
+def _inner(optimizer):
+    return getattr(optimizer, "inner_optimizer", optimizer)
+
+
+def _variables(model):
+    """All variables of a training state, by names that tell two of one path apart."""
+    if model.optimizer is None:
+        raise ValueError(f"A training state is that of a compiled model. Received: {model.name}")
+    logged = {id(variable) for metric in model.metrics for variable in metric.variables}
+    variables = [variable for variable in model.variables if id(variable) not in logged]
+    variables += model.optimizer.variables
+    return {f"{index:05d}/{variable.path}": variable for index, variable in enumerate(variables)}
+
+
+def _assign(model, values, path):
+    factor = float(values.pop(_FACTOR, 1.0))
+    variables = _variables(model)
+    expected = {name: tuple(variable.shape) for name, variable in variables.items()}
+    received = {name: value.shape for name, value in values.items()}
+    if expected != received:
+        wrong = sorted(dict(expected.items() ^ received.items()))[:3]
+        raise ValueError(
+            f"{path} must be the training state of a model and optimizer like this one. Received: "
+            f"other variables, such as {', '.join(wrong)}"
+        )
+    for name, variable in variables.items():
+        variable.assign(values[name])
+    if factor != _learning_rate_factor(model):
+        scale_learning_rate(model, factor / _learning_rate_factor(model))

@@ -1,0 +1,121 @@
+r"""Tables and a figure of the runs of `reproduce_cifar10.py` and `baselines_cifar10.py`.
+
+    python tools/make_results.py --results=docs/results --figure=docs/images/results.svg
+
+Prints Markdown: AUROC by OOD set and its mean, FPR at 95 %, of each strategy, mean over its seeds
+with the 95 % interval of the mean (Student's t) where there are several; then the sensitivities,
+and their rank correlation with the mean AUROC where there are three strategies or more.
+"""
+
+import json
+import pathlib
+
+import command_line
+from absl import flags
+
+FLAGS = flags.FLAGS
+
+
+def define_flags():
+    """All flags of the program."""
+    flags.DEFINE_string("results", "results", "Folder of JSON files.")
+    flags.DEFINE_string("figure", None, "Bar chart of the mean AUROCs to write (.png, .svg).")
+
+
+def read_runs(folder):
+    """Records by strategy, each a list over its seeds."""
+    runs = {}
+    for path in sorted(pathlib.Path(folder).glob("*.json")):
+        record = json.loads(path.read_text())
+        runs.setdefault(record["flags"]["strategy"], []).append(record)
+    if not runs:
+        raise ValueError(f"--results must hold JSON files of runs. Received: {folder}, with none")
+    return runs
+
+
+def with_interval(values):
+    """`mean` of several seeds with half of the width of its 95 % interval."""
+    import numpy as np
+    from scipy import stats
+
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return f"{mean:.3f}"
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{mean:.3f} ± {half:.3f}"
+
+
+def mean_of(record, metric):
+    """Mean of a metric over the OOD sets of one run."""
+    return sum(row[metric] for row in record["ood"].values()) / len(record["ood"])
+
+
+def print_ood_table(runs):
+    """AUROC of each strategy against each OOD set."""
+    names = list(next(iter(runs.values()))[0]["ood"])
+    print("| | seeds | images | " + " | ".join(names) + " | mean AUROC | mean FPR95 |")
+    print("|---|---|---|" + "---|" * (len(names) + 2))
+    order = sorted(runs, key=lambda name: -sum(mean_of(r, "auroc") for r in runs[name]))
+    for strategy in order:
+        records = runs[strategy]
+        cells = [with_interval([r["ood"][name]["auroc"] for r in records]) for name in names]
+        cells += [with_interval([mean_of(r, key) for r in records]) for key in ("auroc", "fpr95")]
+        images = round(sum(r["images"] for r in records) / len(records))
+        print(f"| {strategy} | {len(records)} | {images:,} | " + " | ".join(cells) + " |")
+
+
+def print_sensitivities(runs):
+    """Sensitivity of each strategy to each probe, and how it ranks them."""
+    import numpy as np
+
+    from sddns_tf import sensitivity
+
+    print("\n| | " + " | ".join([*sensitivity.PROBES, "mean"]) + " |")
+    print("|---|" + "---|" * (len(sensitivity.PROBES) + 1))
+    pairs = []
+    for strategy, records in runs.items():
+        cells = []
+        for probe in (*sensitivity.PROBES, "mean"):
+            values = [r["sensitivity"][probe] for r in records if probe in r["sensitivity"]]
+            cells.append(with_interval(values) if values else "")
+        print(f"| {strategy} | " + " | ".join(cells) + " |")
+        if ":" in strategy or strategy == "none":
+            means = [r["sensitivity"]["mean"] for r in records]
+            pairs.append((np.mean(means), np.mean([mean_of(r, "auroc") for r in records])))
+    if len(pairs) >= 3:
+        value, low, high = sensitivity.rank_correlation(*zip(*pairs, strict=True))
+        print(
+            f"\nRank correlation over {len(pairs)} strategies: {value:.2f} ({low:.2f}, {high:.2f})"
+        )
+
+
+def draw(runs, path):
+    """Bars of the mean AUROC, one for each strategy."""
+    import matplotlib.pyplot as plt
+
+    from sddns_tf import plots
+
+    means = {
+        name: sum(mean_of(r, "auroc") for r in records) / len(records)
+        for name, records in runs.items()
+    }
+    names = sorted(means, key=means.get)
+    figure, axes = plt.subplots(figsize=(6, 0.4 * len(names) + 1))
+    axes.barh(names, [means[name] for name in names])
+    axes.set(xlim=(0.4, 1.0), xlabel="mean AUROC over the OOD sets")
+    figure.tight_layout()
+    plots.save(figure, pathlib.Path(path))
+
+
+def main():
+    """Print both tables, and draw if asked to."""
+    runs = read_runs(FLAGS.results)
+    print_ood_table(runs)
+    print_sensitivities(runs)
+    if FLAGS.figure:
+        draw(runs, FLAGS.figure)
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main)
