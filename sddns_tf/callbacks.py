@@ -1,11 +1,16 @@
-"""Callbacks that watch the training: collapse, and how well the score separates."""
+"""Callbacks that watch the training and keep it: collapse, separation, checkpoints, NaN."""
+
+import shutil
+import signal
+import sys
+import threading
 
 import keras
 import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from sddns_tf import bank, metrics, shifts
+from sddns_tf import bank, checkpoint, metrics, shifts
 
 _WATCHED = ("loss", "teacher_entropy", "mean_output_entropy")
 _ADVICE = {
@@ -214,3 +219,211 @@ class OODProbe(keras.callbacks.Callback):
     def from_config(cls, config):
         """The callback that `get_config` describes."""
         return cls(**keras.saving.deserialize_keras_object(config))
+
+
+@keras.saving.register_keras_serializable("sddns_tf")
+class Checkpoint(keras.callbacks.Callback):
+    """Keeps the training state on disk, so that a killed run goes on as if it had not been.
+
+    A state is written before the first step (a folder that cannot be written to, or a disk with
+    too little room, is found then), every so many steps, and at the end. On SIGTERM, as before a
+    machine is taken away, the state is written after the current step and the process exits
+    with 0. Of several machines the first one writes; all must see the same folder.
+
+    Args:
+        folder: Path; made if need be.
+        every: Steps between two writes.
+        keep: How many states to keep, the newest ones.
+
+    Raises:
+        OSError: In `fit`, if the state cannot be written; the message names the folder.
+
+    Example:
+        >>> checkpoint = Checkpoint("run/checkpoint", every=500)
+        >>> step = checkpoint.restore(model)  # 0 at the first start
+        >>> batches = data.load(images, batch_size=64, shuffle=True, first_batch=step)
+        >>> model.fit(batches, steps_per_epoch=500, epochs=100, callbacks=[checkpoint])
+
+    See `checkpoint.parts_left` on going on in the middle of an epoch.
+    """
+
+    def __init__(self, folder, every=500, keep=2):
+        super().__init__()
+        if every < 1 or keep < 1:
+            raise ValueError(f"`every` and `keep` must be positive. Received: {every}, {keep}")
+        self.folder = str(folder)
+        self.every = every
+        self.keep = keep
+        self._terminated = False
+
+    def restore(self, model):
+        """Put the newest state into a compiled model.
+
+        Args:
+            model: `SelfDistillation`, built and compiled as the one that was saved.
+
+        Returns:
+            Int; the steps it has done, 0 where nothing was saved.
+        """
+        checkpoint.restore(model, self.folder)
+        return int(model.step)
+
+    def last(self):
+        """Path of the newest state, or `None`."""
+        return next(reversed(checkpoint.saved(self.folder)), None)
+
+    def on_train_begin(self, logs=None):
+        """Write a first state, and listen for SIGTERM."""
+        del logs
+        self._since = 0
+        self.save()
+        self._check_room()
+        self._terminated = False
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def on_train_batch_begin(self, batch, logs=None):
+        """Remember where a call of the step, which may be several steps, begins."""
+        del logs
+        self._begin = batch
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Write where it is time to."""
+        del logs
+        self._since += batch - self._begin + 1
+        if self._since >= self.every or self._terminated:
+            self.save()
+        self._exit_if_terminated()
+
+    def on_epoch_end(self, epoch, logs=None):
+        """A signal may have come during the other callbacks."""
+        del epoch, logs
+        if self._terminated:
+            self.save()
+        self._exit_if_terminated()
+
+    def on_train_end(self, logs=None):
+        """Write the last state, and give SIGTERM back."""
+        del logs
+        self.save()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
+        self._exit_if_terminated()
+
+    def save(self):
+        """Write the state now."""
+        self._since = 0
+        if _writes_here(self.model.distribute_strategy):
+            checkpoint.save(self.model, self.folder, self.keep)
+
+    def _check_room(self):
+        if not _writes_here(self.model.distribute_strategy):
+            return
+        needed = self.keep * self.last().stat().st_size
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(
+                f"{self.folder} needs room for {self.keep + 1} training states, another "
+                f"{needed / 2**20:.0f} MB. Received: {free / 2**20:.0f} MB free"
+            )
+
+    def _on_sigterm(self, number, frame):
+        del number, frame
+        if self._terminated:  # asked twice, or `fit` is over with an error
+            sys.exit(1)
+        self._terminated = True
+
+    def _exit_if_terminated(self):
+        if self._terminated:
+            logging.warning("SIGTERM: step %d is saved in %s", int(self.model.step), self.folder)
+            sys.exit(0)
+
+    def get_config(self):
+        """Constructor arguments."""
+        return {"folder": self.folder, "every": self.every, "keep": self.keep}
+
+    @classmethod
+    def from_config(cls, config):
+        """The callback that `get_config` describes."""
+        return cls(**config)
+
+
+def _writes_here(strategy):
+    resolver = getattr(strategy, "cluster_resolver", None)
+    return not (resolver and resolver.task_id)
+
+
+@keras.saving.register_keras_serializable("sddns_tf")
+class NotFinite(keras.callbacks.Callback):
+    """Stops the training at the step at which a loss or a weight stops being a finite number.
+
+    Put it before `Checkpoint` in the list of callbacks, so that what is kept is finite. It reads
+    the losses and all weights after each step.
+
+    Args:
+        checkpoint: The run's `Checkpoint`, or `None`.
+        rollbacks: How often to go back to the last state of `checkpoint` and on at half the
+            learning rate, before the training is stopped after all. The schedules go back as well;
+            the images do not, and the run has as many steps fewer.
+
+    Raises:
+        RuntimeError: In `fit`; the message tells step, learning rate, the first tensor that is
+            not finite, and the last good state.
+
+    Example:
+        >>> kept = Checkpoint("run/checkpoint")
+        >>> model.fit(batches, callbacks=[NotFinite(kept, rollbacks=3), kept])
+    """
+
+    def __init__(self, checkpoint=None, rollbacks=0):
+        super().__init__()
+        if rollbacks and checkpoint is None:
+            raise ValueError(
+                f"Rolling back needs `checkpoint`. Received: checkpoint=None, rollbacks={rollbacks}"
+            )
+        self.checkpoint = checkpoint
+        self.rollbacks = rollbacks
+
+    def on_train_begin(self, logs=None):
+        """Compile the look at the weights."""
+        del logs
+        self._rolled_back = 0
+        self._watched = [v for v in self.model.weights if keras.backend.is_float_dtype(v.dtype)]
+        self._are_finite = tf.function(self._look)
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Look; go back or stop."""
+        del batch
+        found = [f"{name} (logged)" for name in ("positive_loss", "negative_loss", "loss")
+                 if not np.isfinite(float(logs[name]))]  # fmt: skip
+        finite = self._are_finite().numpy()
+        found += [v.path for v, good in zip(self._watched, finite, strict=True) if not good]
+        if not found:
+            return
+        last = self.checkpoint and self.checkpoint.last()
+        message = (
+            f"Not finite at step {int(self.model.step)}, learning rate "
+            f"{float(logs['learning_rate']):.3g}: first {found[0]}; {(~finite).sum()} of "
+            f"{len(finite)} weights. Last good state: {last or 'none was kept'}."
+        )
+        if self._rolled_back >= self.rollbacks:
+            raise RuntimeError(f"{message} Try a lower learning rate, or float32.")
+        self._rolled_back += 1
+        step = self.checkpoint.restore(self.model)
+        checkpoint.scale_learning_rate(self.model, 0.5)
+        self.checkpoint.save()
+        self.model.reset_metrics()
+        logging.warning("%s Going on from step %d at half the learning rate.", message, step)
+
+    def _look(self):
+        return tf.stack([tf.reduce_all(tf.math.is_finite(v)) for v in self._watched])
+
+    def get_config(self):
+        """Constructor arguments."""
+        serialize = keras.saving.serialize_keras_object
+        return {"checkpoint": serialize(self.checkpoint), "rollbacks": self.rollbacks}
+
+    @classmethod
+    def from_config(cls, config):
+        """The callback that `get_config` describes."""
+        return cls(keras.saving.deserialize_keras_object(config["checkpoint"]), config["rollbacks"])

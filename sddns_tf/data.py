@@ -33,6 +33,7 @@ def load(
     shuffle=False,
     seed=0,
     drop_remainder=False,
+    first_batch=None,
 ):
     """Turns any source of images into a batched dataset.
 
@@ -71,7 +72,11 @@ def load(
         shuffle: bool. A new order in each iteration: all images are permuted, except in a TFDS
             data set or `tf.data.Dataset` of more than 512 MB, where a buffer of that size is.
         seed: int, fixes the sequence of orders.
-        drop_remainder: bool, whether to leave out a shorter last batch.
+        drop_remainder: bool, whether to leave out a shorter last batch. A distribution strategy
+            needs it.
+        first_batch: int. The dataset is endless, begins with the batch of this number and cuts
+            epochs nowhere: what a run that was stopped after so many steps would have seen next.
+            The images before it are passed over without being decoded.
 
     Returns:
         A prefetched `tf.data.Dataset` of uint8 `(B, H, W, 3)`.
@@ -88,6 +93,8 @@ def load(
     ```
     """
     _check_positive("batch_size", batch_size)
+    if first_batch:
+        _check_positive("first_batch", first_batch)
     opened = _open(
         source,
         split=split,
@@ -102,13 +109,19 @@ def load(
     records = opened.records
     if shuffle:
         records = records.shuffle(opened.shuffle_buffer, seed=seed, reshuffle_each_iteration=True)
+    if first_batch is not None:
+        records = records.repeat().skip(first_batch * batch_size)
+        drop_remainder = True
     dataset = _batched(opened, records, batch_size, drop_remainder)
     if dataset.cardinality() == 0:
         raise ValueError(
             f"{_name(source)} has {int(records.cardinality())} images: with drop_remainder=True "
             f"that is no batch at all; received batch_size={batch_size}."
         )
-    return dataset.map(_image_of).prefetch(tf.data.AUTOTUNE)
+    # Several machines: each takes its part of every batch, not of the files.
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+    return dataset.map(_image_of).prefetch(tf.data.AUTOTUNE).with_options(options)
 
 
 def load_arrays(

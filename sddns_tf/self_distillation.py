@@ -1,5 +1,7 @@
 """`SelfDistillation`: student, EMA teacher and centre, trained on images without labels."""
 
+import warnings
+
 import keras
 import tensorflow as tf
 
@@ -15,6 +17,9 @@ _LOGGED = (
     "feature_std",
 )
 
+# Below this, facebookresearch/dinov2 issue 298 reports that DINO does not train.
+_SMALLEST_BATCH = 32
+
 
 @keras.saving.register_keras_serializable("sddns_tf")
 class SelfDistillation(keras.Model):
@@ -29,6 +34,11 @@ class SelfDistillation(keras.Model):
 
     Where an argument may be a *schedule*, it is a number or a
     `keras.optimizers.schedules.LearningRateSchedule` of the training step, see `schedules`.
+
+    Under a distribution strategy, build the model (its backbone, head and optimizer too) and
+    compile it within `strategy.scope()`; batches are global, and so are losses, centre and logs.
+    Where the optimizer has `gradient_accumulation_steps`, a step is still a batch, as it is for
+    Keras' learning rate schedules; the teacher and the weight decay move when the optimizer does.
 
     Args:
         backbone: Any Keras model from normalised images `(B, h, w, 3)` to features `(B, D)` that
@@ -93,6 +103,8 @@ class SelfDistillation(keras.Model):
     ):
         # Images in 0-255 would lose their last bits if Keras cast them to the global policy.
         super().__init__(**{"autocast": False, **kwargs})
+        for layer in (backbone, head):
+            _check_scope(layer)
         feature_dim = _check_backbone(backbone, views)
         self.views = views
         self.negatives = negatives
@@ -160,6 +172,12 @@ class SelfDistillation(keras.Model):
                     "SelfDistillation computes its own losses and metrics. "
                     f"Received: {argument}={kwargs[argument]!r}"
                 )
+        if tf.distribute.get_strategy() is not self.distribute_strategy:
+            raise ValueError(
+                "The model must be built and compiled within the same `strategy.scope()`. "
+                f"Received: built under {_describe_strategy(self.distribute_strategy)}, "
+                f"compiled under {_describe_strategy(tf.distribute.get_strategy())}"
+            )
         super().compile(optimizer=optimizer, **kwargs)
         optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
         if self.weight_decay is not None and optimizer.weight_decay:
@@ -237,9 +255,8 @@ class SelfDistillation(keras.Model):
         return images, auxiliary
 
     def _draw(self, images, auxiliary):
-        """Views and negatives, fixed by the model's seed, the step and the replica."""
-        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        seed = tf.random.fold_in(tf.stack([self.seed, tf.convert_to_tensor(self.step)]), replica)
+        """Views and negatives, fixed by the seed, the step and the place in the global batch."""
+        seed = tf.stack([self.seed, tf.convert_to_tensor(self.step)])
         view_seed, negative_seed = tf.unstack(tf.random.split(seed, 2))
         views = self.views(images, view_seed)
         if self.negatives is None:
@@ -309,9 +326,8 @@ class SelfDistillation(keras.Model):
     def _update_student(self, gradients):
         """Clip each tensor's gradient, decay, and let the optimizer move the student."""
         variables = self.trainable_variables
-        context = tf.distribute.get_replica_context()
-        replicas = context.num_replicas_in_sync
-        gradients = context.all_reduce(tf.distribute.ReduceOp.MEAN, gradients)
+        replicas = tf.distribute.get_replica_context().num_replicas_in_sync
+        gradients = _global_mean(gradients)
         if self.gradient_clip_norm is not None:
             largest = self.optimizer.scale_loss(tf.constant(float(self.gradient_clip_norm)))
             gradients = [tf.clip_by_norm(g, tf.cast(largest, g.dtype)) for g in gradients]
@@ -322,6 +338,7 @@ class SelfDistillation(keras.Model):
         before = [tf.identity(variable) for variable in frozen]
         if self.weight_decay is not None:
             decay = self.weight_decay(self.step) * self.optimizer.learning_rate
+            decay = tf.where(self._optimizer_moves(), decay, 0.0)
             for variable in variables:
                 if len(variable.shape) > 1:
                     variable.assign_sub(decay * variable)
@@ -332,13 +349,18 @@ class SelfDistillation(keras.Model):
             is_frozen = self.step < self.frozen_last_layer_steps
             variable.assign(tf.where(is_frozen, value, variable))
 
+    def _optimizer_moves(self):
+        """Whether this batch is the last of those whose gradients the optimizer accumulates."""
+        optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+        batches = optimizer.gradient_accumulation_steps or 1
+        return (self.step + 1) % batches == 0
+
     def _update_teacher(self):
         """Move every float of the teacher, batch statistics included, towards the student.
 
         Each replica has batch statistics of its own: the teacher follows their mean.
         """
-        momentum = self.teacher_momentum(self.step)
-        context = tf.distribute.get_replica_context()
+        momentum = tf.where(self._optimizer_moves(), self.teacher_momentum(self.step), 1.0)
         for student, teacher in (
             (self.student_backbone, self.teacher_backbone),
             (self.student_head, self.teacher_head),
@@ -348,22 +370,35 @@ class SelfDistillation(keras.Model):
                     continue
                 value = tf.convert_to_tensor(source)
                 if not source.trainable:
-                    value = context.all_reduce(tf.distribute.ReduceOp.MEAN, value)
+                    value = _global_mean(value)
                 target.assign(momentum * target + (1.0 - momentum) * value)
 
     def _update_center(self, teacher_logits):
+        self._warn_of_a_small_batch(teacher_logits.shape[1])
         center = losses.updated_center(self.center, teacher_logits, self.center_momentum)
-        context = tf.distribute.get_replica_context()
-        self.center.assign(context.all_reduce(tf.distribute.ReduceOp.MEAN, center))
+        self.center.assign(_global_mean(center))
+
+    def _warn_of_a_small_batch(self, images):
+        optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+        replicas = tf.distribute.get_replica_context().num_replicas_in_sync
+        batches = optimizer.gradient_accumulation_steps or 1
+        if images is not None and images * replicas * batches < _SMALLEST_BATCH:
+            warnings.warn(
+                f"DINO needs batches of at least {_SMALLEST_BATCH} images, better hundreds: the "
+                "centre and the negatives are means over the batch. Received: "
+                f"{images} images x {replicas} replicas x {batches} accumulated batches.",
+                stacklevel=2,
+            )
 
     def _update_trackers(self, terms, teacher_features, teacher_logits):
         probabilities = losses.teacher_probabilities(
             teacher_logits, self.center, self.teacher_temperature(self.step)
         )
-        values = dict(terms)
+        values = {name: tf.convert_to_tensor(value) for name, value in terms.items()}
         values["teacher_entropy"] = tf.reduce_mean(_relative_entropy(probabilities))
+        values = _global_mean(values)
         values["mean_output_entropy"] = _relative_entropy(
-            tf.reduce_mean(probabilities, axis=list(range(probabilities.shape.rank - 1)))
+            _global_mean(tf.reduce_mean(probabilities, axis=[0, 1]))
         )
         values["feature_std"] = _relative_std(teacher_features)
         for name, tracker in self._trackers.items():
@@ -403,6 +438,29 @@ class SelfDistillation(keras.Model):
         parts = ("backbone", "views", "negatives", "head")
         objects = {name: keras.saving.deserialize_keras_object(config[name]) for name in parts}
         return cls(**{**config, **objects})
+
+
+def _global_mean(values):
+    """Mean over the replicas, of a tensor or each of a structure of them."""
+    context = tf.distribute.get_replica_context()
+    return context.all_reduce(tf.distribute.ReduceOp.MEAN, values)
+
+
+def _check_scope(layer):
+    """A layer built outside the scope would fail in `fit`, with an assertion that says nothing."""
+    if layer is None or not tf.distribute.has_strategy():
+        return
+    strategy = tf.distribute.get_strategy()
+    for variable in layer.variables:
+        if not strategy.extended.variable_created_in_scope(variable.value):
+            raise ValueError(
+                f"{layer.name!r} must be built within the same `strategy.scope()` as the model. "
+                f"Received: {variable.path}, built outside of {_describe_strategy(strategy)}"
+            )
+
+
+def _describe_strategy(strategy):
+    return f"{type(strategy).__name__} ({strategy.num_replicas_in_sync} replicas)"
 
 
 def _input_shape(views):
@@ -489,4 +547,6 @@ def _relative_std(features):
     dim = features.shape[-1]
     features = tf.cast(tf.reshape(features, [-1, dim]), tf.float32)
     normalized = tf.math.l2_normalize(features, axis=-1)
-    return tf.reduce_mean(tf.math.reduce_std(normalized, axis=0)) * dim**0.5
+    mean = _global_mean(tf.reduce_mean(normalized, axis=0))
+    variance = _global_mean(tf.reduce_mean(tf.square(normalized - mean), axis=0))
+    return tf.reduce_mean(tf.sqrt(variance)) * dim**0.5

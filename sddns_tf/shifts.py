@@ -1,7 +1,8 @@
 """Shifting transformations that turn a view into a negative.
 
 Each is a function `(images, seed) -> images` of a batch `(B, S, S, 3)` of squares, any number
-type, with one independent draw per image. All run in a compiled graph, XLA included.
+type, with one independent draw per image, fixed by the seed and the image's place in the global
+batch, on however many devices. All run in a compiled graph, XLA included.
 
 Reference:
     Rafiee et al., arXiv 2201.06378: shifts that keep low-level statistics and change high-level
@@ -13,6 +14,8 @@ import math
 
 import keras
 import tensorflow as tf
+
+from sddns_tf import image_draws
 
 
 @keras.saving.register_keras_serializable("sddns_tf")
@@ -38,7 +41,7 @@ def rot90(images, seed):
 def rot360(images, seed):
     """Rotate each image by a uniform angle; bilinear, black where nothing was, size kept."""
     _check_squares(images, "rot360")
-    angles = tf.random.stateless_uniform([tf.shape(images)[0]], seed, maxval=2.0 * math.pi)
+    angles = image_draws.uniform([tf.shape(images)[0]], seed, maxval=2.0 * math.pi)
     return rotate(images, angles)
 
 
@@ -108,7 +111,9 @@ def get(shift):
 
     Args:
         shift: One of `shifts.NAMES`, or a callable `(images, seed) -> images` that keeps the
-            shape `(B, S, S, 3)`; `seed` is an int32 tensor `(2,)` for `tf.random.stateless_*`.
+            shape `(B, S, S, 3)`; `seed` is an int32 tensor `(2,)`, the same on all replicas, for
+            `image_draws.uniform` (`tf.random.stateless_uniform` would give the images of each
+            replica the same numbers).
 
     Returns:
         The callable.
@@ -147,13 +152,13 @@ def _check_squares(images, name, grid=1):
 
 
 def _random_integers(count, maxval, seed):
-    return tf.random.stateless_uniform([count], seed, maxval=maxval, dtype=tf.int32)
+    return image_draws.uniform([count], seed, maxval=maxval, dtype=tf.int32)
 
 
 def _random_orders(images, length, seed):
     """Independent uniform permutations of `length` things, `(B, length)` int32."""
-    keys = tf.random.stateless_uniform([tf.shape(images)[0], length], seed)
-    return tf.argsort(keys, axis=-1)
+    keys = image_draws.uniform([length, tf.shape(images)[0]], seed)
+    return tf.argsort(tf.transpose(keys), axis=-1)
 
 
 def _reorder_patches(images, order, grid, name):

@@ -5,7 +5,7 @@ import math
 import keras
 import tensorflow as tf
 
-from sddns_tf import image_ops, shifts
+from sddns_tf import image_draws, image_ops, shifts
 
 SOURCES = ("in_distribution", "auxiliary", "both")
 
@@ -21,7 +21,8 @@ class MultiCrop:
     """Two global views and some local ones of each image, computed in the graph as one batch.
 
     A view is a random resized crop (bicubic, antialiased), flipped, colour-jittered, turned grey,
-    blurred and solarised with the probabilities below. All draws are per view and per image.
+    blurred and solarised with the probabilities below. All draws are per view and per image, fixed
+    by the seed and the image's place in the global batch, on however many devices.
 
     A *group* is all views of one resolution, `(V, B, h, w, 3)` float32 in 0-255. The first group
     holds the global views, the second, if there are any, the local ones.
@@ -133,7 +134,7 @@ class MultiCrop:
         """
         recipe_seed, global_seed, local_seed = tf.unstack(tf.random.split(seed, 3))
         shape = [1, tf.shape(images)[0]]
-        recipe = tf.random.stateless_uniform(shape, recipe_seed, maxval=2, dtype=tf.int32)
+        recipe = image_draws.uniform(shape, recipe_seed, maxval=2, dtype=tf.int32)
         groups = [self._global_views(images, recipe, global_seed)]
         return groups + self._local_views(images, local_seed)
 
@@ -291,9 +292,12 @@ class Negatives:
         ]
 
     def _shift_group(self, group, seed):
-        shape = tf.shape(group)
-        images = tf.reshape(group, [-1, *group.shape[2:]])
-        return tf.ensure_shape(tf.reshape(self._apply(images, seed), shape), group.shape)
+        # All views of an image lie together: a replica's are then a contiguous part of the global
+        # batch's, which is what fixes their draws.
+        by_image = tf.transpose(group, [1, 0, 2, 3, 4])
+        shifted = self._apply(tf.reshape(by_image, [-1, *group.shape[2:]]), seed)
+        by_image = tf.reshape(shifted, tf.shape(by_image))
+        return tf.ensure_shape(tf.transpose(by_image, [1, 0, 2, 3, 4]), group.shape)
 
     def get_config(self):
         """Constructor arguments."""
@@ -318,7 +322,7 @@ class _Draws:
     """
 
     def __init__(self, shape, seed):
-        self._numbers = iter(tf.unstack(tf.random.stateless_uniform([_DRAWS, *shape], seed)))
+        self._numbers = iter(tf.unstack(image_draws.uniform([_DRAWS, *shape], seed)))
 
     def uniform(self, low=0.0, high=1.0):
         return low + (high - low) * next(self._numbers)

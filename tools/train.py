@@ -35,7 +35,10 @@ BACKBONES = ("vit_tiny", "vit_small", "vit_base")
 SHIFTS = ("rot90", "rot360", "perm4", "perm16", "pixel_perm", "identity", "none")
 OWN_FLAGS = set()  # names, filled by define_flags
 # May differ between the command that began a run and one that goes on with it.
-NOT_OF_THE_RUN = ("data_dir", "output_dir", "recipe", "resume", "strategy", "pictures_every")
+NOT_OF_THE_RUN = (
+    "data_dir", "output_dir", "recipe", "resume", "strategy", "pictures_every", "checkpoint_every",
+    "rollbacks",
+)  # fmt: skip
 
 
 def define_flags():
@@ -88,6 +91,14 @@ def _define_run_flags():
         "float32",
         ["float32", "mixed_bfloat16", "mixed_float16"],
         "Keras' dtype policy.",
+    )
+    flags.DEFINE_integer("checkpoint_every", 500, "Steps between two checkpoints.", 1)
+    flags.DEFINE_integer(
+        "rollbacks",
+        0,
+        "How often to go back to the last checkpoint, and on at half the learning rate, where a "
+        "loss or weight is not finite, before giving up.",
+        0,
     )
     flags.DEFINE_integer("pictures_every", 5, "Epochs between histograms in TensorBoard.", 1)
 
@@ -260,16 +271,20 @@ def read_images(settings):
     return images[np.sort(order[count:])], images[np.sort(order[:count])], tuple(resolution)
 
 
-def training_batches(settings, images, resolution):
-    """Shuffled batches of images, with auxiliary images where negatives need them."""
+def training_batches(settings, images, resolution, first_batch=None):
+    """Shuffled batches of images, with auxiliary images where negatives need them.
+
+    With `first_batch` they have no end, and begin with that one.
+    """
     import sddns_tf
 
-    options = {"batch_size": settings.batch_size, "shuffle": True, "drop_remainder": True}
+    options = {"batch_size": settings.batch_size, "shuffle": True, "first_batch": first_batch}
+    of_images = {**options, "drop_remainder": True}
     if images is None:
         one = command_line.source("data", settings.data, "train")
         images, reading = command_line.opened(one, settings, resolution)
-        options = {**options, **reading}
-    batches = sddns_tf.data.load(images, seed=settings.seed, **options)
+        of_images.update(reading)
+    batches = sddns_tf.data.load(images, seed=settings.seed, **of_images)
     if not needs_auxiliary(settings):
         return batches
     one = command_line.source("auxiliary", settings.auxiliary, "train")
@@ -278,10 +293,9 @@ def training_batches(settings, images, resolution):
         excluded["exclude_labels"] = class_names(settings.auxiliary_exclude)
     if settings.in_memory:
         auxiliary = command_line.read("auxiliary", one, settings, resolution, **excluded)
-        options = {"batch_size": settings.batch_size, "shuffle": True}
     else:
         auxiliary, reading = command_line.opened(one, settings, resolution)
-        options = {"batch_size": settings.batch_size, "shuffle": True, **reading, **excluded}
+        options = {**options, **reading, **excluded}
     auxiliary = sddns_tf.data.load(auxiliary, seed=settings.seed + 1, **options)
     return sddns_tf.data.with_auxiliary(batches, auxiliary)
 
@@ -425,14 +439,18 @@ def forget_run(output_dir):
         (pathlib.Path(output_dir) / name).unlink(missing_ok=True)
 
 
-def callbacks(settings, batches, images, calibration):
+def callbacks(settings, checkpoint, batches, images, calibration):
     """What watches, logs and keeps the training."""
     import keras
 
     import sddns_tf
 
     output_dir = pathlib.Path(settings.output_dir)
-    found = [sddns_tf.callbacks.CollapseMonitor()]
+    found = [
+        sddns_tf.callbacks.CollapseMonitor(),
+        sddns_tf.callbacks.NotFinite(checkpoint, settings.rollbacks),
+        checkpoint,
+    ]
     if importlib.util.find_spec("tensorboard"):
         from sddns_tf.board import TrainingPictures
 
@@ -446,14 +464,7 @@ def callbacks(settings, batches, images, calibration):
             ),
             keras.callbacks.TensorBoard(folder, write_graph=False),
         ]
-    return [
-        *found,
-        keras.callbacks.CSVLogger(output_dir / "log.csv", append=True),
-        # Kept after the end: the same command then makes the detector without training again.
-        keras.callbacks.BackupAndRestore(
-            output_dir / "checkpoint", double_checkpoint=True, delete_checkpoint=False
-        ),
-    ]
+    return [*found, keras.callbacks.CSVLogger(output_dir / "log.csv", append=True)]
 
 
 def train(settings):
@@ -469,7 +480,10 @@ def train(settings):
 
     import keras
 
+    import sddns_tf
+
     strategy = make_strategy(settings)
+    checkpoint_dir = pathlib.Path(settings.output_dir) / "checkpoint"  # of all machines
     if index := worker_index(settings):
         settings.output_dir = os.path.join(settings.output_dir, f"worker-{index}")
     pathlib.Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
@@ -494,15 +508,19 @@ def train(settings):
     command_line.write_json(pathlib.Path(settings.output_dir) / "config.json", config)
     with strategy.scope() if strategy else contextlib.nullcontext():
         model = make_model(settings, image_size, steps_per_epoch)
-    command_line.say(f"Training {settings.epochs} epochs of {steps_per_epoch} steps")
-    model.fit(
-        batches.repeat(),
-        steps_per_epoch=steps_per_epoch,
-        epochs=settings.epochs,
-        callbacks=callbacks(settings, batches, images, calibration),
-        shuffle=False,  # the data set does it
-        verbose=command_line.progress() or 2,
+    checkpoint = sddns_tf.callbacks.Checkpoint(checkpoint_dir, settings.checkpoint_every)
+    step = checkpoint.restore(model)
+    command_line.say(
+        f"Training {settings.epochs} epochs of {steps_per_epoch} steps, from step {step}"
     )
+    watching = callbacks(settings, checkpoint, batches, images, calibration)
+    for first_batch, part in sddns_tf.checkpoint.parts_left(step, steps_per_epoch, settings.epochs):
+        model.fit(
+            training_batches(settings, images, resolution, first_batch),
+            callbacks=watching,
+            verbose=command_line.progress() or 2,
+            **part,
+        )
     return write_results(settings, model, images, calibration, resolution), calibration
 
 

@@ -1,0 +1,381 @@
+"""Runs that are killed, disks that are full, numbers that are not finite, collapses."""
+
+import errno
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import sddns_tf
+from sddns_tf import checkpoint
+from sddns_tf.callbacks import Checkpoint, NotFinite
+
+HERE = pathlib.Path(__file__).parent
+STEPS_PER_EPOCH, EPOCHS, BATCH = 7, 3, 4
+
+
+def make_model(drop_path_rate=0.1, learning_rate=None, **kwargs):
+    keras.utils.set_random_seed(0)
+    schedules = sddns_tf.schedules
+    arguments = {
+        "views": sddns_tf.MultiCrop(8, local_views=0),
+        "negatives": sddns_tf.Negatives("rot90", source="in_distribution"),
+        "negative_weight": schedules.Linear(0.0, 1.0, end_step=20),
+        "teacher_momentum": schedules.Linear(0.9, 1.0, end_step=21),
+        **kwargs,
+    }
+    model = sddns_tf.SelfDistillation(
+        sddns_tf.VisionTransformer(
+            8, 4, hidden_dim=8, depth=1, num_heads=2, drop_path_rate=drop_path_rate
+        ),
+        head=sddns_tf.ProjectionHead(16, hidden_dim=8, bottleneck_dim=4),
+        **arguments,
+    )
+    rate = learning_rate or schedules.WarmupCosine(1e-2, 1e-4, 21, 3)
+    model.compile(keras.optimizers.Adam(rate), jit_compile=False)
+    return model
+
+
+def make_images(count=30):
+    return np.random.default_rng(0).integers(0, 256, (count, 12, 12, 3), np.uint8)
+
+
+def train(folder, every=2):
+    """As a user's script does it: the same command starts a run and goes on with it."""
+    model = make_model()
+    kept = Checkpoint(folder, every=every)
+    step = kept.restore(model)
+    for first, part in checkpoint.parts_left(step, STEPS_PER_EPOCH, EPOCHS):
+        batches = sddns_tf.data.load(
+            make_images(), batch_size=BATCH, shuffle=True, seed=1, first_batch=first
+        )
+        model.fit(batches, callbacks=[kept], verbose=0, **part)
+    return model
+
+
+def state(model):
+    return [v.numpy() for v in [*model.weights, *model.optimizer.variables]]
+
+
+RUN = """
+import os, sys, numpy as np
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+sys.path.insert(0, sys.argv[1])
+import test_reliability as t
+
+# Bytes go to the disk slowly, in small pieces, so that a kill often meets a half-written file.
+import time, zipfile
+from sddns_tf import checkpoint
+savez = np.savez
+def slowly(file, **arrays):
+    class Slow:
+        def write(self, data):
+            written = file.write(data)
+            file.flush()
+            time.sleep(2e-4)
+            return written
+        def __getattr__(self, name):
+            return getattr(file, name)
+    savez(Slow(), **arrays)
+checkpoint.np.savez = slowly
+print("ready", flush=True)
+model = t.train(sys.argv[2])
+savez(sys.argv[3], *t.state(model))
+"""
+
+
+def start(folder, result):
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, HERE, folder, result],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(condition, process, seconds=120):
+    limit = time.monotonic() + seconds
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < limit
+        time.sleep(0.005)
+
+
+def finish(process):
+    try:
+        _, errors = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors[-3000:]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    return state(train(tmp_path_factory.mktemp("unbroken")))
+
+
+def test_a_run_killed_at_any_moment_ends_as_an_unbroken_one(tmp_path, unbroken):
+    """SIGKILL three times: while a state is being written, and at two random moments."""
+    folder, result = tmp_path / "run", tmp_path / "result.npz"
+    generator = np.random.default_rng(0)
+    half_written = 0
+    for kill in range(3):
+        before = {path.name for path in checkpoint.saved(folder)}
+        process = start(folder, result)
+        process.stdout.readline()
+
+        def news(before=before):
+            return {path.name for path in checkpoint.saved(folder)} - before
+
+        if kill == 0:  # in the middle of the very first file
+            wait_for(lambda: [*folder.glob(".step-*.tmp")], process)
+        else:
+            wait_for(news, process)
+            time.sleep(generator.uniform(0.0, 0.5))
+        process.kill()
+        process.communicate()
+        half_written += bool([*folder.glob(".step-*.tmp")])
+    assert half_written
+    process = start(folder, result)
+    finish(process)
+    assert not [*folder.glob(".step-*.tmp")]
+    ended = np.load(result)
+    for old, name in zip(unbroken, ended.files, strict=True):
+        np.testing.assert_array_equal(old, ended[name])
+
+
+def test_sigterm_saves_and_exits_with_0(tmp_path, unbroken):
+    folder, result = tmp_path / "run", tmp_path / "result.npz"
+    process = start(folder, result)
+    wait_for(lambda: len(checkpoint.saved(folder)) > 1, process)
+    process.send_signal(signal.SIGTERM)
+    finish(process)
+    assert not result.exists()
+    for old, new in zip(unbroken, state(train(folder)), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+class Stop(keras.callbacks.Callback):
+    """Ends a run as a crash would, after so many steps."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.after = after
+
+    def on_train_batch_end(self, batch, logs=None):
+        if int(self.model.step) == self.after:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("after", [1, 7, 12])
+def test_every_step_is_a_place_to_go_on_from(tmp_path, unbroken, after):
+    model = make_model()
+    kept = Checkpoint(tmp_path, every=1)
+    batches = sddns_tf.data.load(
+        make_images(), batch_size=BATCH, shuffle=True, seed=1, first_batch=0
+    )
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(
+            batches,
+            epochs=EPOCHS,
+            steps_per_epoch=STEPS_PER_EPOCH,
+            callbacks=[kept, Stop(after)],
+            verbose=0,
+        )
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert kept.last().name == f"step-{after:08d}.npz"
+    for old, new in zip(unbroken, state(train(tmp_path)), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_parts_left_are_all_of_the_run():
+    for step in range(12):
+        parts = checkpoint.parts_left(step, 3, epochs=4)
+        count = sum(p["steps_per_epoch"] * (p["epochs"] - p["initial_epoch"]) for _, p in parts)
+        assert count == 12 - step
+        assert parts[0][0] == step
+    assert checkpoint.parts_left(12, 3, epochs=4) == []
+
+
+def test_endless_batches_begin_anywhere(tmp_path):
+    def take(first, count):
+        batches = sddns_tf.data.load(
+            make_images(10), batch_size=4, shuffle=True, seed=3, first_batch=first
+        )
+        return [batch.numpy() for batch in batches.take(count)]
+
+    unbroken = take(0, 9)
+    for first in (0, 1, 2, 5):
+        for old, new in zip(unbroken[first:], take(first, 9 - first), strict=True):
+            np.testing.assert_array_equal(old, new)
+    # Each image once in each epoch, in an order of its own.
+    seen = np.concatenate(unbroken).reshape(36, -1)[:30]
+    epochs = [sorted(map(bytes, seen[i : i + 10])) for i in (0, 10, 20)]
+    assert epochs[0] == epochs[1] == epochs[2]
+    assert len(set(epochs[0])) == 10
+    assert (seen[:10] != seen[10:20]).any()
+
+
+# --- Disks -------------------------------------------------------------------------------------
+
+
+def no_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def half_a_file(file, **arrays):
+    file.write(b"PK")
+    no_space()
+
+
+def test_a_write_that_fails_halfway_leaves_the_previous_state(tmp_path, monkeypatch):
+    model = make_model()
+    good = checkpoint.save(model, tmp_path)
+    before = good.read_bytes()
+    model.step.assign(5)
+    for target, name, broken in (
+        (np, "savez", half_a_file),
+        (os, "fsync", no_space),
+        (os, "replace", no_space),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, broken)
+            with pytest.raises(OSError, match=f"cannot be written to {tmp_path}: .*No space left"):
+                checkpoint.save(model, tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [good.name]
+        assert good.read_bytes() == before
+
+
+def steps_of_a_run_that_fails(folder, message):
+    steps = []
+    count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: steps.append(1))
+    with pytest.raises(OSError, match=message):
+        make_model().fit(
+            make_images(8), batch_size=4, callbacks=[count, Checkpoint(folder)], verbose=0
+        )
+    return len(steps)
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_before_the_first_step(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    folder = tmp_path / "file" / "run"
+    assert steps_of_a_run_that_fails(folder, f"cannot be written to {folder}") == 0
+
+
+def test_a_disk_without_room_is_found_before_the_first_step(tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 2**10})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    assert steps_of_a_run_that_fails(tmp_path, f"{tmp_path} needs room") == 0
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_a_damaged_state_is_passed_over(tmp_path, damage, caplog):
+    model = make_model()
+    checkpoint.save(model, tmp_path)
+    expected = state(model)
+    for variable in model.weights:
+        variable.assign(variable + 1)
+    newest = checkpoint.save(model, tmp_path)
+    data = bytearray(newest.read_bytes())
+    if damage == "flipped":
+        data[len(data) // 2] ^= 255
+    newest.write_bytes({"cut": data[:-99], "flipped": data, "empty": b""}[damage])
+    assert checkpoint.restore(model, tmp_path).name == "step-00000000.npz"
+    assert str(newest) in caplog.text
+    for old, new in zip(expected, state(model), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_a_state_of_another_model_is_refused(tmp_path):
+    checkpoint.save(make_model(), tmp_path)
+    other = make_model(drop_path_rate=0.0)
+    other.compile(keras.optimizers.SGD(0.1))
+    with pytest.raises(ValueError, match=r"step-00000000\.npz must be the training state of"):
+        checkpoint.restore(other, tmp_path)
+
+
+# --- Numbers that are not finite -----------------------------------------------------------------
+
+
+class Poison(keras.callbacks.Callback):
+    """Makes one weight infinite before a step, the first time or always."""
+
+    def __init__(self, step, always=False):
+        super().__init__()
+        self.step, self.always, self.done = step, always, False
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if int(self.model.step) == self.step and not (self.done and not self.always):
+            self.done = True
+            kernel = self.model.student_head.last_layer.kernel
+            kernel.assign(tf.fill(kernel.shape, np.inf))
+
+
+def fit_poisoned(model, callbacks):
+    images = np.tile(make_images(32), (2, 1, 1, 1))
+    model.fit(images, batch_size=4, callbacks=callbacks, verbose=0)
+
+
+def test_training_stops_at_the_step_that_is_not_finite(tmp_path):
+    model = make_model(learning_rate=0.004)
+    kept = Checkpoint(tmp_path, every=3)
+    with pytest.raises(RuntimeError) as caught:
+        fit_poisoned(model, [Poison(7), NotFinite(kept), kept])
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    said = str(caught.value)
+    assert "Not finite at step 8, learning rate 0.004" in said
+    assert "first positive_loss (logged)" in said
+    assert f"Last good state: {tmp_path / 'step-00000006.npz'}" in said
+
+
+def test_the_weight_that_is_not_finite_is_named():
+    model = make_model()
+    watch = NotFinite()
+    watch.set_model(model)
+    watch.on_train_begin()
+    logs = {"positive_loss": 1.0, "negative_loss": 1.0, "loss": 2.0, "learning_rate": 0.1}
+    watch.on_train_batch_end(0, logs)
+    bias = model.teacher_head.weights[1]
+    bias.assign(tf.fill(bias.shape, np.nan))
+    with pytest.raises(RuntimeError, match=f"first {bias.path}; 1 of"):
+        watch.on_train_batch_end(1, logs)
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_rolling_back_goes_on_at_half_the_learning_rate(tmp_path, scheduled, caplog):
+    rate = keras.optimizers.schedules.ExponentialDecay(0.004, 1, 1.0) if scheduled else 0.004
+    model = make_model(learning_rate=rate)
+    kept = Checkpoint(tmp_path, every=3)
+    fit_poisoned(model, [Poison(7), NotFinite(kept, rollbacks=1), kept])
+    assert "Going on from step 6 at half the learning rate" in caplog.text
+    assert float(model.optimizer.learning_rate) == pytest.approx(0.002)
+    assert int(model.step) == 16 - 2
+    assert all(np.isfinite(value).all() for value in state(model))
+    again = make_model(learning_rate=rate)
+    assert kept.restore(again) == 14
+    assert float(again.optimizer.learning_rate) == pytest.approx(0.002)
+
+
+def test_rolling_back_ends_after_so_many_times(tmp_path):
+    model = make_model(learning_rate=0.004)
+    kept = Checkpoint(tmp_path, every=3)
+    with pytest.raises(RuntimeError, match=r"learning rate 0\.001: first"):
+        fit_poisoned(model, [Poison(7, always=True), NotFinite(kept, rollbacks=2), kept])
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_rolling_back_needs_a_checkpoint():
+    with pytest.raises(ValueError, match="Rolling back needs `checkpoint`"):
+        NotFinite(rollbacks=1)
+
+
+@pytest.mark.parametrize("callback", [Checkpoint("folder", 7, 3), NotFinite(Checkpoint("f"), 2)])
+def test_callbacks_survive_serialisation(callback):
+    copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(callback))
+    assert copy.get_config() == callback.get_config()

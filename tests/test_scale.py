@@ -1,0 +1,264 @@
+"""Several replicas and several processes equal one device; traps on the way there."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import sddns_tf
+
+HERE = pathlib.Path(__file__).parent
+STEPS, BATCH = 20, 8
+
+
+def make_model(**kwargs):
+    keras.utils.set_random_seed(0)
+    arguments = {
+        "views": sddns_tf.MultiCrop(8, local_views=2, local_size=4),
+        "negatives": sddns_tf.Negatives("perm4", source="both"),
+        "weight_decay": 0.1,
+        "gradient_clip_norm": 0.05,
+        "frozen_last_layer_steps": 2,
+        **kwargs,
+    }
+    model = sddns_tf.SelfDistillation(
+        sddns_tf.VisionTransformer(8, 4, hidden_dim=8, depth=1, num_heads=2),
+        head=sddns_tf.ProjectionHead(16, hidden_dim=8, bottleneck_dim=4),
+        **arguments,
+    )
+    # SGD with momentum: its step is in proportion to the gradient, so that a wrong scale shows.
+    model.compile(keras.optimizers.SGD(0.05, momentum=0.9))
+    return model
+
+
+def batches(steps=STEPS, batch=BATCH):
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (2, steps * batch, 12, 12, 3), dtype=np.uint8)
+    both = {"images": images[0], "auxiliary": images[1]}
+    dataset = tf.data.Dataset.from_tensor_slices(both).batch(batch, drop_remainder=True)
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+    return dataset.with_options(options)
+
+
+class Record(keras.callbacks.Callback):
+    """What is logged after each step."""
+
+    def on_train_begin(self, logs=None):
+        self.logs = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.logs.append({name: float(value) for name, value in logs.items()})
+
+
+def state(model, record):
+    """Everything that training has made: weights, optimizer slots and logs."""
+    parts = {
+        "student": [*model.student_backbone.weights, *model.student_head.weights],
+        "teacher": [*model.teacher_backbone.weights, *model.teacher_head.weights],
+        "optimizer": model.optimizer.variables,
+        "centre": [model.center],
+    }
+    found = {f"{part} {i}": v.numpy() for part, vs in parts.items() for i, v in enumerate(vs)}
+    for name in record.logs[0]:
+        found[f"log of {name}"] = np.array([log[name] for log in record.logs])
+    return found
+
+
+def train(strategy, steps=STEPS):
+    record = Record()
+    with strategy.scope():
+        model = make_model()
+    model.fit(batches(steps), verbose=0, callbacks=[record])
+    return model, state(model, record)
+
+
+def differences(one, other):
+    """Largest difference of each thing, relative to its largest value."""
+    assert one.keys() == other.keys()
+    return {
+        name: np.abs(value - other[name]).max() / max(np.abs(value).max(), 1e-3)
+        for name, value in one.items()
+    }
+
+
+def run(script, *arguments, environment=None):
+    """Start a Python process that can import this file."""
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r})\n{script}"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", **(environment or {})},
+    )
+
+
+def finish(process, seconds=240):
+    """Wait for a process, kill it if it hangs; its output, if it ended well."""
+    try:
+        out, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    assert process.returncode == 0, errors[-4000:]
+    return out
+
+
+REPLICAS = """
+import json
+import numpy as np, tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 4)
+import test_scale as t
+
+_, one = t.train(tf.distribute.get_strategy())
+found = {}
+for replicas in (2, 4):
+    strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
+    model, several = t.train(strategy)
+    found[replicas] = {name: float(v) for name, v in t.differences(one, several).items()}
+    for variable in [*model.weights, *model.optimizer.variables]:
+        copies = strategy.experimental_local_results(variable.value)
+        assert len(copies) == replicas
+        for copy in copies[1:]:
+            np.testing.assert_array_equal(copy, copies[0], err_msg=variable.path)
+print(json.dumps(found))
+
+def error(call):
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
+
+outside = t.sddns_tf.VisionTransformer(8, 4, hidden_dim=8, depth=1, num_heads=2)
+with strategy.scope():
+    views = t.sddns_tf.MultiCrop(8, local_views=0)
+    print(error(lambda: t.sddns_tf.SelfDistillation(outside, views)))
+model = t.make_model()
+with strategy.scope():
+    print(error(lambda: model.compile("sgd")))
+    print(error(lambda: t.make_model().compile("sgd", jit_compile="auto")))
+    print(t.make_model().jit_compile)
+"""
+
+
+@pytest.fixture(scope="module")
+def replicas():
+    lines = finish(run(REPLICAS)).strip().splitlines()
+    return {"differences": json.loads(lines[-5]), "said": lines[-4:]}
+
+
+@pytest.mark.parametrize("count", ["2", "4"])
+def test_replicas_equal_one_device(replicas, count):
+    """Student, teacher, centre, slots and all logs after 20 steps, to float32 round-off."""
+    found = replicas["differences"][count]
+    for part in ("student", "teacher", "optimizer", "centre", "log of loss", "log of feature_std"):
+        assert any(name.startswith(part) for name in found)
+    wrong = {name: value for name, value in found.items() if value > 2e-4}
+    assert not wrong
+
+
+def test_what_was_built_outside_the_scope_is_named(replicas):
+    backbone, compiled, inside, _ = replicas["said"]
+    assert "must be built within the same `strategy.scope()`" in backbone
+    assert "built outside of MirroredStrategy (4 replicas)" in backbone
+    assert "built under" in compiled and "compiled under MirroredStrategy" in compiled
+    assert inside == "nothing was raised"
+
+
+def test_xla_stays_off_under_a_strategy(replicas):
+    assert replicas["said"][-1] == "False"
+
+
+WORKER = """
+import numpy as np, tensorflow as tf
+strategy = tf.distribute.MultiWorkerMirroredStrategy()
+import test_scale as t
+
+_, found = t.train(strategy, steps=2)
+np.savez(sys.argv[1], **found)
+"""
+
+
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("localhost", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def test_two_processes_equal_one(tmp_path):
+    workers = [f"localhost:{port}" for port in free_ports(2)]
+    files = [tmp_path / f"{index}.npz" for index in range(2)]
+    processes = []
+    for index, file in enumerate(files):
+        task = {"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}}
+        processes.append(run(WORKER, file, environment={"TF_CONFIG": json.dumps(task)}))
+    try:
+        _, alone = train(tf.distribute.get_strategy(), steps=2)
+        for process in processes:
+            finish(process)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    first, second = ({name: found[name] for name in found} for found in map(np.load, files))
+    assert max(differences(first, second).values()) == 0
+    wrong = {name: value for name, value in differences(alone, first).items() if value > 2e-4}
+    assert not wrong
+
+
+@pytest.mark.parametrize("shift", sddns_tf.shifts.NAMES)
+def test_draws_of_a_replica_are_those_of_its_part_of_the_batch(monkeypatch, shift):
+    """A stand-in for the replica's context, so that no strategy is needed."""
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
+    shifted = sddns_tf.shifts.get(shift)
+
+    class Context:
+        num_replicas_in_sync = 3
+        replica_id_in_sync_group = 1
+
+    whole = shifted(tf.constant(images), [3, 4])
+    monkeypatch.setattr(tf.distribute, "get_replica_context", Context)
+    np.testing.assert_array_equal(shifted(tf.constant(images[2:4]), [3, 4]), whole[2:4])
+
+
+def test_an_optimizer_that_accumulates_moves_teacher_and_decay_once():
+    model = make_model(frozen_last_layer_steps=0, teacher_momentum=0.9)
+    model.compile(keras.optimizers.SGD(0.05, gradient_accumulation_steps=3))
+    images = next(iter(batches()))
+    train_step = tf.function(model.train_step, autograph=False)
+    for step in range(1, 7):
+        before = [v.numpy() for v in model.weights]
+        train_step(images)
+        named = zip(model.weights, before, strict=True)
+        moved = {v.path: bool((v.numpy() != old).any()) for v, old in named}
+        networks = [m for path, m in moved.items() if "center" not in path and "step" not in path]
+        assert any(networks) == (step % 3 == 0)
+        assert int(model.step) == step
+    assert int(model.optimizer.iterations) == 2
+
+
+def test_small_batches_are_warned_of():
+    model = make_model()
+    images = next(iter(batches(1, 8)))
+    with pytest.warns(UserWarning, match=r"at least 32 images.*Received: 8 images x 1 replicas"):
+        tf.function(model.train_step, autograph=False).get_concrete_function(images)
+
+
+def test_large_batches_are_not_warned_of(recwarn):
+    step = tf.function(make_model().train_step, autograph=False)
+    step.get_concrete_function(next(iter(batches(1, 32))))
+    assert not [w for w in recwarn if "images" in str(w.message)]
