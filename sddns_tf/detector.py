@@ -192,7 +192,18 @@ class Detector(keras.Model):
 
     def call(self, images):
         """Images `(B, H, W, 3)` to a dict of scores, p-values and decisions, each `(B,)`."""
-        score = self._score(self.extractor(images))
+        return self.answer(self.extractor(images))
+
+    def answer(self, features):
+        """What the detector answers for images of which `features` gave the features.
+
+        Args:
+            features: Float32 `(B, D)` of L2 norm 1.
+
+        Returns:
+            Dict of tensors, as for a call.
+        """
+        score = self._score(features)
         # A comparison with NaN is False, so a score that is not a number has rank 1. (`not (score
         # <= threshold)` would not do: the graph optimizer makes `score > threshold` of it.)
         as_high = self.calibration_scores[tf.newaxis, :] >= score[:, tf.newaxis]

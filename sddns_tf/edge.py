@@ -2,15 +2,17 @@
 
 import os
 import pathlib
-import re
-import warnings
 
+import keras
+import numpy as np
 import tensorflow as tf
 
+from sddns_tf import edge_metadata
+from sddns_tf.bank import compress, ood_score
+from sddns_tf.edge_quantization import backbone_scope, import_quantizer, quantized_model
 from sddns_tf.export_checks import (
     CHECKED_IMAGES,
     COSINE_TOLERANCE,
-    answer_images,
     check_answers,
     images_or_synthetic,
     resolution,
@@ -18,33 +20,55 @@ from sddns_tf.export_checks import (
     save,
     temporary_folder_in,
 )
+from sddns_tf.version import __version__
+
+# Room for the calibration scores of a device's own images.
+_CALIBRATION_ROOM = 1000
+
+_LABELS = {
+    "ood_score": "float32 (B,): higher is more out-of-distribution",
+    "p_value": "float32 (B,): share of normal images that score at least as high",
+    "is_ood": "bool (B,): p_value <= false_positive_rate",
+}
 
 _RUN_TFLITE = """
 import sys
+sys.modules["tensorflow"] = sys.modules["keras"] = sys.modules["sddns_tf"] = None
 import numpy as np
-try:
-    from ai_edge_litert.interpreter import Interpreter
-except ImportError:
-    sys.modules["keras"] = sys.modules["sddns_tf"] = None
-    import tensorflow as tf
-    Interpreter = tf.lite.Interpreter
+from ai_edge_litert.interpreter import Interpreter
 runner = Interpreter("export").get_signature_runner("serving_default")
-np.savez("answers.npz", **runner(images=np.load("images.npy")))
+images, batch = np.load("images.npy"), {batch_size}
+answers = [runner(images=images[i : i + batch]) for i in range(0, len(images), batch)]
+np.savez("answers.npz", **{{k: np.concatenate([a[k] for a in answers]) for k in answers[0]}})
 """
 
 
-def tflite(detector, path, quantization=None, representative_images=None):
+def tflite(
+    detector,
+    path,
+    quantization=None,
+    representative_images=None,
+    calibration_images=None,
+    bank_size=1000,
+    batch_size=None,
+    verbose="auto",
+):
     """Write a detector as one `.tflite` file of built-in operations.
 
-    Its signature `serving_default` takes `images`, uint8 `(B, h, w, 3)` for any B, already at the
+    Its signature `serving_default` takes `images`, uint8 `(B, h, w, 3)`, already at the
     resolution of the in-distribution (`detector.extractor.resolution`), and gives `ood_score`,
-    `p_value` and `is_ood`, each `(B,)`. It runs in `ai_edge_litert` without TensorFlow.
+    `p_value` and `is_ood`, each `(B,)`. It runs in `ai_edge_litert` without TensorFlow, and its
+    metadata describe it: see `edge_metadata`.
 
     Quantization is that of the backbone's dense layers and convolutions; everything else,
-    bank, score and calibration above all, stays float32. The p-values are those of the float
-    detector's calibration scores. `"dynamic"` is the one to try first on a CPU: the smallest, as
-    fast as `"int8"` and much closer to the detector. A backbone in mixed precision is exported
-    in float32.
+    bank, score and calibration above all, stays float32. `"dynamic"` is the one to try first on
+    a CPU: the smallest, as fast as `"int8"` and much closer to the detector. A backbone in mixed
+    precision is exported in float32.
+
+    The p-values are right for the scores that the file itself gives. So where these are others
+    than the detector's, the bank being compressed or the backbone quantized, the file is
+    calibrated anew: it scores the calibration images. Without `calibration_images` such an export
+    is refused; only float32 or float16 with the whole bank keeps the detector's own scores.
 
     Args:
         detector: A `Detector`.
@@ -53,25 +77,65 @@ def tflite(detector, path, quantization=None, representative_images=None):
             float32; `"dynamic"` has int8 weights and quantizes activations image by image;
             `"int8"` has int8 weights and activations, in ranges fixed by representative images.
         representative_images: uint8 `(N, h, w, 3)`, about a hundred, at the in-distribution's
-            resolution, needed for `"int8"`. Activations beyond their range saturate, so let them
-            vary as much as what is to be scored. The first 16 serve for the comparison, which
-            otherwise is made on synthetic images.
+            resolution, needed for `"int8"`; images of the bank will do. Activations beyond their
+            range saturate, so let them vary as much as what is to be scored. The first 16 serve
+            for the comparison, else calibration images do, else synthetic ones.
+        calibration_images: uint8 `(N, h, w, 3)` at that resolution: those that the detector was
+            calibrated with, or others that are neither trained on nor in the bank.
+        bank_size: Largest number of rows of the bank, which is compressed to as many centers by
+            weighted k-means: see `bank.compress`. None keeps the whole bank.
+        batch_size: None for any number of images at a time, or the one number that the file
+            takes: somewhat faster, as the delegate then takes the backbone as a whole.
+        verbose: Of the progress bar over calibration images: 0 is silent, 1 shows it, 2 is one
+            line; `"auto"` shows it where there is more than one step.
 
     Returns:
         `pathlib.Path` of the file.
 
     Raises:
-        ImportError: If `ai-edge-quantizer`, needed for every quantization, is not installed.
-        RuntimeError: If what was written does not run, or does not agree with the detector:
-            as for `saved_model`, with 1e-3 (`"float16"`), 1e-2 (`"dynamic"`) or 2e-2 (`"int8"`)
-            in place of 4e-6. Nothing is left behind.
-        ValueError: If the quantization is unknown, `"int8"` lacks representative images, or they
-            have a wrong dtype or shape.
+        ImportError: If `ai-edge-litert`, or `ai-edge-quantizer` for a quantization, is missing.
+        RuntimeError: If what was written does not run, uses an operation that is not built in, or
+            does not agree with the detector (its bank compressed alike): as for `saved_model`,
+            with 1e-3 (`"float16"`), 1e-2 (`"dynamic"`) or 2e-2 (`"int8"`) in place of 4e-6.
+            Nothing is left behind.
+        ValueError: If the quantization is unknown, images that are needed are missing, too few or
+            of a wrong dtype or shape, or a size is not a positive int.
 
     Example:
-    >>> sddns_tf.export.tflite(detector, "parts.tflite", quantization="dynamic")
+    >>> sddns_tf.export.tflite(
+    ...     detector, "parts.tflite", quantization="dynamic", calibration_images=held_out_images
+    ... )
     PosixPath('parts.tflite')
     """
+    _check_arguments(quantization, representative_images, bank_size, batch_size)
+    _import_litert()
+    if quantization is not None:
+        import_quantizer()
+    calibration = _checked(detector, calibration_images, "calibration_images")
+    given = representative_images if representative_images is not None else calibration
+    images = _checked(detector, images_or_synthetic(detector, given), "representative_images")
+    compressed = bank_size is not None and bank_size < detector.bank.shape[0]
+    if calibration is None and (compressed or quantization in ("dynamic", "int8")):
+        raise ValueError(
+            f"`calibration_images` are needed: with quantization={quantization!r} and a bank of "
+            f"{detector.bank.shape[0]} rows at bank_size={bank_size} the file's scores are not the "
+            "detector's, so that its p-values would not hold. Pass the images that the detector "
+            "was calibrated with. Received: calibration_images=None."
+        )
+    path = pathlib.Path(path).expanduser()
+    with temporary_folder_in(path.parent) as folder:
+        reference = _with_bank(_in_float32(detector), bank_size if compressed else None)
+        file = _converted(reference, folder, quantization, images, batch_size)
+        scores = detector.calibration_scores.numpy()
+        if calibration is not None:
+            scores = _scores(file, calibration, batch_size, verbose)
+        edge_metadata.calibrate(file, scores, detector.false_positive_rate)
+        _check(file, folder, _calibrated(reference, scores), images, quantization, batch_size)
+        os.replace(folder / "export", path)
+    return path
+
+
+def _check_arguments(quantization, representative_images, bank_size, batch_size):
     if quantization not in COSINE_TOLERANCE:
         raise ValueError(
             f"`quantization` must be one of {list(COSINE_TOLERANCE)}. Received: {quantization!r}."
@@ -81,32 +145,152 @@ def tflite(detector, path, quantization=None, representative_images=None):
             '`quantization="int8"` needs `representative_images`, which fix the ranges of '
             'activations. Without them use "dynamic". Received: representative_images=None.'
         )
-    if quantization is not None:
-        _import_quantizer()
-    size = resolution(detector)
-    images = images_or_synthetic(detector, representative_images)
+    for name, value in (("bank_size", bank_size), ("batch_size", batch_size)):
+        if value is not None and (
+            not isinstance(value, int) or isinstance(value, bool) or value < 1
+        ):
+            raise ValueError(f"`{name}` must be None or a positive int. Received: {value!r}.")
+
+
+def _checked(detector, images, name):
+    """Images that a file takes as they are, or None."""
+    if images is None:
+        return None
+    images, size = images_or_synthetic(detector, images), resolution(detector)
     if images.shape[1:3] != size:
         raise ValueError(
-            f"`representative_images` must be at the in-distribution's resolution, (N, {size[0]}, "
+            f"`{name}` must be at the in-distribution's resolution, (N, {size[0]}, "
             f"{size[1]}, 3). Received: shape={images.shape}."
         )
-    path = pathlib.Path(path).expanduser()
-    with temporary_folder_in(path.parent) as folder:
-        float_detector = _in_float32(detector)
-        signatures = {"serving_default": answer_images(float_detector, size)}
-        save(folder / "saved_model", float_detector, signatures)
-        # No Flex or custom operations: the converter refuses them unless they are asked for.
-        model = tf.lite.TFLiteConverter.from_saved_model(
-            str(folder / "saved_model"), signature_keys=["serving_default"]
-        ).convert()
-        if quantization is not None:
-            model = _quantized(model, quantization, _backbone_scope(float_detector), images)
-        (folder / "export").write_bytes(model)
-        images = images[:CHECKED_IMAGES]
-        answers = run_apart(_RUN_TFLITE, folder, images)
-        check_answers(detector, images, answers, "", COSINE_TOLERANCE[quantization])
-        os.replace(folder / "export", path)
-    return path
+    return images
+
+
+def _import_litert():
+    try:
+        from ai_edge_litert.interpreter import Interpreter
+    except ImportError as error:
+        raise ImportError(
+            "TFLite files need the package `ai-edge-litert`: `pip install sddns_tf[tflite]`."
+        ) from error
+    return Interpreter
+
+
+def _with_bank(detector, bank_size):
+    """The detector, or one of the same backbone whose bank is compressed."""
+    if bank_size is None:
+        return detector
+    weights = detector.bank_weights.numpy()
+    if np.ptp(weights) > 1e-6 * weights.max():
+        raise ValueError(
+            f"The bank is compressed already, to {len(weights)} centers. Pass `bank_size=None`, or "
+            f"make the detector with `bank_size={bank_size}`. Received: bank_size={bank_size}."
+        )
+    centers, weights = compress(detector.bank.numpy(), bank_size)
+    config = {**detector.get_config(), "extractor": detector.extractor, "bank_size": len(centers)}
+    smaller = type(detector)(**config)
+    smaller.bank.assign(centers)
+    smaller.bank_weights.assign(weights)
+    smaller.calibration_scores.assign(detector.calibration_scores)
+    smaller.recalibrate(false_positive_rate=detector.false_positive_rate)
+    return smaller
+
+
+def _calibrated(detector, scores):
+    """A detector of the same backbone and bank with other calibration scores."""
+    config = {**detector.get_config(), "extractor": detector.extractor}
+    other = type(detector)(**{**config, "calibration_size": len(scores)})
+    other.bank.assign(detector.bank)
+    other.bank_weights.assign(detector.bank_weights)
+    other.calibration_scores.assign(np.sort(scores))
+    other.recalibrate(false_positive_rate=detector.false_positive_rate)
+    return other
+
+
+def _converted(detector, folder, quantization, images, batch_size):
+    """Bytes of the file, with a description and placeholders for a calibration."""
+    size = resolution(detector)
+    room = max(_CALIBRATION_ROOM, detector.calibration_scores.shape[0])
+    placeholders = edge_metadata.calibration_placeholders(room)
+    answer = _answer(detector, placeholders, (batch_size, *size))
+    save(folder / "saved_model", detector, {"serving_default": answer})
+    # No Flex or custom operations: the converter refuses them unless they are asked for.
+    file = tf.lite.TFLiteConverter.from_saved_model(
+        str(folder / "saved_model"), signature_keys=["serving_default"]
+    ).convert()
+    if quantization is not None:
+        # Representative images come one at a time; a fixed batch is filled with copies.
+        file = quantized_model(file, quantization, backbone_scope(detector), images, batch_size)
+    foreign = [name for name in edge_metadata.operators(file) if name in ("CUSTOM", "DELEGATE")]
+    if foreign:
+        raise RuntimeError(f"The file needs operations that are not built in: {foreign}.")
+    description = {
+        "outputs": _LABELS,
+        "image_size": list(size),
+        "batch_size": batch_size,
+        "quantization": quantization,
+        "bank_rows": detector.bank.shape[0],
+        "sddns_tf": __version__,
+        "calibration_room": room,
+    }
+    return edge_metadata.described(file, description, placeholders)
+
+
+def _answer(detector, calibration, shape):
+    """As `Detector.call`, with a calibration that can be found, and rewritten, in the file."""
+    images = tf.TensorSpec([*shape, 3], tf.uint8, name="images")
+
+    @tf.function(input_signature=[images], autograph=False)
+    def answer(images):
+        score = ood_score(
+            detector.extractor(images),
+            detector.bank,
+            detector.temperature,
+            detector.offset,
+            detector.k,
+            weights=detector.bank_weights,
+        )
+        # A score that is not a number has the lowest p-value, as no comparison with it holds.
+        as_high = calibration["scores"][np.newaxis, :] >= score[:, tf.newaxis]
+        count = tf.reduce_sum(tf.cast(as_high, tf.int32), axis=1)
+        # A table, as the converter would make a division by a constant a less exact product.
+        p_value = tf.gather(calibration["p_values"], count)
+        return {"ood_score": score, "p_value": p_value, "is_ood": p_value <= calibration["rate"]}
+
+    return answer
+
+
+def _scores(file, images, batch_size, verbose):
+    """Scores that the file gives, float32 `(N,)`."""
+    interpreter = _import_litert()(model_content=bytes(file), num_threads=os.cpu_count())
+    runner, step = interpreter.get_signature_runner("serving_default"), batch_size or 1
+    starts = range(0, len(images), step)
+    progress = keras.utils.Progbar(
+        len(starts), verbose=int(len(starts) > 1) if verbose == "auto" else verbose
+    )
+    scores = []
+    for number, start in enumerate(starts):
+        batch = images[start : start + step]
+        filled = np.resize(batch, (step, *batch.shape[1:]))
+        scores.append(runner(images=filled)["ood_score"][: len(batch)])
+        progress.update(number + 1)
+    return np.concatenate(scores)
+
+
+def _check(file, folder, reference, images, quantization, batch_size):
+    """Run the file apart, compare it with the detector, and write both to the folder."""
+    count = CHECKED_IMAGES if batch_size is None else -(-CHECKED_IMAGES // batch_size) * batch_size
+    images = np.resize(images, (count, *images.shape[1:])) if batch_size else images[:count]
+    (folder / "export").write_bytes(file)
+    answers = run_apart(_RUN_TFLITE.format(batch_size=batch_size or 8), folder, images)
+    tolerance = COSINE_TOLERANCE[quantization]
+    difference = check_answers(reference, images, answers, "", tolerance)
+    checked = {
+        "images": len(images),
+        "largest_score_difference": float(difference),
+        "allowed": tolerance / reference.temperature,
+    }
+    edge_metadata.describe(file, {"self_check": checked})
+    (folder / "export").write_bytes(file)
 
 
 def _in_float32(detector):
@@ -128,74 +312,3 @@ def _with_float32_policies(config):
     if config.get("class_name") == "DTypePolicy":
         return {**config, "config": {**config["config"], "name": "float32"}}
     return {key: _with_float32_policies(value) for key, value in config.items()}
-
-
-def _import_quantizer():
-    try:
-        from ai_edge_quantizer import calibrator, qtyping, quantizer, recipe_manager
-        from ai_edge_quantizer.utils import qsv_utils
-    except ImportError as error:
-        raise ImportError(
-            "Quantization needs the package `ai-edge-quantizer`: `pip install sddns_tf[tflite]`."
-        ) from error
-    return calibrator, qtyping, quantizer, recipe_manager, qsv_utils
-
-
-def _backbone_scope(detector):
-    """Regular expression for the names that the backbone's operations have in the graph."""
-    names = (detector.extractor.name, detector.extractor.backbone.name)
-    return "".join(rf"{re.escape(name)}(_\d+)?/" for name in names)
-
-
-def _quantized(model, quantization, scope, images):
-    """A TFLite model whose dense layers and convolutions within a scope are quantized.
-
-    TensorFlow's own converter would quantize the bank as well, which makes the score's error two
-    to five times as large. Products of activations stay float: slower and worse as integers.
-    """
-    _, qtyping, quantizer, recipe_manager, _ = _import_quantizer()
-    float16 = qtyping.OpQuantizationConfig(
-        weight_tensor_config=qtyping.TensorQuantizationConfig(
-            num_bits=16, dtype=qtyping.TensorDataType.FLOAT
-        ),
-        compute_precision=qtyping.ComputePrecision.FLOAT,
-        explicit_dequantize=True,
-    )
-    recipe = recipe_manager.RecipeManager()
-    for name in ("FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D"):
-        operation = qtyping.TFLOperationName(name)
-        if quantization == "float16":
-            recipe.add_quantization_config(scope, operation, float16, "float_casting")
-        elif quantization == "dynamic":
-            recipe.add_dynamic_config(scope, operation, num_bits=8)
-        else:
-            recipe.add_static_config(scope, operation, activation_num_bits=8, weight_num_bits=8)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*experimental_preserve_all_tensors.*")
-        ranges = _activation_ranges(model, recipe, images) if quantization == "int8" else None
-        quantized = quantizer.Quantizer(model, recipe.get_quantization_recipe()).quantize(
-            ranges, enable_progress_bar=False, enable_progress_report=False
-        )
-    if len(quantized.quantized_model) >= len(model):
-        raise RuntimeError(
-            f'Quantization "{quantization}" does not make the model smaller: its backbone has '
-            f"hardly any dense layers or convolutions. Received: {len(model)} bytes before, "
-            f"{len(quantized.quantized_model)} after."
-        )
-    return bytes(quantized.quantized_model)
-
-
-def _activation_ranges(model, recipe, images):
-    """Smallest and largest value of each tensor to be quantized, over all images.
-
-    The quantizer by itself takes a moving average over batches instead, which cuts off the
-    extremes and makes the score's error eight times as large.
-    """
-    calibrator, _, _, _, qsv_utils = _import_quantizer()
-    calibration = calibrator.Calibrator(
-        model, num_threads=1, qsv_update_func=qsv_utils.min_max_update
-    )
-    # One image at a time: a larger batch is thirty times as slow for an image.
-    batches = [{"images": images[i : i + 1]} for i in range(len(images))]
-    calibration.calibrate({"serving_default": batches}, recipe)
-    return calibration.get_model_qsvs()

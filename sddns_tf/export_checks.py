@@ -110,7 +110,10 @@ def run_apart(program, folder, images):
 
 
 def check_answers(detector, images, answers, prefix, tolerance):
-    """Raise RuntimeError unless answers agree with the detector's; `tolerance` is a cosine's."""
+    """Raise RuntimeError unless answers agree with the detector's; `tolerance` is a cosine's.
+
+    Returns the largest difference of a score.
+    """
     scores, p_values, is_ood = (
         answers[prefix + name] for name in ("ood_score", "p_value", "is_ood")
     )
@@ -132,6 +135,7 @@ def check_answers(detector, images, answers, prefix, tolerance):
     }
     for name, (difference, bound) in differences.items():
         _check_difference(prefix + name, difference, bound, len(images))
+    return differences["score"][0]
 
 
 def check_features(detector, images, features):

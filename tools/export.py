@@ -1,11 +1,15 @@
 r"""Exports a detector for servers (SavedModel) and for devices (TFLite).
 
     python tools/export.py --detector=parts/detector.keras --saved_model=exports/parts \
-        --tflite=parts.tflite --quantization=dynamic --representative=folder:parts/good
+        --tflite=parts.tflite --quantization=dynamic --calibration=folder:parts/held_out
 
 Either export carries everything: resizing, normalization, backbone, bank, score, calibration. It is
 run in a process of its own and compared with the detector before it gets its name; where they
 disagree nothing is left behind and the tool ends with 1. Prints a line of JSON for each export.
+
+A .tflite file whose scores are not quite the detector's (quantization, a bank of more than
+--tflite_bank_size) is calibrated anew, on --calibration: name the images that the detector was
+calibrated with.
 """
 
 import json
@@ -30,6 +34,16 @@ def define_flags():
         ["none", "float16", "dynamic", "int8"],
         "Of the backbone in the .tflite file.",
     )
+    flags.DEFINE_string(
+        "calibration",
+        None,
+        "Source of in-distribution images that are neither trained on nor in the bank, to "
+        "calibrate the .tflite file with (split: test).",
+    )
+    flags.DEFINE_integer(
+        "tflite_bank_size", 1000, "Compress its bank to at most so many centres.", 1
+    )
+    flags.DEFINE_integer("tflite_batch_size", None, "Images it takes at a time; default: any.", 1)
     flags.DEFINE_string(
         "representative",
         None,
@@ -60,11 +74,7 @@ def main():
             f"--detector must hold a Detector. Received: {FLAGS.detector}, which holds a "
             f"{type(detector).__name__}"
         )
-    images = None
-    if FLAGS.representative:
-        one = command_line.source("representative", FLAGS.representative, "train")
-        resolution = detector.extractor.resolution or detector.extractor.image_size
-        images = command_line.read("representative", one, FLAGS, resolution, limit=FLAGS.limit)
+    images = read(detector, "representative", "train", FLAGS.limit)
     if FLAGS.saved_model:
         command_line.say("Writing and checking the SavedModel")
         path = sddns_tf.export.saved_model(
@@ -75,9 +85,25 @@ def main():
         command_line.say("Writing and checking the TFLite file")
         quantization = None if FLAGS.quantization == "none" else FLAGS.quantization
         path = sddns_tf.export.tflite(
-            detector, FLAGS.tflite, quantization=quantization, representative_images=images
+            detector,
+            FLAGS.tflite,
+            quantization=quantization,
+            representative_images=images,
+            calibration_images=read(detector, "calibration", "test", None),
+            bank_size=FLAGS.tflite_bank_size,
+            batch_size=FLAGS.tflite_batch_size,
+            verbose=command_line.progress(),
         )
         tell("tflite", path)
+
+
+def read(detector, flag, split, limit):
+    """The images that a flag names, at the detector's resolution, or None."""
+    if not FLAGS[flag].value:
+        return None
+    one = command_line.source(flag, FLAGS[flag].value, split)
+    resolution = detector.extractor.resolution or detector.extractor.image_size
+    return command_line.read(flag, one, FLAGS, resolution, limit=limit)
 
 
 def tell(kind, path):

@@ -1,0 +1,159 @@
+r"""Scores image files on an edge device, and calibrates there, without TensorFlow.
+
+    pip install ai-edge-litert numpy pillow
+    python edge_inference.py parts.tflite photo.png another.jpg
+
+prints for each file its score, its p-value and the decision. This one file is all that a device
+needs beside the `.tflite` file that `sddns_tf.export.tflite` wrote.
+
+A camera or a light other than those of the calibration images shifts all scores, and then the
+promised false positive rate does not hold. Images of normal parts that the device itself took,
+at least `1 / rate - 1` of them and none of them in the bank, calibrate it again, in seconds:
+
+    python edge_inference.py parts.tflite --recalibrate normal/*.png --output parts-here.tflite
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+
+import numpy as np
+
+
+def load(path):
+    """The scorer of a `.tflite` file, its batch size (None for any) and image size."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(str(path))
+    batch, height, width, _ = interpreter.get_input_details()[0]["shape_signature"].tolist()
+    runner = interpreter.get_signature_runner("serving_default")
+    return runner, None if batch < 0 else batch, (height, width)
+
+
+def read_image(path, size):
+    """An image file as uint8 `(height, width, 3)`, resized as the detector resizes."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        if image.mode[0] in "IF":
+            raise ValueError(f"{path} must have 8 bits a channel. Received: mode {image.mode}.")
+        image = image.convert("RGB")
+        height, width = size
+        return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def score(model, images):
+    """Scores, p-values and decisions of uint8 images `(N, height, width, 3)`.
+
+    Args:
+        model: What `load` gave.
+        images: The images, as `read_image` reads them.
+
+    Returns:
+        Dict of `"ood_score"`, `"p_value"` and `"is_ood"`, arrays `(N,)`.
+    """
+    runner, batch, _ = model
+    batch = batch or 1
+    answers = []
+    for start in range(0, len(images), batch):
+        part = np.asarray(images[start : start + batch])
+        full = np.resize(part, (batch, *part.shape[1:]))
+        answers.append({k: v[: len(part)] for k, v in runner(images=full).items()})
+    return {name: np.concatenate([one[name] for one in answers]) for name in answers[0]}
+
+
+def _opened(file):
+    """The file's tables, and its description as bytes that can be rewritten in place."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    tables = schema.Model.GetRootAs(file)
+    for entry in map(tables.Metadata, range(tables.MetadataLength())):
+        if entry.Name() == b"sddns_tf":
+            return tables, tables.Buffers(entry.Buffer()).DataAsNumpy()
+    raise ValueError("The .tflite file was not written by sddns_tf: it has no description.")
+
+
+def description(path):
+    """What a `.tflite` file says about itself: outputs, false positive rate, sizes, version."""
+    return json.loads(_opened(bytearray(pathlib.Path(path).read_bytes()))[1].tobytes())
+
+
+def recalibrate(path, scores, output, false_positive_rate=None):
+    """Write a copy of a `.tflite` file that is calibrated with other normal images.
+
+    A p-value is `(1 + number of calibration scores as high) / (1 + number of them)`.
+
+    Args:
+        path: The `.tflite` file.
+        scores: Its own scores of normal images, `(N,)`, at most `calibration_room` of them.
+        output: The file to write, whole or not at all. It may be `path`.
+        false_positive_rate: Largest share of normal images to flag. None keeps the file's.
+    """
+    file = bytearray(pathlib.Path(path).read_bytes())
+    tables, text = _opened(file)
+    about = json.loads(text.tobytes())
+    rate = about["false_positive_rate"] if false_positive_rate is None else false_positive_rate
+    scores, room = np.sort(np.asarray(scores, np.float32)), about["calibration_room"]
+    if not 0.0 < rate < 1.0 or np.float32(1.0) / np.float32(len(scores) + 1) > np.float32(rate):
+        raise ValueError(
+            "The false positive rate must be between 0 and 1, and it takes at least 1 / rate - 1 "
+            f"calibration images. Received: {rate} and {len(scores)} images."
+        )
+    if len(scores) > room or not np.isfinite(scores).all():
+        raise ValueError(
+            f"Expected at most {room} finite scores. Received: {len(scores)}, "
+            f"{np.count_nonzero(~np.isfinite(scores))} of them not finite."
+        )
+
+    def values(name):
+        return tables.Buffers(about["buffers"][name]).DataAsNumpy().view(np.float32)
+
+    values("scores")[:] = -np.inf  # which counts as lower than any score
+    values("scores")[: len(scores)] = scores
+    ranks = np.arange(1, room + 2, dtype=np.float32)
+    values("p_values")[:] = np.minimum(ranks / np.float32(1 + len(scores)), 1.0)
+    values("rate")[:] = rate
+    changes = {"false_positive_rate": rate, "calibration_images": len(scores)}
+    new = json.dumps({**about, **changes}).encode().ljust(len(text))
+    text[:] = np.frombuffer(new, np.uint8)
+    unfinished = f"{output}.{os.getpid()}.tmp"
+    try:
+        pathlib.Path(unfinished).write_bytes(file)
+        os.replace(unfinished, output)
+    finally:
+        pathlib.Path(unfinished).unlink(missing_ok=True)
+
+
+def main(arguments=None):
+    """Score the files, or calibrate with them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="the .tflite file")
+    parser.add_argument("images", nargs="*", help="image files")
+    parser.add_argument("--recalibrate", nargs="+", metavar="IMAGE", help="normal images")
+    parser.add_argument("--false_positive_rate", type=float, help="default: the file's")
+    parser.add_argument("--output", help="calibrated file to write; default: the model itself")
+    options = parser.parse_args(arguments)
+    model = load(options.model)
+    if options.recalibrate:
+        # One at a time: a device may have little memory.
+        normal = [score(model, [read_image(p, model[2])]) for p in options.recalibrate]
+        scores = np.concatenate([one["ood_score"] for one in normal])
+        output = options.output or options.model
+        recalibrate(options.model, scores, output, options.false_positive_rate)
+        print(json.dumps({"calibrated": output, "images": len(scores)}))
+        model = load(output)
+    for path in options.images:
+        answer = score(model, [read_image(path, model[2])])
+        row = {name: values[0].item() for name, values in answer.items()}
+        print(json.dumps({"path": path, **row}), flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"ERROR: {error}")

@@ -1,0 +1,163 @@
+"""What a `.tflite` file says about itself: its operators, its calibration, its description.
+
+The calibration lies in three buffers of the file: `scores`, ascending and filled up with minus
+infinity, `p_values`, one for each number of calibration scores that are as high as a score, and
+`rate`. The description is JSON, in the file's metadata under the name `sddns_tf`, and tells which
+buffers these are, so that a device can calibrate again in place, without TensorFlow:
+`examples/edge_inference.py` does.
+"""
+
+import json
+
+import numpy as np
+
+NAME = "sddns_tf"
+_DESCRIPTION_BYTES = 4096  # With room: a device may rewrite it in place, but not lengthen it.
+
+
+def _schema():
+    from ai_edge_litert import schema_py_generated
+
+    return schema_py_generated
+
+
+def operators(file):
+    """Names of the operators that a file uses; those that are not built in as `CUSTOM`.
+
+    Args:
+        file: Bytes of a `.tflite` file.
+
+    Returns:
+        Sorted list of names.
+    """
+    schema = _schema()
+    names = {code: name for name, code in vars(schema.BuiltinOperator).items() if name.isupper()}
+    model = schema.Model.GetRootAs(file)
+    codes = (model.OperatorCodes(i) for i in range(model.OperatorCodesLength()))
+    # Early codes are in a field of a byte, in which 127 stands for all that follow.
+    return sorted({names[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())] for code in codes})
+
+
+def calibration_placeholders(capacity):
+    """Stand-ins for the calibration, unlike any constant of a network, to be found in the file.
+
+    Args:
+        capacity: Number of calibration scores that the file has room for.
+
+    Returns:
+        Dict of float32 arrays: `"scores"` `(capacity,)`, `"p_values"` `(capacity + 1,)` and
+        `"rate"` `()`.
+    """
+    numbers = np.random.default_rng(0x5DD5).uniform(1e5, 2e5, 2 * capacity + 1).astype(np.float32)
+    return {
+        "scores": numbers[:capacity],
+        "p_values": numbers[capacity:],
+        "rate": np.float32(0.27182817),
+    }
+
+
+def described(file, description, placeholders):
+    """A file with a description that tells where its calibration is.
+
+    Args:
+        file: Bytes of a `.tflite` file, converted with the placeholders.
+        description: Dict, as JSON takes it.
+        placeholders: What `calibration_placeholders` gave.
+
+    Returns:
+        Bytearray of the file with the description, of which `"buffers"` is now a part.
+
+    Raises:
+        RuntimeError: If a placeholder is not in exactly one buffer.
+    """
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    schema = _schema()
+    model = flatbuffer_utils.read_model_from_bytearray(bytearray(file))
+    buffers = {name: _buffer_of(model, name, value) for name, value in placeholders.items()}
+    text = json.dumps({**description, "buffers": buffers}).encode()
+    buffer = schema.BufferT()
+    buffer.data = np.frombuffer(text.ljust(_DESCRIPTION_BYTES), np.uint8)
+    entry = schema.MetadataT()
+    entry.name, entry.buffer = NAME, len(model.buffers)
+    model.buffers.append(buffer)
+    model.metadata = [*(model.metadata or []), entry]
+    return bytearray(flatbuffer_utils.convert_object_to_bytearray(model))
+
+
+def _buffer_of(model, name, value):
+    content = value.tobytes()
+    found = [
+        index
+        for index, buffer in enumerate(model.buffers)
+        if buffer.data is not None and bytes(buffer.data) == content
+    ]
+    if len(found) != 1:
+        raise RuntimeError(
+            f"The calibration's {name} should be one constant of the converted file. "
+            f"Received: {len(found)} constants of that value."
+        )
+    return found[0]
+
+
+def description(file):
+    """The description that a file carries.
+
+    Args:
+        file: Bytes of a `.tflite` file.
+
+    Returns:
+        Dict.
+
+    Raises:
+        ValueError: If the file carries none.
+    """
+    return json.loads(_description_bytes(file).tobytes())
+
+
+def describe(file, values):
+    """Rewrite some entries of the description, in place.
+
+    Args:
+        file: Bytearray of a described `.tflite` file.
+        values: Dict of the entries that change.
+    """
+    place = _description_bytes(file)
+    text = json.dumps({**description(file), **values}).encode()
+    if len(text) > len(place):
+        raise ValueError(f"The description has {len(place)} bytes. Received: {len(text)}.")
+    place[:] = np.frombuffer(text.ljust(len(place)), np.uint8)
+
+
+def calibrate(file, scores, rate):
+    """Rewrite the calibration, in place.
+
+    Args:
+        file: Bytearray of a described `.tflite` file.
+        scores: Its own scores of calibration images, float32 `(N,)`, at most as many as it has
+            room for.
+        rate: Float, false positive rate.
+    """
+    buffers = description(file)["buffers"]
+    model = _schema().Model.GetRootAs(file)
+
+    def values(name):
+        return model.Buffers(buffers[name]).DataAsNumpy().view(np.float32)
+
+    place = values("scores")
+    # Minus infinity is at least as high as no score: it counts for nothing.
+    place[:] = -np.inf
+    place[: len(scores)] = np.sort(np.asarray(scores, np.float32))
+    table = values("p_values")
+    ranks = np.arange(1, len(table) + 1, dtype=np.float32)
+    table[:] = np.minimum(ranks / np.float32(1 + len(scores)), 1.0)
+    values("rate")[:] = rate
+    describe(file, {"false_positive_rate": rate, "calibration_images": len(scores)})
+
+
+def _description_bytes(file):
+    model = _schema().Model.GetRootAs(file)
+    for index in range(model.MetadataLength()):
+        if model.Metadata(index).Name() == NAME.encode():
+            return model.Buffers(model.Metadata(index).Buffer()).DataAsNumpy()
+    raise ValueError("The file carries no description of a detector.")
