@@ -1,15 +1,20 @@
 """A detector as a SavedModel for TensorFlow Serving."""
 
+import datetime
+import hashlib
+import importlib.metadata
+import json
 import os
 import pathlib
+import platform
 
+import numpy as np
 import tensorflow as tf
 
-from sddns_tf import image_ops
+from sddns_tf import serving_signatures, serving_warmup
 from sddns_tf.export_checks import (
     CHECKED_IMAGES,
     COSINE_TOLERANCE,
-    answer_images,
     check_answers,
     check_features,
     images_or_synthetic,
@@ -18,6 +23,7 @@ from sddns_tf.export_checks import (
     save,
     temporary_folder_in,
 )
+from sddns_tf.version import __version__
 
 # As on a server: neither Keras nor this package, and the session loader, which is the one that
 # TensorFlow Serving uses and which is stricter than `tf.saved_model.load`.
@@ -28,31 +34,50 @@ import numpy as np
 import tensorflow as tf
 images = np.load("images.npy")
 encoded = [tf.io.encode_png(image).numpy() for image in images]
-feeds = {"serving_default": images, "serving_bytes": encoded, "features": images}
+feeds = {"images": images, "image_bytes": encoded, "false_positive_rate": np.load("rates.npy")}
 answers = {}
 with tf.compat.v1.Session(graph=tf.Graph()) as session:
     loaded = tf.compat.v1.saved_model.loader.load(session, ["serve"], "export")
-    for name, feed in feeds.items():
-        signature = loaded.signature_def[name]
-        (placeholder,) = [tensor.name for tensor in signature.inputs.values()]
+    for name, signature in loaded.signature_def.items():
+        if name.startswith("__"):
+            continue
+        inputs = {tensor.name: feeds[key] for key, tensor in signature.inputs.items()}
         fetches = {key: tensor.name for key, tensor in signature.outputs.items()}
-        for key, value in session.run(fetches, {placeholder: feed}).items():
-            answers[f"{name}.{key}"] = value
+        for key, value in session.run(fetches, inputs).items():
+            answers[f"{name}.{key}"] = value.astype("S") if value.dtype == object else value
 np.savez("answers.npz", **answers)
 """
 
 
-def saved_model(detector, directory, version=None, images=None):
+def saved_model(
+    detector,
+    directory,
+    version=None,
+    images=None,
+    *,
+    include_features=False,
+    max_pixels=64_000_000,
+    training_data=None,
+):
     """Write a detector as a SavedModel that TensorFlow Serving loads.
 
-    Signatures:
+    Signatures, all for batches of any size B:
 
     - `serving_default`: `images`, uint8 `(B, H, W, 3)`, of any height and width, to `ood_score`,
       `p_value` and `is_ood`, each `(B,)`, as the detector gives them.
     - `serving_bytes`: `image_bytes`, string `(B,)`, JPEG, PNG, BMP or GIF files (of which the
-      first frame counts) of any sizes in one batch, to the same. One that is not an image fails
-      the whole batch with `InvalidArgument`.
+      first frame counts) of any sizes in one batch, to the same and `status`, string `(B,)`. It is
+      empty for an image. Of a file that is none, is damaged or has too many pixels it says so; the
+      score is then not a number, the p-value the lowest there is, and `is_ood` true. The other
+      files of the batch are not affected.
+    - `serving_at_rate` and `serving_bytes_at_rate`: the same with one more input,
+      `false_positive_rate`, float32 `(B,)`, in place of the detector's own. Where it is too small
+      for the number of calibration images, or not below 1, `status` says so and `is_ood` is true.
     - `features`: `images`, as above, to `features`, float32 `(B, D)` of L2 norm 1.
+
+    In `assets.extra` lie requests with which the server warms up, and `metadata.json`: versions of
+    packages, the detector's configuration and calibration, the result of the comparison below,
+    and the size and SHA-256 of each file.
 
     The export becomes visible at once and whole, so a server may watch the directory. Before that
     it is loaded in a process of its own and compared with the detector.
@@ -60,9 +85,14 @@ def saved_model(detector, directory, version=None, images=None):
     Args:
         detector: A `Detector`.
         directory: Path of the served model, which holds a numbered directory for each version.
+            Its last part is the name under which it is served.
         version: Positive int. Defaults to one more than the highest version in `directory`.
         images: None, or some real images to compare on, uint8 `(N, H, W, 3)`; the first 16 are
             used. Defaults to synthetic ones.
+        include_features: Whether the answers hold `features`, float32 `(B, D)`, as well.
+        max_pixels: Positive int. Image files of more pixels are not decoded: their header tells.
+            A pixel takes about 30 bytes of memory while its file is being resized.
+        training_data: None, or what the detector was trained on, in words, for `metadata.json`.
 
     Returns:
         `pathlib.Path` of the directory written, `directory/<version>`.
@@ -73,28 +103,48 @@ def saved_model(detector, directory, version=None, images=None):
             scores to within 4e-6 / temperature (1e-4 at the default; for a backbone in mixed
             precision, its rounding error / temperature); p-values and decisions must be exactly
             those of the written score. Nothing is left behind.
-        ValueError: If the version is not a positive int, or the images are not uint8 images.
+        ValueError: If the version or `max_pixels` is not a positive int, or the images are not
+            uint8 images.
 
     Example:
     >>> sddns_tf.export.saved_model(detector, "exports/parts", images=test_images)
     PosixPath('exports/parts/1')
     """
-    directory = pathlib.Path(directory).expanduser()
+    directory = pathlib.Path(directory).expanduser().absolute()
     version = _next_version(directory) if version is None else version
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ValueError(f"`version` must be a positive int. Received: {version!r}.")
+    _check_positive_int("version", version)
+    _check_positive_int("max_pixels", max_pixels)
     target = directory / str(version)
     if target.exists():
         raise FileExistsError(f"{target} is there already. Choose another version or none.")
-    images = images_or_synthetic(detector, images)[:CHECKED_IMAGES]
+    checked = images_or_synthetic(detector, images)[:CHECKED_IMAGES]
     with temporary_folder_in(directory) as folder:
-        save(folder / "export", detector, _signatures(detector))
-        answers = run_apart(_RUN_SAVED_MODEL, folder, images)
-        for signature in ("serving_default", "serving_bytes"):
-            check_answers(detector, images, answers, f"{signature}.", COSINE_TOLERANCE[None])
-        check_features(detector, images, answers["features.features"])
-        os.rename(folder / "export", target)
+        export = folder / "export"
+        save(
+            export, detector, serving_signatures.signatures(detector, max_pixels, include_features)
+        )
+        check = _compared(detector, folder, checked)
+        check["images"] = f"{len(checked)} {'synthetic' if images is None else 'given'}"
+        extra = export / "assets.extra"
+        extra.mkdir()
+        serving_warmup.write(extra, directory.name, _warmup_requests(detector, checked))
+        metadata = {
+            "name": directory.name,
+            "version": version,
+            "training_data": training_data,
+            "max_pixels": max_pixels,
+            "self_check": check,
+            **_description(detector),
+            "files": _files(export),
+        }
+        (extra / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
+        os.rename(export, target)
     return target
+
+
+def _check_positive_int(name, value):
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{name}` must be a positive int. Received: {value!r}.")
 
 
 def _next_version(directory):
@@ -102,46 +152,68 @@ def _next_version(directory):
     return max([int(name) for name in names if name.isdecimal()], default=0) + 1
 
 
-def _signatures(detector):
-    images = tf.TensorSpec([None, None, None, 3], tf.uint8, name="images")
-
-    @tf.function(input_signature=[images], autograph=False)
-    def features(images):
-        return {"features": detector.features(images)}
-
+def _compared(detector, folder, images):
+    """Largest differences between the export in a folder and the detector, all within bounds."""
+    np.save(folder / "rates.npy", np.full(len(images), detector.false_positive_rate, np.float32))
+    answers = run_apart(_RUN_SAVED_MODEL, folder, images)
+    with tf.device("CPU:0"):  # As the export was.
+        expected = detector(images)["p_value"].numpy()
+    scores, p_values = [], []
+    for name in ("serving_default", "serving_bytes", "serving_at_rate", "serving_bytes_at_rate"):
+        scores.append(check_answers(detector, images, answers, f"{name}.", COSINE_TOLERANCE[None]))
+        p_values.append(np.max(np.abs(answers[f"{name}.p_value"] - expected)))
+        if np.any(answers.get(f"{name}.status", b"") != b""):
+            raise RuntimeError(
+                "What was written does not take images that it should, so it was discarded. "
+                f"Received: {name}, status={answers[f'{name}.status'].tolist()}."
+            )
+    check_features(detector, images, answers["features.features"])
     return {
-        "serving_default": answer_images(detector, (None, None)),
-        "serving_bytes": _answer_bytes(detector),
-        "features": features,
+        "largest_difference_of_ood_score": float(np.max(scores)),
+        "largest_difference_of_p_value": float(np.max(p_values)),
     }
 
 
-def _answer_bytes(detector):
-    size = resolution(detector)
-
-    def decode(image_bytes):
-        image = tf.io.decode_image(image_bytes, channels=3, expand_animations=False)
-        image = tf.ensure_shape(image, [None, None, 3])
-        return image_ops.resize(image[tf.newaxis], *size)[0]
-
-    @tf.function(
-        input_signature=[tf.TensorSpec([None], tf.string, name="image_bytes")], autograph=False
-    )
-    def answer(image_bytes):
-        # Before any is decoded: the decoder's own error would not say which item it is about.
-        with tf.control_dependencies([_assert_image_files(image_bytes)]):
-            image_bytes = tf.identity(image_bytes)
-        # Each image at its own size, so one at a time: decoding is host work anyway.
-        spec = tf.TensorSpec([*size, 3], tf.float32)
-        return detector(tf.map_fn(decode, image_bytes, fn_output_signature=spec))
-
-    return answer
+def _warmup_requests(detector, images):
+    """One image and a few at once, to every signature."""
+    for count in (1, 4):
+        batch = np.resize(images, (count, *images.shape[1:]))
+        files = np.array([tf.io.encode_jpeg(image).numpy() for image in batch], object)
+        rate = np.full(count, detector.false_positive_rate, np.float32)
+        yield "serving_default", {"images": batch}
+        yield "serving_bytes", {"image_bytes": files}
+        yield "serving_at_rate", {"images": batch, "false_positive_rate": rate}
+        yield "serving_bytes_at_rate", {"image_bytes": files, "false_positive_rate": rate}
+        yield "features", {"images": batch}
 
 
-def _assert_image_files(image_bytes):
-    """An assertion that names the items which do not begin as image files do."""
-    beginnings = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF8")
-    matches = [tf.strings.substr(image_bytes, 0, len(text)) == text for text in beginnings]
-    wrong = tf.where(~tf.reduce_any(matches, axis=0))[:, 0]
-    message = "Not a JPEG, PNG, BMP or GIF file: items of `image_bytes` at"
-    return tf.debugging.Assert(tf.equal(tf.size(wrong), 0), [message, wrong], summarize=10)
+def _description(detector):
+    """What a detector is, for people and programs that find its export."""
+    packages = ("keras", "numpy", "tensorflow")
+    return {
+        "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "packages": {
+            "python": platform.python_version(),
+            "sddns_tf": __version__,
+            **{name: importlib.metadata.version(name) for name in packages},
+        },
+        "false_positive_rate": detector.false_positive_rate,
+        "threshold": detector.threshold,
+        "calibration_size": detector.calibration_scores.shape[0],
+        "bank_size": detector.bank.shape[0],
+        "feature_dimension": detector.bank.shape[1],
+        "resolution": resolution(detector),
+        "configuration": detector.get_config(),
+    }
+
+
+def _files(folder):
+    """Size and checksum of each file of a folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in paths
+    }

@@ -1,0 +1,109 @@
+"""What a served detector can be asked: the functions behind a SavedModel's signatures."""
+
+import math
+
+import numpy as np
+import tensorflow as tf
+
+from sddns_tf import image_ops, served_bytes
+from sddns_tf.export_checks import resolution
+
+_IMAGES = tf.TensorSpec([None, None, None, 3], tf.uint8, name="images")
+_IMAGE_BYTES = tf.TensorSpec([None], tf.string, name="image_bytes")
+_RATE = tf.TensorSpec([None], tf.float32, name="false_positive_rate")
+
+
+def signatures(detector, max_pixels, include_features=False):
+    """Functions of a detector by the names of their signatures.
+
+    Args:
+        detector: A `Detector`.
+        max_pixels: Image files of more pixels are not decoded.
+        include_features: Whether answers hold the features as well.
+
+    Returns:
+        Dict of `tf.function`s: see `export.saved_model`.
+    """
+    size = resolution(detector)
+
+    # The one large function: all signatures call it, so the network is written once.
+    @tf.function(input_signature=[tf.TensorSpec([None, *size, 3], tf.float32)], autograph=False)
+    def answer_resized(images):
+        features = detector.features(images)
+        return {**detector.answer(features), "features": features}
+
+    def answer_all(images):
+        return answer_resized(_resized(images, size))
+
+    def chosen(answers):
+        return {name: answers[name] for name in answers if include_features or name != "features"}
+
+    def answer(images):
+        return chosen(answer_all(images))
+
+    def answer_bytes(files):
+        images, status = served_bytes.decode(files, size, max_pixels)
+        answers = chosen(answer_resized(images))
+        return {**_where_decoded(detector, answers, status), "status": status}
+
+    def at_rate(function):
+        return lambda inputs, rate: _at_rate(detector, function(inputs), rate)
+
+    functions = {
+        "serving_default": (answer, [_IMAGES]),
+        "serving_bytes": (answer_bytes, [_IMAGE_BYTES]),
+        "serving_at_rate": (at_rate(answer), [_IMAGES, _RATE]),
+        "serving_bytes_at_rate": (at_rate(answer_bytes), [_IMAGE_BYTES, _RATE]),
+        "features": (lambda images: {"features": answer_all(images)["features"]}, [_IMAGES]),
+    }
+    return {
+        name: tf.function(function, input_signature=inputs, autograph=False)
+        for name, (function, inputs) in functions.items()
+    }
+
+
+def _resized(images, size):
+    """Images at the detector's resolution; those that have it already cost nothing."""
+    fits = tf.reduce_all(tf.shape(images)[1:3] == size)
+    resized = tf.cond(
+        fits,
+        lambda: tf.cast(images, tf.float32),
+        lambda: image_ops.resize(images, *size),
+    )
+    return tf.ensure_shape(resized, [None, *size, 3])
+
+
+def _where_decoded(detector, answers, status):
+    """Answers, and for a file without an image those for a score that is not a number."""
+    decoded = status == ""
+    lowest = np.float32(1.0 / (1.0 + detector.calibration_scores.shape[0]))
+    instead = {"ood_score": math.nan, "p_value": lowest, "is_ood": True, "features": math.nan}
+    return {
+        name: tf.where(decoded if value.shape.rank == 1 else decoded[:, tf.newaxis], value, other)
+        for name, value, other in ((name, answers[name], instead[name]) for name in answers)
+    }
+
+
+def _at_rate(detector, answers, rate):
+    """Answers with the decisions of other rates than the detector's own, one for each image.
+
+    As in `Detector`, p-values are compared by their rank, so that rounding decides nothing.
+    """
+    images = tf.size(answers["p_value"])
+    shape = tf.debugging.assert_equal(
+        tf.size(rate), images, "`false_positive_rate` must hold one number for each image."
+    )
+    with tf.control_dependencies([shape]):
+        rate = tf.identity(rate)
+    ranks = detector.calibration_scores.shape[0] + 1
+    p_values = np.arange(1, ranks, dtype=np.float32) / np.float32(ranks)
+    largest_flagged = tf.searchsorted(p_values, rate, side="right")
+    possible = tf.logical_and(rate < 1.0, largest_flagged > 0)  # False for NaN as well.
+    rank = tf.cast(tf.round(answers["p_value"] * ranks), tf.int32)
+    wrong = f"needs a false_positive_rate of at least 1/{ranks} and below 1"
+    status = answers.get("status", tf.fill([images], ""))
+    return {
+        **answers,
+        "is_ood": tf.logical_or(rank <= largest_flagged, ~possible),
+        "status": tf.where(tf.logical_or(possible, status != ""), status, wrong),
+    }

@@ -1,0 +1,52 @@
+"""Requests that TensorFlow Serving sends a model before it gives it to clients.
+
+The first request to a signature is slow: memory is allocated and kernels are chosen. A server
+plays the records of `assets.extra/tf_serving_warmup_requests` first. Each is a `PredictionLog` of
+TensorFlow Serving's API, of which so little is needed that it is written here field by field, in
+the wire format of protocol buffers: no export depends on the library, and the tests compare.
+"""
+
+import tensorflow as tf
+
+FILE = "tf_serving_warmup_requests"
+
+# Numbers of the fields in prediction_log.proto, predict.proto and model.proto.
+_LOG_PREDICT, _PREDICT_REQUEST = 6, 1
+_REQUEST_MODEL, _REQUEST_INPUTS = 1, 2
+_MODEL_NAME, _MODEL_SIGNATURE = 1, 3
+_MAP_KEY, _MAP_VALUE = 1, 2
+
+
+def write(folder, model, requests):
+    """Write warm-up requests, in their order.
+
+    Args:
+        folder: Existing folder, `assets.extra` of a SavedModel.
+        model: Name under which the model is served.
+        requests: Pairs of a signature's name and its inputs, a dict of arrays.
+    """
+    with tf.io.TFRecordWriter(str(folder / FILE)) as writer:
+        for signature, inputs in requests:
+            request = _predict_request(model, signature, inputs)
+            writer.write(_field(_LOG_PREDICT, _field(_PREDICT_REQUEST, request)))
+
+
+def _predict_request(model, signature, inputs):
+    spec = _field(_MODEL_NAME, model.encode()) + _field(_MODEL_SIGNATURE, signature.encode())
+    request = _field(_REQUEST_MODEL, spec)
+    for name, array in inputs.items():
+        tensor = tf.make_tensor_proto(array).SerializeToString()
+        entry = _field(_MAP_KEY, name.encode()) + _field(_MAP_VALUE, tensor)
+        request += _field(_REQUEST_INPUTS, entry)
+    return request
+
+
+def _field(number, content):
+    """A field that holds bytes: its number and kind, how many, and they."""
+    return _varint(number << 3 | 2) + _varint(len(content)) + content
+
+
+def _varint(value):
+    """Seven bits in a byte, the lowest first; the highest bit says that more follow."""
+    low, rest = value & 0x7F, value >> 7
+    return bytes([low | 0x80]) + _varint(rest) if rest else bytes([low])
