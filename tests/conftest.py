@@ -62,3 +62,52 @@ def auxiliary():
     )
     images.setflags(write=False)
     return images
+
+
+def _grass_and_person(count, seed, height=32, width=32):
+    """As many crops of grass as of a person, uint8 (2 * count, height, width, 3)."""
+    grass = np.repeat(skimage.data.grass()[..., np.newaxis], 3, axis=-1)
+    generator = np.random.default_rng(seed)
+    images = []
+    for photograph in (grass, skimage.data.astronaut()):
+        tops = generator.integers(0, photograph.shape[0] - height, count)
+        lefts = generator.integers(0, photograph.shape[1] - width, count)
+        images += [
+            photograph[top : top + height, left : left + width]
+            for top, left in zip(tops, lefts, strict=True)
+        ]
+    return np.stack(images)
+
+
+@pytest.fixture(scope="session")
+def grass_and_person():
+    """A function that gives images half of which are normal to `grass_detector`."""
+    return _grass_and_person
+
+
+@pytest.fixture(scope="session")
+def grass_detector():
+    """A detector of what is not grass: a tiny untrained transformer, 49 calibration images."""
+    import keras
+
+    from sddns_tf.detector import Detector
+    from sddns_tf.vit import VisionTransformer
+
+    keras.utils.set_random_seed(0)
+    backbone = VisionTransformer(32, patch_size=8, hidden_dim=32, depth=2, num_heads=2)
+    bank, first, last = (
+        _grass_and_person(count, seed)[:count] for count, seed in ((60, 0), (39, 1), (49, 2))
+    )
+    detector = Detector.from_images(backbone, bank, first, 0.1, bank_size=40, verbose=0)
+    detector.recalibrate(last, verbose=0)  # The scores are another variable now.
+    return detector
+
+
+@pytest.fixture(scope="session")
+def served(grass_detector, tmp_path_factory):
+    """Folder of version 1 of `grass_detector`, exported for TensorFlow Serving."""
+    from sddns_tf import export
+
+    folder = tmp_path_factory.mktemp("served") / "models" / "grass"
+    images = _grass_and_person(8, 3)
+    return export.saved_model(grass_detector, folder, images=images, training_data="grass")
