@@ -3,7 +3,9 @@
     python examples/folder_of_parts.py --good=photos/good --check=photos/new
 
 Nothing but photographs of good parts is needed, 250 or more, all taken in the same way. A fifth of
-them is held out to set the threshold; the others train. Writes, to `--output_dir`, `scores.csv`
+them is held out to set the threshold; the others train. Where several photographs show one part,
+give others to set the threshold, with `--calibration=photos/other_good_parts`: a part that trained
+scores lower than a new one, and the threshold would be too low. Writes, to `--output_dir`, `scores.csv`
 (the images of `--check`, the most suspicious first, with their p-values), `most_suspicious.png`,
 and `detector.keras`, which `tools/export.py` and `tools/score.py` take.
 
@@ -28,6 +30,11 @@ from sddns_tf import plots, schedules
 FLAGS = flags.FLAGS
 flags.DEFINE_string("good", None, "Folder of photographs of good parts.")
 flags.DEFINE_string("check", None, "Folder of photographs to check.")
+flags.DEFINE_string(
+    "calibration",
+    None,
+    "Folder of other good parts, to set the threshold. Default: some of --good.",
+)
 flags.DEFINE_string("output_dir", "parts_output", "Where scores, picture and detector go.")
 flags.DEFINE_integer("image_size", 64, "Side in pixels to which photographs are resized.")
 flags.DEFINE_integer("steps", 300, "Training steps.", lower_bound=10)
@@ -53,6 +60,22 @@ def make_backbone():
     spread = keras.ops.sqrt(keras.ops.var(x, axis=(1, 2)) + 1e-4)
     features = layers.Concatenate()([layers.GlobalAveragePooling2D()(x), spread])
     return keras.Model(images, features)
+
+
+def load(folder):
+    """The images of a folder that can be read, `(N, S, S, 3)`; the others are logged."""
+    return sddns_tf.data.load_arrays(
+        f"folder:{folder}", image_size=FLAGS.image_size, on_error="skip"
+    )
+
+
+def load_good_parts(good, calibration):
+    """Images to train on, and images to set the threshold."""
+    parts = load(good)
+    if calibration:
+        return parts, load(calibration)
+    parts = np.random.default_rng(FLAGS.seed).permutation(parts)
+    return np.split(parts, [len(parts) - int(HELD_OUT_SHARE * len(parts))])
 
 
 def train(images):
@@ -89,7 +112,7 @@ def train(images):
 
 
 def make_folders(root):
-    """Folders to try the example on: `good`, and `check` with sound and damaged pieces."""
+    """Folders to try the example on: good pieces, others to calibrate, and some to check."""
     import skimage.data
 
     generator = np.random.default_rng(FLAGS.seed)
@@ -102,7 +125,8 @@ def make_folders(root):
 
     sets = {
         "good": {"piece": pieces((0, 340), 600)},
-        # From other rows, so that no piece was seen in training.
+        # From other rows, so that no part of a piece was seen in training.
+        "calibration": {"piece": pieces((340, 512), 150)},
         "check": {
             "sound": pieces((340, 512), 100),
             "damaged": [_damage(piece, generator) for piece in pieces((340, 512), 100)],
@@ -114,7 +138,7 @@ def make_folders(root):
             for index, image in enumerate(images):
                 path = root / folder / f"{kind}_{index:03}.png"
                 keras.utils.save_img(path, image[..., np.newaxis], scale=False)
-    return root / "good", root / "check"
+    return [root / name for name in ("good", "calibration", "check")]
 
 
 def _damage(piece, generator):
@@ -155,18 +179,17 @@ def main(argv):
     keras.utils.set_random_seed(FLAGS.seed)
     output_dir = pathlib.Path(FLAGS.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    good, check = (FLAGS.good, FLAGS.check) if FLAGS.good else make_folders(output_dir / "photos")
+    good, calibration, check = FLAGS.good, FLAGS.calibration, FLAGS.check
+    if not good:
+        good, calibration, check = make_folders(output_dir / "photos")
 
-    options = {"image_size": FLAGS.image_size, "on_error": "skip"}
-    parts = sddns_tf.data.load_arrays(f"folder:{good}", **options)
-    parts = np.random.default_rng(FLAGS.seed).permutation(parts)
-    held_out = int(HELD_OUT_SHARE * len(parts))
-    print(f"{len(parts) - held_out} good parts train, {held_out} set the threshold")
-    model = train(parts[held_out:])
+    training, held_out = load_good_parts(good, calibration)
+    print(f"{len(training)} good parts train, {len(held_out)} set the threshold")
+    model = train(training)
     detector = sddns_tf.Detector.from_images(
         model.teacher_backbone,
-        bank=parts[held_out:],
-        calibration=parts[:held_out],
+        bank=training,
+        calibration=held_out,
         false_positive_rate=FLAGS.false_positive_rate,
         image_size=FLAGS.image_size,
         k=20,
@@ -174,7 +197,7 @@ def main(argv):
     )
 
     files = [pathlib.Path(f) for f in sddns_tf.data.image_files(check, on_error="skip")]
-    images = sddns_tf.data.load_arrays(f"folder:{check}", **options)
+    images = load(check)
     answers = detector.predict(images, verbose=0)
     write_results(files, images, answers, output_dir)
     detector.save(output_dir / "detector.keras")

@@ -167,13 +167,16 @@ def _inner(optimizer):
 
 
 def _variables(model):
-    """All variables of a training state, by names that tell two of one path apart."""
+    """All variables of a training state, by names that are the same in each process.
+
+    Paths are not: Keras counts the layers that a process has made.
+    """
     if model.optimizer is None:
         raise ValueError(f"A training state is that of a compiled model. Received: {model.name}")
     logged = {id(variable) for metric in model.metrics for variable in metric.variables}
-    variables = [variable for variable in model.variables if id(variable) not in logged]
-    variables += model.optimizer.variables
-    return {f"{index:05d}/{variable.path}": variable for index, variable in enumerate(variables)}
+    named = [(v.name, v) for v in model.variables if id(v) not in logged]
+    named += [("optimizer", v) for v in model.optimizer.variables]
+    return {f"{index:05d}_{name}": variable for index, (name, variable) in enumerate(named)}
 
 
 def _assign(model, values, path):

@@ -57,8 +57,11 @@ def resampling_matrix(in_size, out_size, start=0.0, extent=None):
         >>> columns.shape
         TensorShape([1, 16, 32])
     """
-    start = tf.convert_to_tensor(start, tf.float32)[..., tf.newaxis, tf.newaxis]
-    extent = tf.cast(in_size if extent is None else extent, tf.float32)[..., tf.newaxis, tf.newaxis]
+    # Not `[..., tf.newaxis, tf.newaxis]`, which OpenVINO takes for 0 where it is of a scalar.
+    start, extent = (
+        tf.expand_dims(tf.expand_dims(tf.cast(value, tf.float32), -1), -1)
+        for value in (start, in_size if extent is None else extent)
+    )
     scale = extent / tf.cast(out_size, tf.float32)
     outputs = tf.cast(tf.range(out_size), tf.float32)[:, tf.newaxis]
     inputs = tf.cast(tf.range(in_size), tf.float32)[tf.newaxis, :]

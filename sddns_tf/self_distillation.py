@@ -195,6 +195,12 @@ class SelfDistillation(keras.Model):
         """Compile a loaded model as the saved one was."""
         self.compile(**keras.saving.deserialize_keras_object(config))
 
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        """Nothing is left to build, and Keras' way to a batch fails for dictionaries on machines.
+
+        Under `MultiWorkerMirroredStrategy` it would reduce the dictionary as if it were a tensor.
+        """
+
     def train_step(self, data):
         """One step on a batch: the algorithm of the paper."""
         images, auxiliary = self._unpack(data)
@@ -213,7 +219,7 @@ class SelfDistillation(keras.Model):
         logs["learning_rate"] = tf.cast(self.optimizer.learning_rate, tf.float32)
         logs["teacher_momentum"] = self.teacher_momentum(self.step)
         self.step.assign_add(1)
-        return logs
+        return _as_keras_reduces(logs)
 
     def test_step(self, data):
         """The same losses on held-out images, without any update."""
@@ -222,7 +228,7 @@ class SelfDistillation(keras.Model):
         teacher_features, teacher_logits = self._teacher_outputs(views[0])
         positive_logits, negative_logits = self._student_logits(views, negatives, training=False)
         terms = self._loss_terms(teacher_logits, positive_logits, negative_logits)
-        return self._update_trackers(terms, teacher_features, teacher_logits)
+        return _as_keras_reduces(self._update_trackers(terms, teacher_features, teacher_logits))
 
     def _unpack(self, data):
         """Images and auxiliary images of a batch, checked while the step is traced."""
@@ -443,7 +449,17 @@ class SelfDistillation(keras.Model):
 def _global_mean(values):
     """Mean over the replicas, of a tensor or each of a structure of them."""
     context = tf.distribute.get_replica_context()
+    # A tensor of no device, such as the gradient of nothing, cannot be sent to other machines.
+    values = tf.nest.map_structure(tf.identity, values)
     return context.all_reduce(tf.distribute.ReduceOp.MEAN, values)
+
+
+def _as_keras_reduces(logs):
+    """Of several machines Keras takes the mean of logs over an axis, which scalars lack."""
+    resolver = getattr(tf.distribute.get_strategy(), "cluster_resolver", None)
+    if resolver is None or not resolver.cluster_spec().as_dict():
+        return logs
+    return {name: tf.reshape(value, [1]) for name, value in logs.items()}
 
 
 def _check_scope(layer):

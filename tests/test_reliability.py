@@ -14,8 +14,8 @@ import pytest
 import tensorflow as tf
 
 import sddns_tf
-from sddns_tf import checkpoint
-from sddns_tf.callbacks import Checkpoint, NotFinite
+from sddns_tf import checkpoint, image_ops
+from sddns_tf.callbacks import Checkpoint, CollapseMonitor, NotFinite
 
 HERE = pathlib.Path(__file__).parent
 STEPS_PER_EPOCH, EPOCHS, BATCH = 7, 3, 4
@@ -173,7 +173,7 @@ class Stop(keras.callbacks.Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("after", [1, 7, 12])
+@pytest.mark.parametrize("after", [7, 12])
 def test_every_step_is_a_place_to_go_on_from(tmp_path, unbroken, after):
     model = make_model()
     kept = Checkpoint(tmp_path, every=1)
@@ -284,7 +284,7 @@ def test_a_damaged_state_is_passed_over(tmp_path, damage, caplog):
     newest = checkpoint.save(model, tmp_path)
     data = bytearray(newest.read_bytes())
     if damage == "flipped":
-        data[len(data) // 2] ^= 255
+        data[data.find(model.teacher_head.weights[0].numpy().tobytes()) + 9] ^= 1
     newest.write_bytes({"cut": data[:-99], "flipped": data, "empty": b""}[damage])
     assert checkpoint.restore(model, tmp_path).name == "step-00000000.npz"
     assert str(newest) in caplog.text
@@ -379,3 +379,84 @@ def test_rolling_back_needs_a_checkpoint():
 def test_callbacks_survive_serialisation(callback):
     copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(callback))
     assert copy.get_config() == callback.get_config()
+
+
+# --- Collapse ------------------------------------------------------------------------------------
+
+
+class CollapseAt(keras.callbacks.Callback):
+    """When the teacher's outputs first look collapsed, by the entropies of single steps."""
+
+    def __init__(self, name, limit, above):
+        super().__init__()
+        self.name, self.limit, self.above, self.step = name, limit, above, None
+
+    def on_epoch_end(self, epoch, logs=None):
+        """An epoch is one step, so that the logged mean is that step's."""
+        over = logs[self.name] > self.limit if self.above else logs[self.name] < self.limit
+        if self.step is None and over:
+            self.step = epoch + 1
+
+
+def provoke(steps, monitor, callbacks=(), **kwargs):
+    images = np.linspace(0, 255, 16)[:, np.newaxis] * np.ones((32, 1, 16))
+    tint = np.random.default_rng(0).uniform(0.2, 1, (32, 1, 1, 3))
+    images = (images[..., np.newaxis] * tint).astype(np.uint8)
+    model = make_model(
+        drop_path_rate=0.0, learning_rate=5e-3, negatives=None, teacher_momentum=0.9, **kwargs
+    )
+    batches = tf.data.Dataset.from_tensor_slices(images).batch(32, drop_remainder=True).repeat()
+    model.fit(batches, epochs=steps, steps_per_epoch=1, callbacks=[*callbacks, monitor], verbose=0)
+    return int(model.step)
+
+
+@pytest.mark.parametrize(
+    ("collapse", "kwargs", "at"),
+    [
+        ("uniform", {"teacher_temperature": 0.3}, ("teacher_entropy", 0.995, True)),
+        ("one prototype", {"center_momentum": 1.0}, ("mean_output_entropy", 0.02, False)),
+    ],
+)
+def test_a_provoked_collapse_is_caught_within_200_steps(collapse, kwargs, at):
+    monitor, began = CollapseMonitor(window=1, patience=100, stop_training=True), CollapseAt(*at)
+    stopped = provoke(1500, monitor, [began], **kwargs)
+    assert monitor.collapse == collapse
+    assert stopped - began.step < 200
+
+
+def test_a_healthy_run_of_the_same_length_is_not_accused():
+    monitor = CollapseMonitor(window=1, patience=100, stop_training=True)
+    assert provoke(600, monitor) == 600
+    assert monitor.collapse is None
+
+
+# --- Precision -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_features_of_mixed_precision_are_those_of_float32(policy, photos):
+    """The same weights, trained a little, in either precision."""
+    keras.utils.set_random_seed(0)
+    sizes = {"hidden_dim": 32, "depth": 3, "num_heads": 2}
+    mixed = sddns_tf.VisionTransformer(16, 4, dtype=policy, **sizes)
+    head = sddns_tf.ProjectionHead(32, hidden_dim=32, bottleneck_dim=16, dtype=policy)
+    model = sddns_tf.SelfDistillation(
+        mixed, sddns_tf.MultiCrop(16, local_views=0), head=head, teacher_momentum=0.5
+    )
+    optimizer = keras.optimizers.Adam(1e-3)
+    if policy == "mixed_float16":
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    model.compile(optimizer)
+    losses = model.fit(photos, batch_size=8, epochs=10, callbacks=[NotFinite()], verbose=0).history[
+        "loss"
+    ]
+    assert np.isfinite(losses).all()
+    plain = sddns_tf.VisionTransformer(16, 4, **sizes)
+    plain.build((None, 16, 16, 3))
+    plain.set_weights(model.teacher_backbone.get_weights())
+    images = image_ops.resize(photos, 16, 16)
+    exact = plain(image_ops.normalize(images)).numpy()
+    exact /= np.linalg.norm(exact, axis=-1, keepdims=True)
+    features = model.predict(photos, verbose=0)
+    assert features.dtype == np.float32
+    assert 0 < np.abs(features - exact).max() < 2e-2

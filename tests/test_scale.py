@@ -122,7 +122,10 @@ import test_scale as t
 _, one = t.train(tf.distribute.get_strategy())
 found = {}
 for replicas in (2, 4):
-    strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)])
+    # Collective operations allow one group of devices in a process.
+    reduction = tf.distribute.ReductionToOneDevice() if replicas == 4 else None
+    devices = [f"CPU:{i}" for i in range(replicas)]
+    strategy = tf.distribute.MirroredStrategy(devices, reduction)
     model, several = t.train(strategy)
     found[replicas] = {name: float(v) for name, v in t.differences(one, several).items()}
     for variable in [*model.weights, *model.optimizer.variables]:
