@@ -4,8 +4,9 @@
         --output=dino_vits16.weights.h5
     python examples/pretrained_dino.py --weights=dino_vits16.weights.h5
 
-The first command converts a checkpoint that you have (it needs PyTorch); the second makes a detector
-of it: features of normal images are the bank, and far from all of them is out of distribution. With
+The first command converts a checkpoint that you have (it needs PyTorch); the second makes a
+detector of it: features of normal images are the bank, and far from all of them is out of
+distribution. With
 `--finetune_steps=200` it first trains on, with negatives, as from scratch but gently. Prints the
 AUROC of crops of grass against other textures; `--good` and `--check` take folders instead, and the
 images of `--check` are listed with their p-values.
