@@ -166,7 +166,9 @@ def test_replicas_equal_one_device(replicas, count):
     found = replicas["differences"][count]
     for part in ("student", "teacher", "optimizer", "centre", "log of loss", "log of feature_std"):
         assert any(name.startswith(part) for name in found)
-    wrong = {name: value for name, value in found.items() if value > 2e-4}
+    # A slot holds gradients, which amplify the rounding of the weights; a wrong scale is 1 or more.
+    allowed = {name: 2e-3 if name.startswith("optimizer") else 2e-4 for name in found}
+    wrong = {name: value for name, value in found.items() if value > allowed[name]}
     assert not wrong
 
 

@@ -1,0 +1,91 @@
+r"""Draws the documentation's pictures of views and shifts, from photographs inside scikit-image.
+
+    python tools/make_figures.py --output_dir=docs/images
+
+Writes shifts.png (what each shift makes of photographs) and views.png (global and local views).
+"""
+
+import pathlib
+
+import command_line
+from absl import flags
+
+FLAGS = flags.FLAGS
+SIDE = 96
+
+
+def define_flags():
+    """All flags of the program."""
+    flags.DEFINE_string("output_dir", "docs/images", "Folder to write to.")
+    flags.DEFINE_integer("seed", 0, "Fixes the draws.")
+
+
+def photographs():
+    """Four photographs, uint8 `(4, SIDE, SIDE, 3)`."""
+    import numpy as np
+    import skimage.data
+
+    from sddns_tf import image_ops
+
+    found = [skimage.data.astronaut(), skimage.data.chelsea(), skimage.data.coffee()]
+    found.append(np.repeat(skimage.data.brick()[:256, :256, np.newaxis], 3, axis=-1))
+    squares = []
+    for image in found:
+        side = min(image.shape[:2])
+        left = (image.shape[1] - side) // 2
+        square = image[np.newaxis, :side, left : left + side].astype(np.float32)
+        squares.append(np.clip(image_ops.resize(square, SIDE, SIDE), 0, 255))
+    return np.concatenate(squares).round().astype(np.uint8)
+
+
+def shifted(images):
+    """Images and titles: the photographs, then each shift of them."""
+    import numpy as np
+    import tensorflow as tf
+
+    from sddns_tf import shifts
+
+    rows, titles = [], []
+    for index, name in enumerate(shifts.NAMES):
+        shift = shifts.get(name)
+        rows.append(np.asarray(shift(tf.constant(images), [FLAGS.seed, index])))
+        titles += [name] * len(images)
+    return np.concatenate(rows), titles
+
+
+def views(image):
+    """Images and titles: a photograph and the views that training sees of it."""
+    import numpy as np
+    import tensorflow as tf
+
+    from sddns_tf import MultiCrop, image_ops
+
+    crops = MultiCrop(SIDE, local_views=4)
+    batch = tf.constant(image[np.newaxis])
+    drawn = [crops(batch, seed=[FLAGS.seed, step]) for step in range(2)]
+    found, titles = [image], ["photograph"]
+    for one in drawn:
+        for kind, group in zip(("global", "local"), one, strict=True):
+            for pixels in image_ops.resize(group[:, 0], SIDE, SIDE):
+                found.append(np.clip(pixels, 0, 255).round().astype(np.uint8))
+                titles.append(f"{kind} view")
+    return np.stack(found), titles
+
+
+def main():
+    """Draw both."""
+    from sddns_tf import plots
+
+    folder = pathlib.Path(FLAGS.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    images = photographs()
+    found, titles = shifted(images)
+    plots.save(plots.contact_sheet(found, titles=titles, columns=8), folder / "shifts.png")
+    found, titles = views(images[0])
+    plots.save(plots.contact_sheet(found, titles=titles, columns=7), folder / "views.png")
+    print("\n".join(str(folder / name) for name in ("shifts.png", "views.png")))
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main)
