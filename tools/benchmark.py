@@ -66,11 +66,12 @@ def seconds(function):
     return time.perf_counter() - start
 
 
-def take_turns(ours, theirs):
+def take_turns(ours, theirs, count=None, warm_up=True):
     """Seconds of either in each round, after one round that is not counted."""
-    ours(), theirs()
+    if warm_up:
+        ours(), theirs()
     pairs = []
-    for index in range(rounds()):
+    for index in range(count or rounds()):
         order = (ours, theirs) if index % 2 else (theirs, ours)
         times = {function: seconds(function) for function in order}
         pairs.append((times[ours], times[theirs]))
@@ -691,6 +692,8 @@ def measure_growth(setting):
 
 def startup():
     """Imports in fresh processes, and the first training step of a new model."""
+    import keras
+    import tensorflow as tf
 
     def fresh(program):
         command = [sys.executable, "-c", program]
@@ -701,8 +704,16 @@ def startup():
     torch = import_torch()
     shape = (32, 4, 96, 3, 3) if FLAGS.quick else network()
 
+    def our_first_step():
+        keras.utils.clear_session()
+        model = our_model(shape)
+        images = tf.constant(random_images(16, shape[0]))
+        data = {"images": images, "auxiliary": images}
+        return tf.function(model.train_step, autograph=False)(data)["loss"].numpy()
+
+    # Three are enough of what takes many seconds; each is a first one.
     own, other = take_turns(
-        lambda: our_train_steps(shape, 16)[1](), lambda: torch_train_step(torch, shape, 16)()
+        our_first_step, lambda: torch_train_step(torch, shape, 16)(), count=3, warm_up=False
     )
     records.append(record_seconds("startup, first step", "PyTorch eager first step", own, other))
     return records
