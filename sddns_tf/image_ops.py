@@ -156,12 +156,6 @@ def normalize(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     return (tf.cast(images, tf.float32) - 255.0 * mean) / (255.0 * std)
 
 
-def luma(planes):
-    """Grey value of each pixel: planes `(..., 3, H, W)` to `(..., 1, H, W)`."""
-    red, green, blue = tf.unstack(planes, axis=-3)
-    return (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue)[..., tf.newaxis, :, :]
-
-
 def shift_hue(planes, shift):
     """Rotate the hue in HSV space, as Pillow and torchvision do; value and saturation stay.
 
@@ -176,18 +170,19 @@ def shift_hue(planes, shift):
     value = tf.maximum(tf.maximum(red, green), blue)
     chroma = value - tf.minimum(tf.minimum(red, green), blue)
     scale = 1.0 / tf.maximum(chroma, 1e-6)
-    hue = tf.where(
+    sixths = tf.where(
         tf.equal(value, red),
         (green - blue) * scale,
         tf.where(tf.equal(value, green), (blue - red) * scale + 2.0, (red - green) * scale + 4.0),
     )
-    hue = hue + 6.0 * shift[..., tf.newaxis, tf.newaxis]
+    hue = sixths / 6.0 + shift[..., tf.newaxis, tf.newaxis]
 
     def channel(offset):
-        k = tf.math.floormod(hue + offset, 6.0)
-        return value - chroma * tf.clip_by_value(tf.minimum(k, 4.0 - k), 0.0, 1.0)
+        turned = hue + offset
+        turned -= tf.floor(turned)  # `floormod` calls a function for each pixel.
+        return value - chroma * tf.clip_by_value(2.0 - tf.abs(6.0 * turned - 2.0), 0.0, 1.0)
 
-    return tf.stack([channel(5.0), channel(3.0), channel(1.0)], axis=-3)
+    return tf.stack([channel(5 / 6), channel(3 / 6), channel(1 / 6)], axis=-3)
 
 
 def jitter_color(planes, brightness, contrast, saturation, hue, contrast_first, saturation_first):
@@ -214,18 +209,54 @@ def jitter_color(planes, brightness, contrast, saturation, hue, contrast_first, 
     """
 
     def per_image(value):
-        return value[..., tf.newaxis, tf.newaxis, tf.newaxis]
+        return tf.cast(value, tf.float32)[..., tf.newaxis, tf.newaxis]
 
-    shifted = shift_hue(planes, hue)
-    grey, shifted_grey = luma(planes), luma(shifted)
-    pixel_grey = tf.where(per_image(saturation_first), grey, shifted_grey)
-    brightness, contrast, saturation = map(per_image, (brightness, contrast, saturation))
-    saturated = saturation * shifted + (1.0 - saturation) * pixel_grey
-    saturated_grey = saturation * shifted_grey + (1.0 - saturation) * pixel_grey
-    mean_grey = tf.reduce_mean(
-        tf.where(per_image(contrast_first), grey, saturated_grey), axis=(-2, -1), keepdims=True
+    brightness, contrast, saturation, contrast_first, saturation_first = map(
+        per_image, (brightness, contrast, saturation, contrast_first, saturation_first)
     )
-    return brightness * (contrast * saturated + (1.0 - contrast) * mean_grey)
+    rest = 1.0 - saturation
+    to_grey = tf.broadcast_to([LUMA], tf.concat([tf.shape(hue), [1, 3]], 0))
+    grey = mix_channels(to_grey, planes)
+    # Three rows for the saturated colours, but for grey from before the shift; one for grey.
+    to_colors = saturation * tf.eye(3) + rest * (1.0 - saturation_first) * gray_matrix()
+    mixed = mix_channels(tf.concat([to_colors, to_grey], axis=-2), shift_hue(planes, hue))
+    grey_mean, shifted_mean = (
+        tf.reduce_mean(plane, axis=(-3, -2, -1))[..., tf.newaxis, tf.newaxis]
+        for plane in (grey, mixed[..., 3:, :, :])
+    )
+    blended = saturation_first * grey_mean + (1.0 - saturation_first) * shifted_mean
+    saturated_mean = saturation * shifted_mean + rest * blended
+    mean = contrast_first * grey_mean + (1.0 - contrast_first) * saturated_mean
+    saturated = mixed[..., :3, :, :] + (rest * saturation_first)[..., tf.newaxis] * grey
+    offset = (1.0 - contrast) * mean
+    return brightness[..., tf.newaxis] * (
+        contrast[..., tf.newaxis] * saturated + offset[..., tf.newaxis]
+    )
+
+
+def gray_matrix():
+    """The matrix `(3, 3)` that makes all channels of a pixel its grey value."""
+    return tf.ones([3, 1]) * tf.constant([LUMA])
+
+
+def mix_channels(matrices, planes):
+    """A product of a matrix with the channels of each pixel.
+
+    A matrix product even where a sum would do: XLA puts what is element by element into one
+    loop, and there computes what comes before once for each channel of what comes after.
+
+    Args:
+        matrices: `(..., M, 3)`.
+        planes: `(..., 3, H, W)`.
+
+    Returns:
+        Planes `(..., M, H, W)`.
+    """
+    height, width = planes.shape[-2:]
+    lead = tf.shape(planes)[:-3]
+    pixels = tf.reshape(planes, tf.concat([lead, [3, height * width]], 0))
+    rows = matrices.shape[-2]
+    return tf.reshape(tf.matmul(matrices, pixels), tf.concat([lead, [rows, height, width]], 0))
 
 
 def solarize(planes, threshold=128.0):

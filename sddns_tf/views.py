@@ -12,6 +12,9 @@ SOURCES = ("in_distribution", "auxiliary", "both")
 # torchvision's RandomResizedCrop tries this often before it takes the largest box it may.
 _CROP_ATTEMPTS = 10
 
+# A Gaussian this narrow has less than 2e-8 on the neighbouring pixel: nothing in float32.
+_LEAST_SIGMA = 0.168
+
 # Numbers that one view needs: two for each attempt at a crop, and one for each other choice.
 _DRAWS = 2 * _CROP_ATTEMPTS + 15
 
@@ -157,8 +160,10 @@ class MultiCrop:
         planes = self._recolor(planes, draws)
         low, high = self.blur_sigma
         sigma = draws.uniform(low, high) * (size / 224)
-        kernel = image_ops.gaussian_matrix(size, tf.where(draws.happens(blur), sigma, 0.0))
-        planes = image_ops.resample(planes, kernel, kernel)
+        sigma = tf.where(draws.happens(blur), sigma, 0.0)
+        if high * size / 224 > _LEAST_SIGMA:
+            kernel = image_ops.gaussian_matrix(size, sigma)
+            planes = image_ops.resample(planes, kernel, kernel)
         solarized = draws.happens(solarize)[..., tf.newaxis, tf.newaxis, tf.newaxis]
         planes = tf.where(solarized, image_ops.solarize(planes), planes)
         return image_ops.from_planes(planes)
@@ -194,8 +199,9 @@ class MultiCrop:
             saturation_first=saturation_rank < hue_rank,
         )
         planes = tf.clip_by_value(planes, 0.0, 255.0)
-        gray = draws.happens(self.grayscale)[..., tf.newaxis, tf.newaxis, tf.newaxis]
-        return tf.where(gray, image_ops.luma(planes), planes)
+        gray = draws.happens(self.grayscale)[..., tf.newaxis, tf.newaxis]
+        to_gray = tf.where(gray, image_ops.gray_matrix(), tf.eye(3))
+        return image_ops.mix_channels(to_gray, planes)
 
     def get_config(self):
         """Constructor arguments."""
