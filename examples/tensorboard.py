@@ -11,6 +11,9 @@ anomalies. Images: the views of eight images, their negatives, and every second 
 of scores. About one minute on two CPU cores; the photograph of grass comes inside scikit-image.
 """
 
+import pathlib
+import sys
+
 import keras
 import numpy as np
 import skimage.data
@@ -41,6 +44,9 @@ def crops(rows, count, generator):
 
 def main(argv):
     """Train, and write what is to be seen."""
+    # This file has the name of TensorBoard's package, and Python looks beside a script first.
+    here = pathlib.Path(__file__).resolve().parent
+    sys.path = [path for path in sys.path if pathlib.Path(path).resolve() != here]
     del argv
     keras.utils.set_random_seed(FLAGS.seed)
     generator = np.random.default_rng(FLAGS.seed)

@@ -1,6 +1,7 @@
 """The bank of in-distribution features: extraction, the out-of-distribution score, compression."""
 
 import functools
+import warnings
 
 import keras
 import numpy as np
@@ -27,6 +28,23 @@ def check_images(images, name="images"):
         f"`{name}` must be uint8 or float in 0-255, of shape (batch, height, width, 3).{hint} "
         f"Received: shape={shape}, dtype={dtype.name}."
     )
+
+
+def warn_if_nearly_black(images, name="images"):
+    """Warn of float images in 0-1, which are taken for images in 0-255.
+
+    Args:
+        images: An array `(N, H, W, 3)`, a dictionary of such, or anything else, which passes.
+        name: What the message calls them.
+    """
+    for one in images.values() if isinstance(images, dict) else [images]:
+        is_float = isinstance(one, np.ndarray) and np.issubdtype(one.dtype, np.floating)
+        if is_float and one.size and 0.0 < np.max(one) <= 1.0:
+            warnings.warn(
+                f"`{name}` are nearly black: expected values in 0-255, received "
+                f"{np.min(one):.3g} to {np.max(one):.3g}. Multiply images in 0-1 by 255.",
+                stacklevel=3,
+            )
 
 
 def _check_range(batch):

@@ -15,6 +15,7 @@ from sddns_tf.bank import (
     extract_features,
     image_size_of,
     ood_score,
+    warn_if_nearly_black,
 )
 
 
@@ -234,6 +235,7 @@ class Detector(keras.Model):
             check_images(x)
             if not len(x):
                 raise ValueError(f"At least one image is needed. Received: shape={x.shape}.")
+            warn_if_nearly_black(x, "x")
         return super().predict(x, batch_size, verbose, steps, callbacks)
 
     def features(self, images):

@@ -125,8 +125,9 @@ def tflite(
     path = pathlib.Path(path).expanduser()
     with temporary_folder_in(path.parent) as folder:
         reference = _with_bank(_in_float32(detector), bank_size if compressed else None)
-        file = _converted(reference, folder, quantization, images, batch_size)
         scores = detector.calibration_scores.numpy()
+        room = max(_CALIBRATION_ROOM, len(scores), 0 if calibration is None else len(calibration))
+        file = _converted(reference, folder, quantization, images, batch_size, room)
         if calibration is not None:
             scores = _scores(file, calibration, batch_size, verbose)
         edge_metadata.calibrate(file, scores, detector.false_positive_rate)
@@ -206,10 +207,9 @@ def _calibrated(detector, scores):
     return other
 
 
-def _converted(detector, folder, quantization, images, batch_size):
+def _converted(detector, folder, quantization, images, batch_size, room):
     """Bytes of the file, with a description and placeholders for a calibration."""
     size = resolution(detector)
-    room = max(_CALIBRATION_ROOM, detector.calibration_scores.shape[0])
     placeholders = edge_metadata.calibration_placeholders(room)
     answer = _answer(detector, placeholders, (batch_size, *size))
     save(folder / "saved_model", detector, {"serving_default": answer})

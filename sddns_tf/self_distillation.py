@@ -5,7 +5,7 @@ import warnings
 import keras
 import tensorflow as tf
 
-from sddns_tf import image_ops, losses, schedules
+from sddns_tf import bank, image_ops, losses, schedules
 from sddns_tf.heads import ProjectionHead
 
 _LOGGED = (
@@ -200,6 +200,11 @@ class SelfDistillation(keras.Model):
 
         Under `MultiWorkerMirroredStrategy` it would reduce the dictionary as if it were a tensor.
         """
+
+    def fit(self, x=None, *args, **kwargs):
+        """`keras.Model.fit` on unlabelled images: see the class. Warns of images in 0-1."""
+        bank.warn_if_nearly_black(x, "x")
+        return super().fit(x, *args, **kwargs)
 
     def train_step(self, data):
         """One step on a batch: the algorithm of the paper."""

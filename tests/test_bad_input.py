@@ -140,6 +140,14 @@ def test_images_in_0_to_1_are_accused_of_being_black():
     assert "0-1" in told or "black" in told
 
 
+def test_fit_and_predict_warn_of_images_in_0_to_1(model, grass_detector):
+    with pytest.warns(UserWarning, match="nearly black: expected values in 0-255"):
+        grass_detector.predict(FLOATS / 255, verbose=0)
+    images = {"images": FLOATS / 255, "auxiliary": FLOATS / 255}
+    with pytest.warns(UserWarning, match="nearly black: expected values in 0-255"):
+        model.fit(images, verbose=0)
+
+
 @pytest.fixture(scope="module")
 def model():
     backbone = sddns_tf.VisionTransformer(8, 4, hidden_dim=8, depth=1, num_heads=2)

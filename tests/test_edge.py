@@ -236,6 +236,15 @@ def test_a_bank_is_compressed_and_calibrated_anew(detector, calibration, tmp_pat
     assert edge_metadata.description(path.read_bytes())["bank_rows"] == len(centers) <= 10
 
 
+def test_there_is_room_for_more_calibration_images_than_the_detector_had(detector, tmp_path):
+    images = mixture(1100, 7)[:1100]
+    path = export.tflite(
+        detector, tmp_path / "a.tflite", calibration_images=images, bank_size=10, verbose=0
+    )
+    found = edge_metadata.description(path.read_bytes())
+    assert found["calibration_room"] == 1100
+
+
 def covered_by_xnnpack(path):
     """Operations in each of the delegate's partitions and those in none, by name."""
     interpreter = Interpreter(str(path), num_threads=1)

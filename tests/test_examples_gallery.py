@@ -1,0 +1,50 @@
+"""Every script of the gallery, on tiny settings, as a user starts it."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+
+# Script, arguments, what it must print, files it must leave.
+RUNS = [
+    ("custom_backbone", ["--backbones=own", "--steps=2"], "own", []),
+    ("custom_shift", ["--steps=10", "--output_dir=out"], "AUROC", ["out/*.png"]),
+    (
+        "folder_of_parts",
+        ["--steps=10", "--image_size=32", "--output_dir=out"],
+        "flagged",
+        ["out/scores.csv", "out/most_suspicious.png", "out/detector.keras"],
+    ),
+    ("multi_gpu", ["--virtual_cpus=2", "--steps=2", "--batch_size=32"], "images", []),
+    ("pretrained_dino", ["--preset=vit_tiny", "--image_size=32", "--count=20"], "AUROC", []),
+    ("tensorboard", ["--epochs=1", "--steps=2", "--output_dir=out"], "tensorboard", ["out/**/*tfevents*"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "arguments", "said", "files"), RUNS, ids=lambda x: str(x)[:16])
+def test_example(tmp_path, script, arguments, said, files):
+    result = subprocess.run(
+        [sys.executable, EXAMPLES / f"{script}.py", *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert said.lower() in result.stdout.lower()
+    for pattern in files:
+        assert any(path.stat().st_size for path in tmp_path.glob(pattern)), pattern
+
+
+def test_each_script_says_what_it_shows():
+    scripts = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+    for script in scripts:
+        text = (EXAMPLES / f"{script}.py").read_text()
+        assert f"{script}.py" in text.split('"""')[1]
+    tested_elsewhere = {"quickstart", "cifar10", "serving_client", "edge_inference"}
+    assert {run[0] for run in RUNS} | tested_elsewhere == set(scripts)
