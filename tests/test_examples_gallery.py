@@ -21,8 +21,13 @@ RUNS = [
     ),
     ("multi_gpu", ["--virtual_cpus=2", "--steps=2", "--batch_size=32"], "images", []),
     ("pretrained_dino", ["--preset=vit_tiny", "--image_size=32", "--count=20"], "AUROC", []),
-    ("tensorboard", ["--epochs=1", "--steps=2", "--output_dir=out"], "tensorboard", ["out/**/*tfevents*"]),
-]  # fmt: skip
+    (
+        "tensorboard",
+        ["--epochs=1", "--steps=2", "--output_dir=out"],
+        "tensorboard",
+        ["out/**/*tfevents*"],
+    ),
+]
 
 
 @pytest.mark.parametrize(("script", "arguments", "said", "files"), RUNS, ids=lambda x: str(x)[:16])
