@@ -16,8 +16,15 @@ def pretrained(name="cifar10-small"):
     `"cifar10-small"`: a convolutional network of 32 channels trained on CIFAR-10's training images
     on one CPU core, with negatives of rotated auxiliary images, and a bank of 1,000 weighted
     centres. Calibrated at a false positive rate of 0.05 on 2,500 test images (of the first 5,000,
-    every other one, from the first on). docs/results.md has its AUROCs, and the commands that make
-    it. It shows how a detector is used; it is not a good one of its kind.
+    every other one, from the first on). AUROC of 5,000 fresh test images against other sets, and
+    their share flagged (of fresh CIFAR-10 images, 4.7 %):
+
+    | | CIFAR-100 | DTD | GTSRB | MNIST | uniform noise |
+    |---|---|---|---|---|---|
+    | AUROC | 0.577 | 0.883 | 0.773 | 0.959 | 0.994 |
+
+    docs/results.md has the commands that make it. It shows how a detector is used, and finds what
+    looks very different; it is not a good one of its kind.
 
     Args:
         name: String, one of `NAMES`.
