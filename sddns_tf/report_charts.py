@@ -9,7 +9,7 @@ import html
 import numpy as np
 
 WIDTH, HEIGHT = 340, 210
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 10, 40
 SERIES = 7  # colours that the page's style sheet has
 _DASHES = ("", "6 3", "2 2", "8 3 2 3")
 

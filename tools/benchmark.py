@@ -29,6 +29,7 @@ below, plainly and well. Those that need PyTorch or Pillow say so where it is no
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -329,11 +330,16 @@ def our_model(shape, prototypes=4096, local_views=2):
     return model
 
 
-def our_train_steps(shape, batch, jit_compile=False):
+def our_train_steps(shape, batch, jit_compile=False, policy="float32"):
     """A step on crops made beforehand, and one that makes its own; each returns the loss."""
+    import keras
     import tensorflow as tf
 
-    model = our_model(shape)
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = our_model(shape)
+    finally:
+        keras.config.set_dtype_policy("float32")
     images = tf.constant(random_images(batch, shape[0]))
     data = {"images": images, "auxiliary": images}
     options = {"autograph": False, "jit_compile": jit_compile}
@@ -359,16 +365,17 @@ def train_step():
     name = "PyTorch eager float32, its crops ready made"
     records.append(record("train_step with views", name, "images/s", batch, own, other))
 
-    ours = {"float32": step}
-    # Made when it is first called: an XLA compilation that fails is then a mode left out.
-    made = {}
+    def made_when_called(**options):
+        """A compilation that fails is then a mode left out."""
+        made = functools.cache(lambda: our_train_steps(shape, batch, **options)[0])
+        return lambda: made()()
 
-    def compiled():
-        if not made:
-            made["step"] = our_train_steps(shape, batch, jit_compile=True)[0]
-        return made["step"]()
-
-    ours["XLA"] = compiled
+    ours = {
+        "float32": step,
+        "bfloat16": made_when_called(policy="mixed_bfloat16"),
+        "XLA": made_when_called(jit_compile=True),
+        "bfloat16, XLA": made_when_called(jit_compile=True, policy="mixed_bfloat16"),
+    }
     theirs = {"eager float32": torch_step}
     theirs["bfloat16 autocast"] = torch_train_step(torch, shape, batch, bfloat16=True)
     theirs["compiled"] = torch_train_step(torch, shape, batch, compiled=True)
