@@ -273,3 +273,42 @@ def test_images_that_do_not_fit_are_named():
     unknown = tf.function(model, input_signature=[tf.TensorSpec((None, None, None, 3))])
     with pytest.raises(tf.errors.InvalidArgumentError, match="width of `images`"):
         unknown(photographs(32, 30))
+
+
+def test_the_last_block_computes_what_the_feature_needs():
+    """As if all tokens went through it."""
+    backbone = vit.VisionTransformer(16, 4, hidden_dim=16, depth=3, num_heads=2)
+    images = np.random.default_rng(0).normal(size=(3, 16, 16, 3)).astype("float32")
+    tokens = backbone._embed(keras.ops.convert_to_tensor(images))
+    for block in backbone.blocks:
+        tokens = block(tokens)
+    whole = backbone.norm(tokens)
+    assert tokens.shape == (3, 17, 16)
+    np.testing.assert_allclose(backbone(images), whole[:, 0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("drop_path_rate", [0.0, 0.5])
+def test_recomputed_gradients_are_those_kept(drop_path_rate):
+    images = np.random.default_rng(0).normal(size=(6, 16, 16, 3)).astype("float32")
+
+    def gradients(recompute):
+        keras.utils.set_random_seed(1)
+        backbone = vit.VisionTransformer(
+            16, 4, hidden_dim=16, depth=3, num_heads=2, drop_path_rate=drop_path_rate,
+            recompute=recompute,
+        )  # fmt: skip
+
+        @tf.function(autograph=False)
+        def step():
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_sum(backbone(images, training=True) ** 3)
+            return tape.gradient(loss, [v.value for v in backbone.trainable_variables])
+
+        return [step() for _ in range(2)][1], backbone
+
+    kept, _ = gradients(False)
+    again, backbone = gradients(True)
+    assert backbone.get_config()["recompute"] is True
+    assert len(kept) == len(again) > 10
+    for one, other in zip(kept, again, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)

@@ -120,6 +120,7 @@ def _define_network_flags():
     flags.DEFINE_integer("depth", None, "Blocks of the transformer; default: the preset's.", 1)
     flags.DEFINE_integer("num_heads", None, "Attention heads; default: the preset's.", 1)
     flags.DEFINE_float("drop_path_rate", 0.0, "Stochastic depth of the student.", 0.0, 0.999)
+    flags.DEFINE_bool("recompute", False, "Compute blocks again for the gradient: less memory.")
     flags.DEFINE_integer("num_prototypes", 4096, "Outputs K of the projection head.", 1)
     flags.DEFINE_integer("head_hidden_dim", 2048, "Width of the head's hidden layers.", 1)
     flags.DEFINE_integer("bottleneck_dim", 256, "Width of the head's bottleneck.", 1)
@@ -353,6 +354,7 @@ def make_backbone(settings, image_size):
         image_size=image_size,
         patch_size=settings.patch_size,
         drop_path_rate=settings.drop_path_rate,
+        recompute=settings.recompute,
         **options,
     )
     if settings.weights:
