@@ -4,7 +4,7 @@ r"""Tables and a figure of the runs of `reproduce_cifar10.py` and `baselines_cif
 
 Prints Markdown: AUROC by OOD set and its mean, FPR at 95 %, of each strategy, mean over its seeds
 with the 95 % interval of the mean (Student's t) where there are several; then the sensitivities,
-and their rank correlation with the mean AUROC where there are three strategies or more.
+and the rank correlation of each probe, and of their mean, with the mean AUROC.
 """
 
 import json
@@ -72,21 +72,26 @@ def print_sensitivities(runs):
 
     print("\n| | " + " | ".join([*sensitivity.PROBES, "mean"]) + " |")
     print("|---|" + "---|" * (len(sensitivity.PROBES) + 1))
-    pairs = []
     for strategy, records in runs.items():
         cells = []
         for probe in (*sensitivity.PROBES, "mean"):
             values = [r["sensitivity"][probe] for r in records if probe in r["sensitivity"]]
             cells.append(with_interval(values) if values else "")
         print(f"| {strategy} | " + " | ".join(cells) + " |")
-        if ":" in strategy or strategy == "none":
-            means = [r["sensitivity"]["mean"] for r in records]
-            pairs.append((np.mean(means), np.mean([mean_of(r, "auroc") for r in records])))
-    if len(pairs) >= 3:
-        value, low, high = sensitivity.rank_correlation(*zip(*pairs, strict=True))
-        print(
-            f"\nRank correlation over {len(pairs)} strategies: {value:.2f} ({low:.2f}, {high:.2f})"
-        )
+    strategies = [r for name, r in runs.items() if ":" in name or name == "none"]
+    print("\n| sensitivity to | strategies | rank correlation with mean AUROC |\n|---|---|---|")
+    for probe in (*sensitivity.PROBES, "mean"):
+        pairs = [
+            (
+                np.mean([r["sensitivity"][probe] for r in records]),
+                np.mean([mean_of(r, "auroc") for r in records]),
+            )
+            for records in strategies
+            if all(probe in r["sensitivity"] for r in records)
+        ]
+        if len(pairs) >= 3:
+            value, low, high = sensitivity.rank_correlation(*zip(*pairs, strict=True))
+            print(f"| {probe} | {len(pairs)} | {value:.2f} ({low:.2f} to {high:.2f}) |")
 
 
 def draw(runs, path):
