@@ -103,6 +103,8 @@ class SelfDistillation(keras.Model):
     ):
         # Images in 0-255 would lose their last bits if Keras cast them to the global policy.
         super().__init__(**{"autocast": False, **kwargs})
+        # Keras remembers a strategy only where there is one, and takes the current one for none.
+        self._built_under = tf.distribute.get_strategy()
         for layer in (backbone, head):
             _check_scope(layer)
         feature_dim = _check_backbone(backbone, views)
@@ -172,10 +174,10 @@ class SelfDistillation(keras.Model):
                     "SelfDistillation computes its own losses and metrics. "
                     f"Received: {argument}={kwargs[argument]!r}"
                 )
-        if tf.distribute.get_strategy() is not self.distribute_strategy:
+        if tf.distribute.get_strategy() is not self._built_under:
             raise ValueError(
                 "The model must be built and compiled within the same `strategy.scope()`. "
-                f"Received: built under {_describe_strategy(self.distribute_strategy)}, "
+                f"Received: built under {_describe_strategy(self._built_under)}, "
                 f"compiled under {_describe_strategy(tf.distribute.get_strategy())}"
             )
         super().compile(optimizer=optimizer, **kwargs)

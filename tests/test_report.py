@@ -160,7 +160,7 @@ def test_histogram_has_its_peak_where_scores_are():
         points = [tuple(map(float, point.split())) for point in d.split("L")]
         top = min(y for _, y in points)
         peaks.append(np.mean([x for x, y in points if y == top]))
-    low, high = 46, 340 - 12
+    low, high = 54, 340 - 12
     np.testing.assert_allclose((np.array(peaks) - low) / (high - low), [0.2, 0.8], atol=0.02)
 
 
