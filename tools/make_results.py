@@ -55,7 +55,8 @@ def print_ood_table(runs):
     names = list(next(iter(runs.values()))[0]["ood"])
     print("| | seeds | images | " + " | ".join(names) + " | mean AUROC | mean FPR95 |")
     print("|---|---|---|" + "---|" * (len(names) + 2))
-    order = sorted(runs, key=lambda name: -sum(mean_of(r, "auroc") for r in runs[name]))
+    means = {name: sum(mean_of(r, "auroc") for r in rs) / len(rs) for name, rs in runs.items()}
+    order = sorted(means, key=means.get, reverse=True)
     for strategy in order:
         records = runs[strategy]
         cells = [with_interval([r["ood"][name]["auroc"] for r in records]) for name in names]
