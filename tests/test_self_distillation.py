@@ -1,9 +1,5 @@
 """`SelfDistillation`: the step against a plain re-computation, saving, resuming, backbones."""
 
-import pathlib
-import subprocess
-import sys
-
 import keras
 import numpy as np
 import pytest
@@ -252,27 +248,6 @@ def test_weights_file_carries_teacher_center_and_step(images, tmp_path):
     assert int(other.step) == 4
 
 
-def test_step_compiles_under_xla_and_draws_nothing_on_the_host(images):
-    model = tiny_model(source="both", backbone=tiny_vit(drop_path_rate=0.1))
-    model.compile(keras.optimizers.Adam(1e-3), jit_compile=True)
-    data = {"images": images, "auxiliary": images[:, :24, :24]}
-    logs = model.fit(data, batch_size=BATCH, verbose=0).history
-    assert np.isfinite(logs["loss"]).all()
-
-    step = tf.function(model.train_step).get_concrete_function(
-        {name: tf.TensorSpec((BATCH, *value.shape[1:]), tf.uint8) for name, value in data.items()}
-    )
-    graph = step.graph.as_graph_def()
-    nodes = [
-        *graph.node,
-        *(node for function in graph.library.function for node in function.node_def),
-    ]
-    kinds = {node.op for node in nodes}
-    assert "MatMul" in kinds
-    assert not {k for k in kinds if "PyFunc" in k or "Decode" in k or k.startswith("Map")}
-    assert not {"ResizeBicubic", "CropAndResize", "ImageProjectiveTransformV3"} & kinds
-
-
 def test_negatives_go_apart_from_positives_where_there_are_batch_statistics(images):
     """Moving statistics are those of positive views; the teacher's follow by momentum."""
     layers = keras.layers
@@ -429,40 +404,3 @@ def test_mixed_precision_keeps_what_must_be_float32(images, policy):
     changed = [(a != b).any() for a, b in zip(before, model.get_weights(), strict=True)]
     assert np.mean(changed) > 0.9
     assert all(np.isfinite(weight).all() for weight in model.get_weights())
-
-
-TWO_REPLICAS = """
-import sys
-import keras, numpy as np, tensorflow as tf
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
-)
-sys.path.insert(0, sys.argv[1])
-import test_self_distillation as t
-
-images = np.load(sys.argv[2])
-weights = []
-for strategy in (tf.distribute.get_strategy(), tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])):
-    with strategy.scope():
-        model = t.tiny_model(
-            views=t.FixedViews(),
-            negatives=t.Negatives(t.upside_down, source="in_distribution"),
-            weight_decay=0.1,
-        )
-        model.compile(keras.optimizers.Adam(1e-2))
-    logs = model.fit(t.batches(images), epochs=2, shuffle=False, verbose=0).history
-    weights.append([*model.get_weights(), *[v.numpy() for v in model.optimizer.variables]])
-    weights[-1].append(np.array(logs["loss"]))
-for one, two in zip(*weights, strict=True):
-    np.testing.assert_allclose(one, two, atol=2e-4, rtol=1e-3)
-print("largest difference", max(np.abs(a - b).max() for a, b in zip(*weights)))
-"""
-
-
-def test_two_replicas_equal_one(images, tmp_path):
-    """The same global batches give the same student, teacher, centre, slots and losses."""
-    np.save(tmp_path / "images.npy", images)
-    here = pathlib.Path(__file__).parent
-    command = [sys.executable, "-c", TWO_REPLICAS, here, tmp_path / "images.npy"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]

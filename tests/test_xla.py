@@ -15,7 +15,9 @@ HOST_ONLY = ("PyFunc", "EagerPyFunc", "Decode", "While", "MapDefun", "Print")
 def model():
     keras.utils.set_random_seed(0)
     model = sddns_tf.SelfDistillation(
-        backbone=sddns_tf.VisionTransformer(8, 4, hidden_dim=16, depth=2, num_heads=2),
+        backbone=sddns_tf.VisionTransformer(
+            8, 4, hidden_dim=16, depth=2, num_heads=2, drop_path_rate=0.1
+        ),
         views=sddns_tf.MultiCrop(8, local_views=2, local_size=4),
         negatives=sddns_tf.Negatives("perm4", source="both"),
         head=sddns_tf.ProjectionHead(num_prototypes=32, hidden_dim=16, bottleneck_dim=8),
