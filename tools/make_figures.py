@@ -1,10 +1,12 @@
 r"""Draws the documentation's pictures of views and shifts, from photographs inside scikit-image.
 
-    python tools/make_figures.py --output_dir=docs/images
+    python tools/make_figures.py --growth=docs/results/speed/growth.json --output_dir=docs/images
 
-Writes shifts.png (what each shift makes of photographs) and views.png (global and local views).
+Writes shifts.png (what each shift makes of photographs), views.png (global and local views) and,
+of the records that `tools/benchmark.py --benchmarks=growth --json=PATH` wrote, growth.svg.
 """
 
+import json
 import pathlib
 
 import command_line
@@ -17,6 +19,7 @@ SIDE = 96
 def define_flags():
     """All flags of the program."""
     flags.DEFINE_string("output_dir", "docs/images", "Folder to write to.")
+    flags.DEFINE_string("growth", None, "JSON of the benchmark `growth`.")
     flags.DEFINE_integer("seed", 0, "Fixes the draws.")
 
 
@@ -72,8 +75,29 @@ def views(image):
     return np.stack(found), titles
 
 
+def growth(records):
+    """Seconds per step against what the multiplications would make of the smallest, by setting."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 2.8), dpi=150, layout="constrained")
+    settings = [dict(part.rsplit(" ", 1) for part in r["name"].split(", ")[1:]) for r in records]
+    names = list(settings[0])
+    for axes, name in zip(figure.subplots(1, len(names), sharey=True), names, strict=True):
+        rows = [0] + [i for i, one in enumerate(settings) if one[name] != settings[0][name]]
+        values = [int(settings[i][name]) for i in rows]
+        axes.plot(values, [records[i]["ours"] for i in rows], "o-", label="measured")
+        expected = [records[i]["theirs"] for i in rows]
+        axes.plot(values, expected, "s--", color="0.5", label="multiplications")
+        axes.set(xlabel=name.replace("_", " "), yscale="log", xticks=values)
+        axes.tick_params(axis="x", rotation=45)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("seconds per step")
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
 def main():
-    """Draw both."""
+    """Draw them."""
     from sddns_tf import plots
 
     folder = pathlib.Path(FLAGS.output_dir)
@@ -83,7 +107,10 @@ def main():
     plots.save(plots.contact_sheet(found, titles=titles, columns=8), folder / "shifts.png")
     found, titles = views(images[0])
     plots.save(plots.contact_sheet(found, titles=titles, columns=7), folder / "views.png")
-    print("\n".join(str(folder / name) for name in ("shifts.png", "views.png")))
+    if FLAGS.growth:
+        records = json.loads(pathlib.Path(FLAGS.growth).read_text())
+        plots.save(growth(records), folder / "growth.svg")
+    print(f"Written to {folder}")
 
 
 if __name__ == "__main__":
