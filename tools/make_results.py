@@ -12,6 +12,7 @@ import pathlib
 
 import command_line
 from absl import flags
+from reproduce_cifar10 import STRATEGIES
 
 FLAGS = flags.FLAGS
 
@@ -27,7 +28,10 @@ def read_runs(folder):
     runs = {}
     for path in sorted(pathlib.Path(folder).glob("*.json")):
         record = json.loads(path.read_text())
-        runs.setdefault(record["flags"]["strategy"], []).append(record)
+        strategy = record["flags"]["strategy"]
+        if record["flags"].get("auxiliary_overlap"):
+            strategy += ", overlap kept"
+        runs.setdefault(strategy, []).append(record)
     if not runs:
         raise ValueError(f"--results must hold JSON files of runs. Received: {folder}, with none")
     return runs
@@ -79,7 +83,7 @@ def print_sensitivities(runs):
             values = [r["sensitivity"][probe] for r in records if probe in r["sensitivity"]]
             cells.append(with_interval(values) if values else "")
         print(f"| {strategy} | " + " | ".join(cells) + " |")
-    strategies = [r for name, r in runs.items() if ":" in name or name == "none"]
+    strategies = [r for name, r in runs.items() if name in STRATEGIES]
     print("\n| sensitivity to | strategies | rank correlation with mean AUROC |\n|---|---|---|")
     for probe in (*sensitivity.PROBES, "mean"):
         pairs = [

@@ -36,6 +36,7 @@ def define_flags():
     """All flags of the program."""
     flags.DEFINE_string("data_dir", None, "Prepared TFDS sets; defaults to $TFDS_DATA_DIR.")
     flags.DEFINE_string("auxiliary_exclude", None, "File of class names to leave out.")
+    flags.DEFINE_bool("auxiliary_overlap", False, "Train on those classes all the same.")
     flags.DEFINE_enum("strategy", "auxiliary:rot90", STRATEGIES, "Source and shift of negatives.")
     flags.DEFINE_integer("seed", 0, "Fixes weights, order, views and negatives.")
     flags.DEFINE_float("minutes", 7.0, "Train for about this long.", lower_bound=0.01)
@@ -148,7 +149,8 @@ def training_batches(images):
     options = {"batch_size": FLAGS.batch_size, "shuffle": True, "drop_remainder": True}
     batches = data.load(images, seed=FLAGS.seed, **options)
     if FLAGS.strategy.startswith(("auxiliary", "both")):
-        auxiliary = read("imagenet_aux", "train", excluded_classes())
+        exclude = () if FLAGS.auxiliary_overlap else excluded_classes()
+        auxiliary = read("imagenet_aux", "train", exclude)
         auxiliary = data.load(auxiliary, seed=FLAGS.seed + 1, **options)
         batches = data.with_auxiliary(batches, auxiliary)
     return batches.repeat()
@@ -167,16 +169,58 @@ def seconds_per_step(batches):
     return float(np.median(np.diff(times[2:])))
 
 
-def evaluate(detector, held_out):
-    """AUROC, FPR at 95 % and share flagged for each OOD set; sensitivities from held-out images."""
+def read_ood():
+    """Images of each OOD set by name."""
     import numpy as np
-
-    from sddns_tf import metrics, sensitivity
 
     ood = {name: read(name, "test")[: FLAGS.ood_images] for name in OOD_SETS}
     ood["imagenet_aux"] = read("imagenet_aux", "validation", excluded_classes())
     noise = np.random.default_rng(0).integers(0, 256, (1000, SIZE, SIZE, 3))
     ood["noise"] = noise.astype(np.uint8)
+    return ood
+
+
+def make_detector(network, images, test_images):
+    """A detector on `network`, as all runs have it."""
+    import sddns_tf
+
+    return sddns_tf.Detector.from_images(
+        network,
+        bank=images[: FLAGS.bank_images],
+        calibration=test_images[0:5000:2],
+        image_size=SIZE,
+        verbose=0,
+    )
+
+
+def auroc_by_network(model, images, test_images, ood):
+    """AUROC of each OOD set when the score looks at another part of the model."""
+    import keras
+
+    from sddns_tf import metrics
+
+    networks = {
+        "student backbone": model.student_backbone,
+        "teacher head": keras.Sequential([model.teacher_backbone, model.teacher_head]),
+        "student head": keras.Sequential([model.student_backbone, model.student_head]),
+    }
+    table = {}
+    for name, network in networks.items():
+        detector = make_detector(network, images, test_images)
+        normal = detector.predict(test_images[1:5000:2], verbose=0)["ood_score"]
+        table[name] = {
+            key: metrics.ood_metrics(normal, detector.predict(one, verbose=0)["ood_score"])["auroc"]
+            for key, one in ood.items()
+        }
+    return table
+
+
+def evaluate(detector, held_out, ood):
+    """AUROC, FPR at 95 % and share flagged for each OOD set; sensitivities from held-out images."""
+    import numpy as np
+
+    from sddns_tf import metrics, sensitivity
+
     out = detector.predict(held_out, verbose=0)
     table = {}
     for name, images in ood.items():
@@ -222,14 +266,9 @@ def main():
         verbose=2,
     ).history
     seconds = time.perf_counter() - start
-    detector = sddns_tf.Detector.from_images(
-        model.teacher_backbone,
-        bank=images[: FLAGS.bank_images],
-        calibration=test_images[0:5000:2],
-        image_size=SIZE,
-        verbose=0,
-    )
+    detector = make_detector(model.teacher_backbone, images, test_images)
     detector.save(folder / f"{name}.keras")
+    ood = read_ood()
     record = {
         "flags": {flag.name: flag.value for flag in FLAGS.get_key_flags_for_module("__main__")},
         "steps": int(model.step),
@@ -237,7 +276,8 @@ def main():
         "seconds": seconds,
         "parameters": model.teacher_backbone.count_params(),
         "history": {key: [float(x) for x in values] for key, values in history.items()},
-        **evaluate(detector, test_images[1:5000:2]),
+        **evaluate(detector, test_images[1:5000:2], ood),
+        "auroc_by_network": auroc_by_network(model, images, test_images, ood),
     }
     for path_flag in ("data_dir", "auxiliary_exclude", "output_dir"):
         record["flags"].pop(path_flag, None)
