@@ -37,7 +37,8 @@ import numpy as np
 from absl import app, flags
 
 import sddns_tf
-from sddns_tf import bank, data, image_ops, metrics, plots, schedules
+from sddns_tf import data, image_ops, metrics, plots, schedules
+from sddns_tf.features import extract_features
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Prepared TFDS sets; defaults to $TFDS_DATA_DIR.")
@@ -318,8 +319,8 @@ def main(argv):
 
     detector = sddns_tf.Detector.from_images(
         model.teacher_backbone,
-        bank=images,
-        calibration=calibration,
+        bank_images=images,
+        calibration_images=calibration,
         false_positive_rate=FALSE_POSITIVE_RATE,
         image_size=recipe.image_size,
     )
@@ -328,8 +329,8 @@ def main(argv):
 
     table, scores, ood_scores = evaluate(detector, fresh)
     print_table(table)
-    features = bank.extract_features(detector.extractor, images, verbose=0)
-    fresh_features = bank.extract_features(detector.extractor, fresh, verbose=0)
+    features = extract_features(detector.extractor, images, verbose=0)
+    fresh_features = extract_features(detector.extractor, fresh, verbose=0)
     knn_accuracy = metrics.knn_accuracy(features, labels, fresh_features, fresh_labels)
     print(f"\nk-NN accuracy of the features, as a check of them: {knn_accuracy:.3f}")
     results = {"table": table, "knn_accuracy": knn_accuracy, "minutes": minutes}

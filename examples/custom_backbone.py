@@ -150,7 +150,11 @@ def main(argv):
         backbone = train(make(), local_views, training).teacher_backbone
         seconds = time.perf_counter() - start
         detector = sddns_tf.Detector.from_images(
-            backbone, bank=training, calibration=calibration, image_size=IMAGE_SIZE, verbose=0
+            backbone,
+            bank_images=training,
+            calibration_images=calibration,
+            image_size=IMAGE_SIZE,
+            verbose=0,
         )
         scores = [detector.predict(x, verbose=0)["ood_score"] for x in (test, gravel)]
         auroc = metrics.ood_metrics(*scores)["auroc"]

@@ -141,8 +141,8 @@ def main(argv):
         print(f"Training with negatives by {name}")
         detector = sddns_tf.Detector.from_images(
             train(training, shift).teacher_backbone,
-            bank=training,
-            calibration=calibration,
+            bank_images=training,
+            calibration_images=calibration,
             image_size=IMAGE_SIZE,
             k=20,
             verbose=0,

@@ -188,8 +188,8 @@ def main(argv):
     model = train(training)
     detector = sddns_tf.Detector.from_images(
         model.teacher_backbone,
-        bank=training,
-        calibration=held_out,
+        bank_images=training,
+        calibration_images=held_out,
         false_positive_rate=FLAGS.false_positive_rate,
         image_size=FLAGS.image_size,
         k=20,

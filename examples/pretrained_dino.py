@@ -101,7 +101,7 @@ def main(argv):
     if FLAGS.finetune_steps:
         backbone = finetune(backbone, training)
     detector = sddns_tf.Detector.from_images(
-        backbone, bank=training, calibration=calibration, image_size=FLAGS.image_size, k=20
+        backbone, training, calibration, image_size=FLAGS.image_size, k=20
     )
     if FLAGS.good:
         answers = detector.predict(load(FLAGS.check))

@@ -176,8 +176,8 @@ def train(data, steps, negatives):
 def make_detector(backbone, data):
     return sddns_tf.Detector.from_images(
         backbone,
-        bank=data["training"][:BANK_SIZE],
-        calibration=data["calibration"],
+        bank_images=data["training"][:BANK_SIZE],
+        calibration_images=data["calibration"],
         false_positive_rate=FALSE_POSITIVE_RATE,
         k=NEIGHBORS,
         image_size=IMAGE_SIZE,

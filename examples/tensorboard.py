@@ -72,7 +72,9 @@ def main(argv):
             sddns_tf.callbacks.CollapseMonitor(),
             # Before TensorBoard, which writes what stands in the logs by then.
             sddns_tf.callbacks.OODProbe(training[:500], held_out),
-            sddns_tf.board.TrainingPictures(FLAGS.output_dir, training[:500], held_out, every=2),
+            sddns_tf.callbacks.pictures.TrainingPictures(
+                FLAGS.output_dir, training[:500], held_out, every=2
+            ),
             keras.callbacks.TensorBoard(FLAGS.output_dir),
         ],
     )

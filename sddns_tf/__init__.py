@@ -1,79 +1,67 @@
 """Self-supervised anomaly detection by self-distillation and negative sampling, for Keras 3.
 
-Train `SelfDistillation` on unlabelled normal images with `fit`, make a `Detector` of its teacher
+Train `SelfDistillation` on unlabeled normal images with `fit`, make a `Detector` of its teacher
 backbone, and export that for TensorFlow Serving or TFLite.
 """
 
-import os
+import importlib
+import sys
 
-_WRONG_BACKEND = (
-    "sddns_tf needs Keras' TensorFlow backend: set the environment variable "
-    'KERAS_BACKEND="tensorflow" before importing keras. Received: KERAS_BACKEND="{}"'
-)
+from sddns_tf import _registration
+from sddns_tf.version import __version__ as __version__
 
-try:
-    import keras
-except ImportError as error:
-    backend = os.environ.get("KERAS_BACKEND", "tensorflow")
-    if backend == "tensorflow":
-        raise
-    raise ImportError(_WRONG_BACKEND.format(backend)) from error
-
-if keras.backend.backend() != "tensorflow":
-    raise ImportError(_WRONG_BACKEND.format(keras.backend.backend()))
-
-from sddns_tf import (
-    bank,
-    board,
-    callbacks,
-    checkpoint,
-    data,
-    dino_weights,
-    evaluation,
-    export,
-    image_ops,
-    losses,
-    metrics,
-    plots,
-    report,
-    schedules,
-    sensitivity,
-    shifts,
-)
-from sddns_tf.detector import Detector
-from sddns_tf.heads import ProjectionHead
-from sddns_tf.pretrained_models import pretrained
-from sddns_tf.self_distillation import SelfDistillation
-from sddns_tf.version import __version__
-from sddns_tf.views import MultiCrop, Negatives
-from sddns_tf.vit import VisionTransformer, vit_base, vit_small, vit_tiny
-
-__all__ = [
-    "Detector",
-    "MultiCrop",
-    "Negatives",
-    "ProjectionHead",
-    "SelfDistillation",
-    "VisionTransformer",
-    "__version__",
+# Where each public name lives. A name is imported when it is first asked for, so that what needs
+# no TensorFlow, such as `sddns score parts.tflite`, does not wait for it.
+_MODULES = (
     "bank",
-    "board",
     "callbacks",
-    "checkpoint",
     "data",
     "dino_weights",
     "evaluation",
     "export",
+    "features",
     "image_ops",
     "losses",
     "metrics",
     "plots",
-    "pretrained",
     "report",
     "schedules",
     "sensitivity",
     "shifts",
-    "vit_base",
-    "vit_small",
-    "vit_tiny",
-]
+)
+_NAMES = {
+    "Detector": "detector",
+    "FeatureExtractor": "features",
+    "MultiCrop": "views",
+    "Negatives": "views",
+    "ProjectionHead": "heads",
+    "SelfDistillation": "self_distillation",
+    "VisionTransformer": "vit",
+    "board": "callbacks.pictures",
+    "checkpoint": "callbacks.training_state",
+    "edge_metadata": "export.metadata",
+    "pretrained": "detector",
+    "vit_base": "vit",
+    "vit_small": "vit",
+    "vit_tiny": "vit",
+}
+# Rooms that moved: what was documented under these names is still found there.
+_MOVED = ("board", "checkpoint", "edge_metadata")
+
+__all__ = sorted({"__version__", *_MODULES, *_NAMES} - set(_MOVED))
+
+
+def __getattr__(name):
+    if name in _MODULES:
+        return importlib.import_module(f"sddns_tf.{name}")
+    if name not in _NAMES:
+        raise AttributeError(f"module 'sddns_tf' has no attribute {name!r}")
+    module = importlib.import_module(f"sddns_tf.{_NAMES[name]}")
+    return module if name in _MOVED else getattr(module, name)
+
+
+def __dir__():
+    return __all__
+
+
+_registration.when_keras_is_imported(sys.modules)

@@ -9,7 +9,8 @@ import io
 
 import numpy as np
 
-from sddns_tf import bank, image_ops, metrics
+from sddns_tf import metrics
+from sddns_tf.features import extract_features
 
 COLUMNS = ("auroc", "aupr_in", "aupr_out", "fpr95", "flagged")
 FRESH = "fresh normal images"
@@ -120,7 +121,7 @@ def evaluate(
         false_positive_rate=detector.false_positive_rate,
         knn_accuracy=_knn_accuracy(detector, normal, labels, labelled, batch_size, verbose),
         features={
-            name: bank.extract_features(detector.extractor, x[:feature_count], **extract)
+            name: extract_features(detector.extractor, x[:feature_count], **extract)
             for name, x in images.items()
         },
     )
@@ -144,9 +145,9 @@ def _knn_accuracy(detector, normal, labels, labelled, batch_size, verbose):
     known, classes = labelled
     options = {"batch_size": batch_size, "verbose": verbose}
     accuracy = metrics.knn_accuracy(
-        bank.extract_features(detector.extractor, known, **options),
+        extract_features(detector.extractor, known, **options),
         classes,
-        bank.extract_features(detector.extractor, normal, **options),
+        extract_features(detector.extractor, normal, **options),
         labels,
         k=min(20, len(known)),
     )
@@ -171,11 +172,7 @@ def attention_maps(detector, images):
     maps = []
     for start in range(0, len(images), _ATTENTION_BATCH):
         batch = images[start : start + _ATTENTION_BATCH]
-        if extractor.resolution is not None:
-            batch = image_ops.resize(batch, *extractor.resolution)
-        batch = image_ops.resize(batch, *extractor.image_size)
-        normalized = image_ops.normalize(batch, extractor.mean, extractor.std)
-        weights = np.asarray(extractor.backbone.attention_weights(normalized))
+        weights = np.asarray(extractor.backbone.attention_weights(extractor.preprocess(batch)))
         maps.append(weights[:, :, 0, 1:].mean(axis=1).reshape(-1, rows, columns))
     return np.concatenate(maps)
 

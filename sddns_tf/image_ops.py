@@ -16,6 +16,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # ITU-R 601, as in Pillow's "L" mode.
 LUMA = (0.299, 0.587, 0.114)
 
+RESIZES = ("squash", "crop")
+
 
 def bicubic_kernel(x, a=-0.5):
     """Keys' cubic convolution kernel.
@@ -138,6 +140,38 @@ def resize(images, height, width):
     columns = resampling_matrix(in_width, width)
     resized = from_planes(resample(to_planes(images), rows, columns))
     return tf.clip_by_value(resized, 0.0, 255.0)
+
+
+def fit(images, height, width, mode="squash"):
+    """Bring images of any shape to one shape.
+
+    Args:
+        images: uint8 or float in 0-255, `(B, H, W, 3)`; H and W may be unknown at trace time.
+        height: Rows of the output, int.
+        width: Columns of the output, int.
+        mode: `"squash"` changes the aspect ratio where it is another; `"crop"` first cuts off
+            what is too much at two sides, equally.
+
+    Returns:
+        Float32 in 0-255, `(B, height, width, 3)`.
+    """
+    if mode == "crop":
+        images = _center_crop(images, height, width)
+    return resize(images, height, width)
+
+
+def _center_crop(images, height, width):
+    """The largest central part with the aspect ratio of `height` to `width`."""
+    rows, columns = images.shape[1:3]
+    if None in (rows, columns):
+        rows, columns = tf.unstack(tf.shape(images)[1:3])
+        smaller, larger = tf.minimum, tf.maximum
+    else:
+        smaller, larger = min, max
+    new_rows = smaller(rows, larger(1, columns * height // width))
+    new_columns = smaller(columns, larger(1, rows * width // height))
+    top, left = (rows - new_rows) // 2, (columns - new_columns) // 2
+    return images[:, top : top + new_rows, left : left + new_columns]
 
 
 def normalize(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):

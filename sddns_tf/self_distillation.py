@@ -5,8 +5,10 @@ import warnings
 import keras
 import tensorflow as tf
 
-from sddns_tf import bank, image_ops, losses, schedules
+from sddns_tf import image_ops, losses, schedules
+from sddns_tf.copying import copy_of
 from sddns_tf.heads import ProjectionHead
+from sddns_tf.validation import warn_if_nearly_black
 
 _LOGGED = (
     "loss",
@@ -125,8 +127,8 @@ class SelfDistillation(keras.Model):
         self.student_head = head or ProjectionHead()
         if not self.student_head.built:
             self.student_head.build((None, feature_dim))
-        self.teacher_backbone = _frozen_copy(self.student_backbone, (None, *_input_shape(views)))
-        self.teacher_head = _frozen_copy(self.student_head, (None, feature_dim))
+        self.teacher_backbone = copy_of(self.student_backbone, _input_shape(views), trainable=False)
+        self.teacher_head = copy_of(self.student_head, (feature_dim,), trainable=False)
         num_prototypes = self.student_head.compute_output_shape((None, feature_dim))[-1]
         self.center = self.add_weight(
             shape=(num_prototypes,),
@@ -205,7 +207,7 @@ class SelfDistillation(keras.Model):
 
     def fit(self, x=None, *args, **kwargs):
         """`keras.Model.fit` on unlabelled images: see the class. Warns of images in 0-1."""
-        bank.warn_if_nearly_black(x, "x")
+        warn_if_nearly_black(x, "x")
         return super().fit(x, *args, **kwargs)
 
     def train_step(self, data):
@@ -488,24 +490,6 @@ def _describe_strategy(strategy):
 
 def _input_shape(views):
     return (views.image_size, views.image_size, 3)
-
-
-def _frozen_copy(layer, input_shape):
-    """The teacher's part: same class, configuration and values, variables of its own."""
-    if isinstance(layer, keras.Model):
-        copy = keras.models.clone_model(layer)
-    else:
-        copy = type(layer).from_config(layer.get_config())
-    if not copy.built:
-        copy.build(input_shape)
-    copy.set_weights(layer.get_weights())
-    copy.trainable = False
-    if {id(v) for v in copy.variables} & {id(v) for v in layer.variables}:
-        raise ValueError(
-            "The teacher must not share variables with the student, but the copy that "
-            f"get_config and from_config make of {layer.name!r} ({type(layer).__name__}) does."
-        )
-    return copy
 
 
 def _check_backbone(backbone, views):

@@ -15,7 +15,33 @@ import math
 import keras
 import tensorflow as tf
 
-from sddns_tf import image_draws
+
+def uniform(shape, seed, **kwargs):
+    """Uniform numbers whose last axis runs over the images of this replica.
+
+    Under a distribution strategy each replica holds a contiguous part of the global batch. It
+    draws what one device would draw for the whole of it and keeps its own part, so that an image
+    gets the same numbers on any number of devices. All replicas must hold equally many images.
+
+    Args:
+        shape: Ints or scalar tensors; the last one is the number of this replica's images.
+        seed: Two integers, the same on all replicas.
+        **kwargs: Of `tf.random.stateless_uniform`: `minval`, `maxval`, `dtype`.
+
+    Returns:
+        Tensor of the given shape.
+
+    Example:
+        >>> angles = shifts.uniform([tf.shape(images)[0]], seed=[0, 1], maxval=6.28)
+    """
+    context = tf.distribute.get_replica_context()
+    replicas = context.num_replicas_in_sync if context else 1
+    if replicas == 1:
+        return tf.random.stateless_uniform(shape, seed, **kwargs)
+    *outer, count = shape
+    everyone = tf.random.stateless_uniform([*outer, count * replicas], seed, **kwargs)
+    first = context.replica_id_in_sync_group * count
+    return everyone[..., first : first + count]
 
 
 @keras.saving.register_keras_serializable("sddns_tf")
@@ -41,7 +67,7 @@ def rot90(images, seed):
 def rot360(images, seed):
     """Rotate each image by a uniform angle; bilinear, black where nothing was, size kept."""
     _check_squares(images, "rot360")
-    angles = image_draws.uniform([tf.shape(images)[0]], seed, maxval=2.0 * math.pi)
+    angles = uniform([tf.shape(images)[0]], seed, maxval=2.0 * math.pi)
     return rotate(images, angles)
 
 
@@ -112,7 +138,7 @@ def get(shift):
     Args:
         shift: One of `shifts.NAMES`, or a callable `(images, seed) -> images` that keeps the
             shape `(B, S, S, 3)`; `seed` is an int32 tensor `(2,)`, the same on all replicas, for
-            `image_draws.uniform` (`tf.random.stateless_uniform` would give the images of each
+            `shifts.uniform` (`tf.random.stateless_uniform` would give the images of each
             replica the same numbers).
 
     Returns:
@@ -152,12 +178,12 @@ def _check_squares(images, name, grid=1):
 
 
 def _random_integers(count, maxval, seed):
-    return image_draws.uniform([count], seed, maxval=maxval, dtype=tf.int32)
+    return uniform([count], seed, maxval=maxval, dtype=tf.int32)
 
 
 def _random_orders(images, length, seed):
     """Independent uniform permutations of `length` things, `(B, length)` int32."""
-    keys = image_draws.uniform([length, tf.shape(images)[0]], seed)
+    keys = uniform([length, tf.shape(images)[0]], seed)
     return tf.argsort(tf.transpose(keys), axis=-1)
 
 

@@ -5,7 +5,8 @@ import math
 import keras
 import tensorflow as tf
 
-from sddns_tf import image_draws, image_ops, shifts
+from sddns_tf import image_ops, shifts
+from sddns_tf.validation import check_int
 
 SOURCES = ("in_distribution", "auxiliary", "both")
 
@@ -77,9 +78,9 @@ class MultiCrop:
         blur_sigma=(0.1, 2.0),
         solarize=(0.0, 0.2, 0.0),
     ):
-        _check_positive_int("image_size", image_size)
+        check_int("image_size", image_size)
         if local_views:
-            _check_positive_int("local_views", local_views)
+            check_int("local_views", local_views)
         for name, low, high in (
             ("global_area", *global_area),
             ("local_area", *local_area),
@@ -137,7 +138,7 @@ class MultiCrop:
         """
         recipe_seed, global_seed, local_seed = tf.unstack(tf.random.split(seed, 3))
         shape = [1, tf.shape(images)[0]]
-        recipe = image_draws.uniform(shape, recipe_seed, maxval=2, dtype=tf.int32)
+        recipe = shifts.uniform(shape, recipe_seed, maxval=2, dtype=tf.int32)
         groups = [self._global_views(images, recipe, global_seed)]
         return groups + self._local_views(images, local_seed)
 
@@ -328,7 +329,7 @@ class _Draws:
     """
 
     def __init__(self, shape, seed):
-        self._numbers = iter(tf.unstack(image_draws.uniform([_DRAWS, *shape], seed)))
+        self._numbers = iter(tf.unstack(shifts.uniform([_DRAWS, *shape], seed)))
 
     def uniform(self, low=0.0, high=1.0):
         return low + (high - low) * next(self._numbers)
@@ -365,8 +366,3 @@ def _crop_boxes(draws, height, width, area, aspect_ratio):
     top = tf.floor(draws.uniform() * (height - crop_height + 1.0))
     left = tf.floor(draws.uniform() * (width - crop_width + 1.0))
     return top, left, crop_height, crop_width
-
-
-def _check_positive_int(name, value):
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be a positive int. Received: {value!r}")

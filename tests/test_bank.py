@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from sddns_tf import bank as bank_lib
 from sddns_tf import image_ops
-from sddns_tf.bank import FeatureExtractor, compress, extract_features, ood_score
+from sddns_tf.bank import compress, ood_score
+from sddns_tf.features import FeatureExtractor, extract_features
 from sddns_tf.vit import VisionTransformer
 
 

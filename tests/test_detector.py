@@ -9,8 +9,9 @@ import skimage.data
 import tensorflow as tf
 
 from sddns_tf import image_ops
-from sddns_tf.bank import FeatureExtractor
-from sddns_tf.detector import Detector, _largest_flagged_rank
+from sddns_tf.calibration import largest_flagged_rank
+from sddns_tf.detector import Detector
+from sddns_tf.features import FeatureExtractor
 from sddns_tf.vit import VisionTransformer
 
 
@@ -103,9 +104,9 @@ def test_p_values_are_conformal_with_ties_and_at_boundaries(monkeypatch):
 @pytest.mark.parametrize("size", [1, 9, 19, 99, 999])
 def test_a_rate_of_c_in_n_flags_exactly_c(size):
     for count in range(1, size + 1):
-        assert _largest_flagged_rank(size, count / (size + 1)) == count
+        assert largest_flagged_rank(size, count / (size + 1)) == count
         if count > 1:
-            assert _largest_flagged_rank(size, count / (size + 1) - 1e-5) == count - 1
+            assert largest_flagged_rank(size, count / (size + 1) - 1e-5) == count - 1
 
 
 def test_false_positive_rate_holds_on_average_over_calibration_sets():

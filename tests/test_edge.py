@@ -13,8 +13,9 @@ import skimage.data
 import tensorflow as tf
 
 import sddns_tf
-from sddns_tf import bank, edge, edge_metadata, export
+from sddns_tf import bank, export
 from sddns_tf.detector import Detector
+from sddns_tf.export import metadata, to_tflite
 from sddns_tf.vit import VisionTransformer
 
 pytest.importorskip("ai_edge_litert")
@@ -124,7 +125,7 @@ def run(program, folder):
 
 def answers_of(path, images):
     runner = Interpreter(str(path)).get_signature_runner()
-    batch = edge_metadata.description(path.read_bytes())["batch_size"] or 8
+    batch = metadata.description(path.read_bytes())["batch_size"] or 8
     answers = [runner(images=images[i : i + batch]) for i in range(0, len(images), batch)]
     return {name: np.concatenate([a[name] for a in answers]) for name in OUTPUTS}
 
@@ -199,7 +200,7 @@ def test_quantized_files_are_smaller(files):
 @pytest.mark.parametrize("quantization", VARIANTS)
 def test_a_file_describes_itself(files, quantization):
     file = files[quantization].read_bytes()
-    about = edge_metadata.description(file)
+    about = metadata.description(file)
     assert set(about["outputs"]) == set(OUTPUTS)
     assert about["image_size"] == [32, 32]
     assert about["false_positive_rate"] == 0.1
@@ -209,7 +210,7 @@ def test_a_file_describes_itself(files, quantization):
     check = about["self_check"]
     assert check["images"] == 16
     assert 0 < check["largest_score_difference"] < check["allowed"]
-    names = edge_metadata.operators(file)
+    names = metadata.operators(file)
     assert "FULLY_CONNECTED" in names and "CUSTOM" not in names
 
 
@@ -218,7 +219,7 @@ def test_a_file_without_a_description_is_named():
         model = tf.lite.TFLiteConverter.from_keras_model(
             keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
         )
-        edge_metadata.description(model.convert())
+        metadata.description(model.convert())
 
 
 def test_a_bank_is_compressed_and_calibrated_anew(detector, calibration, tmp_path):
@@ -233,7 +234,7 @@ def test_a_bank_is_compressed_and_calibrated_anew(detector, calibration, tmp_pat
     np.testing.assert_allclose(answers["ood_score"], expected, rtol=0, atol=1e-4)
     p_values = (1 + (own >= expected[:, np.newaxis]).sum(axis=1)) / 50
     np.testing.assert_allclose(answers["p_value"], p_values, rtol=0, atol=0.021)
-    assert edge_metadata.description(path.read_bytes())["bank_rows"] == len(centers) <= 10
+    assert metadata.description(path.read_bytes())["bank_rows"] == len(centers) <= 10
 
 
 def test_there_is_room_for_more_calibration_images_than_the_detector_had(detector, tmp_path):
@@ -241,7 +242,7 @@ def test_there_is_room_for_more_calibration_images_than_the_detector_had(detecto
     path = export.tflite(
         detector, tmp_path / "a.tflite", calibration_images=images, bank_size=10, verbose=0
     )
-    found = edge_metadata.description(path.read_bytes())
+    found = metadata.description(path.read_bytes())
     assert found["calibration_room"] == 1100
 
 
@@ -330,7 +331,7 @@ def test_mixed_precision_is_exported_in_float32(policy, tmp_path):
     path = export.tflite(detector, tmp_path / "model.tflite")
     answers = answers_of(path, images)
     assert detector.extractor.backbone.compute_dtype == policy.removeprefix("mixed_")
-    in_float32 = edge._in_float32(detector)
+    in_float32 = to_tflite._in_float32(detector)
     np.testing.assert_allclose(answers["ood_score"], in_float32(images)["ood_score"], atol=1e-4)
     assert np.abs(answers["ood_score"] - detector(images)["ood_score"]).max() > 1e-4
 
@@ -356,7 +357,7 @@ print((resident() - before) * 4096)
 
 
 def test_an_export_that_disagrees_is_discarded(detector, tmp_path, monkeypatch):
-    right = edge._answer
+    right = to_tflite._answer
 
     def wrong(detector, calibration, shape):
         answer = right(detector, calibration, shape)
@@ -366,7 +367,7 @@ def test_an_export_that_disagrees_is_discarded(detector, tmp_path, monkeypatch):
             input_signature=[spec],
         )
 
-    monkeypatch.setattr(edge, "_answer", wrong)
+    monkeypatch.setattr(to_tflite, "_answer", wrong)
     (tmp_path / "kept.tflite").write_bytes(b"earlier")
     message = "does not agree.*score over 16 images: [0-9.]+; allowed: 0.0001"
     with pytest.raises(RuntimeError, match=message):
@@ -376,19 +377,19 @@ def test_an_export_that_disagrees_is_discarded(detector, tmp_path, monkeypatch):
 
 
 def test_an_export_that_does_not_run_is_discarded(detector, tmp_path, monkeypatch):
-    monkeypatch.setattr(edge, "_RUN_TFLITE", "raise SystemExit('no such operation')")
+    monkeypatch.setattr(to_tflite, "_RUN_TFLITE", "raise SystemExit('no such operation')")
     with pytest.raises(RuntimeError, match="no such operation"):
         export.tflite(detector, tmp_path / "new" / "model.tflite")
     assert left_in(tmp_path) == []
 
 
 def test_an_export_whose_calibration_is_not_found_is_discarded(detector, tmp_path, monkeypatch):
-    right = edge_metadata.described
+    right = metadata.described
 
     def wrong(file, description, placeholders):
         return right(file, description, {**placeholders, "rate": np.float32(7e7)})
 
-    monkeypatch.setattr(edge_metadata, "described", wrong)
+    monkeypatch.setattr(metadata, "described", wrong)
     with pytest.raises(RuntimeError, match=r"rate should be one constant.*Received: 0"):
         export.tflite(detector, tmp_path / "new" / "model.tflite")
     assert left_in(tmp_path) == []

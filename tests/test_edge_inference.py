@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sddns_tf import edge_metadata, export
+from sddns_tf import export
 from sddns_tf.detector import Detector
 from sddns_tf.vit import VisionTransformer
 
@@ -108,11 +108,11 @@ def test_calibration_is_that_of_the_package(example, model, tmp_path):
     scores = np.random.default_rng(0).normal(size=57).astype(np.float32)
     example.recalibrate(model, scores, tmp_path / "device.tflite", 0.1)
     file = bytearray(model.read_bytes())
-    edge_metadata.calibrate(file, scores, 0.1)
+    export.metadata.calibrate(file, scores, 0.1)
     assert (tmp_path / "device.tflite").read_bytes() == bytes(file) != model.read_bytes()
     about = example.description(tmp_path / "device.tflite")
     assert about["false_positive_rate"] == 0.1 and about["calibration_images"] == 57
-    assert about == edge_metadata.description(file)
+    assert about == export.metadata.description(file)
 
 
 def test_p_values_follow_the_new_calibration(example, model, normal, auxiliary, tmp_path):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from sddns_tf import export, export_checks, serving
+from sddns_tf import export
+from sddns_tf.export import to_saved_model, verify
 
 OUTPUTS = ("ood_score", "p_value", "is_ood")
 
@@ -72,10 +73,10 @@ def test_warm_up_requests_are_those_of_the_official_api(served):
 def test_a_field_longer_than_a_byte_can_count_is_told_right():
     from google.protobuf import wrappers_pb2
 
-    from sddns_tf import serving_warmup
+    from sddns_tf.export import warmup
 
     for length in (0, 1, 127, 128, 16_383, 16_384, 3_000_000):
-        written = serving_warmup._field(1, bytes(length))
+        written = warmup._field(1, bytes(length))
         assert wrappers_pb2.BytesValue.FromString(written).value == bytes(length)
 
 
@@ -85,8 +86,8 @@ def test_versions_follow_one_another_and_are_never_overwritten(
     for name in ("3", "12", "notes", ".export-abc"):
         (tmp_path / name).mkdir()
     (tmp_path / "3" / "kept").touch()
-    monkeypatch.setattr(serving, "save", lambda folder, *_: folder.mkdir())
-    monkeypatch.setattr(serving, "_compared", lambda *_: {})
+    monkeypatch.setattr(to_saved_model, "save", lambda folder, *_: folder.mkdir())
+    monkeypatch.setattr(to_saved_model, "_compared", lambda *_: {})
     assert export.saved_model(grass_detector, tmp_path) == tmp_path / "13"
     assert export.saved_model(grass_detector, str(tmp_path), version=5) == tmp_path / "5"
     before = left_in(tmp_path)
@@ -107,8 +108,8 @@ def test_an_export_that_is_not_right_is_discarded(grass_detector, tmp_path, monk
     for name in ("serving_default", "serving_bytes", "serving_at_rate", "serving_bytes_at_rate"):
         answers.update({f"{name}.{key}": value for key, value in expected.items()})
         answers[f"{name}.status"] = np.array([b"", b""])
-    monkeypatch.setattr(serving, "save", lambda folder, *_: folder.mkdir())
-    monkeypatch.setattr(serving, "run_apart", lambda *_: answers)
+    monkeypatch.setattr(to_saved_model, "save", lambda folder, *_: folder.mkdir())
+    monkeypatch.setattr(to_saved_model, "run_apart", lambda *_: answers)
     export.saved_model(grass_detector, tmp_path / "right", images=images)
     message = {
         "answers": "does not agree.*at_rate.score over 2 images: .*allowed: 0.0001",
@@ -120,8 +121,10 @@ def test_an_export_that_is_not_right_is_discarded(grass_detector, tmp_path, monk
     elif wrong == "status":
         answers["serving_bytes.status"] = np.array([b"", b"no image"])
     else:
-        monkeypatch.setattr(serving, "run_apart", export_checks.run_apart)
-        monkeypatch.setattr(serving, "_RUN_SAVED_MODEL", "raise SystemExit('no such operation')")
+        monkeypatch.setattr(to_saved_model, "run_apart", verify.run_apart)
+        monkeypatch.setattr(
+            to_saved_model, "_RUN_SAVED_MODEL", "raise SystemExit('no such operation')"
+        )
     with pytest.raises(RuntimeError, match=message):
         export.saved_model(grass_detector, tmp_path / "new" / "model", images=images)
     assert {path.split(os.sep)[0] for path in left_in(tmp_path)} == {"right"}
@@ -131,14 +134,12 @@ def test_an_export_that_is_not_right_is_discarded(grass_detector, tmp_path, monk
 def test_the_comparison_sees_every_output(grass_detector, grass_and_person, name):
     images = grass_and_person(3, 4)
     answers = {key: value.numpy() for key, value in grass_detector(images).items()}
-    export_checks.check_answers(grass_detector, images, answers, "", 4e-6)
+    verify.check_answers(grass_detector, images, answers, "", 4e-6)
     for change in [np.nan, 1e-3] if name == "ood_score" else [1e-3]:
         changed = answers[name].copy()
         changed[4] = ~changed[4] if name == "is_ood" else changed[4] + change
         with pytest.raises(RuntimeError, match="does not agree"):
-            export_checks.check_answers(
-                grass_detector, images, {**answers, name: changed}, "", 4e-6
-            )
+            verify.check_answers(grass_detector, images, {**answers, name: changed}, "", 4e-6)
 
 
 def test_images_to_compare_on_are_checked(grass_detector, grass_and_person, tmp_path):

@@ -14,8 +14,9 @@ import pytest
 import tensorflow as tf
 
 import sddns_tf
-from sddns_tf import checkpoint, image_ops
+from sddns_tf import image_ops
 from sddns_tf.callbacks import Checkpoint, CollapseMonitor, NotFinite
+from sddns_tf.callbacks import training_state as checkpoint
 
 HERE = pathlib.Path(__file__).parent
 STEPS_PER_EPOCH, EPOCHS, BATCH = 7, 3, 4
@@ -72,7 +73,7 @@ import test_reliability as t
 
 # Bytes go to the disk slowly, in small pieces, so that a kill often meets a half-written file.
 import time, zipfile
-from sddns_tf import checkpoint
+from sddns_tf.callbacks import training_state as checkpoint
 savez = np.savez
 def slowly(file, **arrays):
     class Slow:

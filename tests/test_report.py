@@ -10,7 +10,8 @@ import types
 import numpy as np
 import pytest
 
-from sddns_tf import evaluation, report, report_charts
+from sddns_tf import evaluation, report
+from sddns_tf.report import charts
 
 VOID = {"meta", "img", "br"}
 NAUGHTY = '<b>"naughty" & co'
@@ -27,8 +28,7 @@ class FakeDetector:
             backbone=types.SimpleNamespace(patch_size=4),
             image_size=(8, 16),
             resolution=(8, 16),
-            mean=(0.0, 0.0, 0.0),
-            std=(1.0, 1.0, 1.0),
+            preprocess=lambda images: np.asarray(images, "float32") / 255.0,
         )
         if attends:
             self.extractor.backbone.attention_weights = self.attention_weights
@@ -154,7 +154,7 @@ def test_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_histogram_has_its_peak_where_scores_are():
-    chart = report_charts.histograms(np.full(9, 0.2), np.full(9, 0.8), 1, 0.5, (0.0, 1.0))
+    chart = charts.histograms(np.full(9, 0.2), np.full(9, 0.8), 1, 0.5, (0.0, 1.0))
     peaks = []
     for d in re.findall(r'class="area s\d" d="M([^"]*)Z"', chart):
         points = [tuple(map(float, point.split())) for point in d.split("L")]

@@ -164,7 +164,7 @@ def test_backbone_that_shares_itself_with_its_copy_is_refused():
         def get_config(self):
             return {}
 
-    with pytest.raises(ValueError, match="must not share variables with the student"):
+    with pytest.raises(ValueError, match="must have variables of its own"):
         tiny_model(backbone=Sharing())
 
 

@@ -13,7 +13,9 @@ import tensorflow as tf
 from PIL import Image
 from tensorflow.core.protobuf import saved_model_pb2
 
-from sddns_tf import bank, image_ops, served_bytes, serving_signatures
+from sddns_tf import bank, image_ops
+from sddns_tf.export import decode_files
+from sddns_tf.export import signatures as signatures_of
 
 OUTPUTS = ("ood_score", "p_value", "is_ood")
 SIZES = [(b, h, w) for b in (1, 3, 17) for h, w in ((32, 32), (57, 91))]
@@ -327,7 +329,7 @@ def test_batches_without_an_image_are_answered(signatures, files):
 
 
 def test_pixels_are_counted_before_any_is_decoded(good_files):
-    decode = tf.function(lambda files: served_bytes.decode(files, (8, 8), 57 * 91))
+    decode = tf.function(lambda files: decode_files.decode(files, (8, 8), 57 * 91))
     kinds = ("png", "jpeg", "bmp", "gif")
     images, status = decode(tf.constant([good_files[kind] for kind in kinds]))
     assert not any(status.numpy()) and np.ptp(images, axis=(1, 2, 3)).min() > 10
@@ -349,7 +351,7 @@ def test_later_frames_of_a_gif_are_not_looked_at(good_files):
     # Pillow writes the same first frame into both; what follows it is broken here.
     end = len(first) - 1
     broken = whole[: end + 60] + b"\xff" * 200
-    images, status = served_bytes.decode(tf.constant([first, whole, broken]), (57, 91), 10_000)
+    images, status = decode_files.decode(tf.constant([first, whole, broken]), (57, 91), 10_000)
     assert not any(status.numpy())
     np.testing.assert_array_equal(images[1], images[2])
     reference = np.asarray(Image.open(io.BytesIO(whole)).convert("RGB"), np.float32)
@@ -405,7 +407,7 @@ def test_of_a_file_and_a_rate_that_are_wrong_the_file_is_told(signatures, good_f
 
 
 def test_features_come_with_the_answers_if_they_are_asked_for(grass_detector, good_files):
-    functions = serving_signatures.signatures(grass_detector, 10_000, include_features=True)
+    functions = signatures_of.signatures(grass_detector, 10_000, include_features=True)
     answers = functions["serving_bytes"](tf.constant([good_files["png"], b"text"]))
     assert answers["features"].shape == (2, 32)
     expected = grass_detector.features(resized([good_files["png"]]))

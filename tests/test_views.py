@@ -467,8 +467,8 @@ def test_multi_crop_survives_saving():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_size": 0}, "`image_size` must be a positive int. Received: 0"),
-        ({"image_size": 32.0}, "`image_size` must be a positive int. Received: 32.0"),
+        ({"image_size": 0}, "`image_size` must be a positive int. Received: image_size=0"),
+        ({"image_size": 32.0}, "`image_size` must be a positive int. Received: image_size=32.0"),
         ({"image_size": 32, "local_views": -1}, "`local_views` must be a positive int"),
         ({"image_size": 32, "global_area": (0.0, 1.0)}, "`global_area`.*0.0, 1.0"),
         ({"image_size": 32, "global_area": (0.4, 1.1)}, "`global_area`.*0.4, 1.1"),

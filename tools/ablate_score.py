@@ -31,12 +31,12 @@ def define_flags():
 
 def read_features(detector, flag, text, split, limit=None):
     """Features of a source's images, float32 `(N, D)`."""
-    from sddns_tf import bank
+    from sddns_tf.features import extract_features
 
     size = detector.extractor.resolution or detector.extractor.image_size
     one = command_line.source(flag, text, split)
     images = command_line.read(flag, one, FLAGS, size, limit=limit)
-    return bank.extract_features(detector.extractor, images, verbose=0)
+    return extract_features(detector.extractor, images, verbose=0)
 
 
 def compressed_banks(features):

@@ -114,7 +114,11 @@ def main():
         if FLAGS.baseline == "rotation":
             backbone, steps, history = rotation_network(images, FLAGS.minutes)
         scorer = sddns_tf.Detector.from_images(
-            backbone, bank=bank, calibration=calibration, image_size=method.SIZE, verbose=0
+            backbone,
+            bank_images=bank,
+            calibration_images=calibration,
+            image_size=method.SIZE,
+            verbose=0,
         )
     record = {
         "flags": {"strategy": FLAGS.baseline, "seed": FLAGS.seed, "width": FLAGS.width},

@@ -533,7 +533,7 @@ def make_detector(shape, bank_size=50_000, resolution=None):
     import tensorflow as tf
 
     import sddns_tf
-    from sddns_tf.bank import FeatureExtractor
+    from sddns_tf.features import FeatureExtractor
 
     size, dim = shape[0], shape[2]
     backbone = our_vit(*shape)

@@ -80,8 +80,8 @@ def make_detector(model):
     rate = 0.05 if FLAGS.false_positive_rate is None else FLAGS.false_positive_rate
     return sddns_tf.Detector.from_images(
         model,
-        bank=bank,
-        calibration=command_line.read("calibration", one, FLAGS, bank.shape[1:3]),
+        bank_images=bank,
+        calibration_images=command_line.read("calibration", one, FLAGS, bank.shape[1:3]),
         false_positive_rate=rate,
         temperature=FLAGS.score_temperature,
         offset=FLAGS.score_offset,

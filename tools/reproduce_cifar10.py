@@ -186,8 +186,8 @@ def make_detector(network, images, test_images):
 
     return sddns_tf.Detector.from_images(
         network,
-        bank=images[: FLAGS.bank_images],
-        calibration=test_images[0:5000:2],
+        bank_images=images[: FLAGS.bank_images],
+        calibration_images=test_images[0:5000:2],
         image_size=SIZE,
         verbose=0,
     )

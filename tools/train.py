@@ -454,7 +454,7 @@ def callbacks(settings, checkpoint, batches, images, calibration):
         checkpoint,
     ]
     if importlib.util.find_spec("tensorboard"):
-        from sddns_tf.board import TrainingPictures
+        from sddns_tf.callbacks.pictures import TrainingPictures
 
         folder = str(output_dir / "tensorboard")
         sample = calibration if images is None else images
@@ -537,8 +537,8 @@ def write_results(settings, model, images, calibration, resolution):
         bank = sddns_tf.data.load(location, batch_size=settings.batch_size, **reading)
     detector = sddns_tf.Detector.from_images(
         model.teacher_backbone,
-        bank=bank,
-        calibration=calibration,
+        bank_images=bank,
+        calibration_images=calibration,
         false_positive_rate=settings.false_positive_rate,
         image_size=detector_size(model, resolution),
         resolution=resolution,

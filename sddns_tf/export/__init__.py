@@ -3,7 +3,8 @@
 Either carries everything: resizing, normalization, backbone, bank, score and calibration.
 """
 
-from sddns_tf.edge import tflite
-from sddns_tf.serving import saved_model
+from sddns_tf.export import metadata
+from sddns_tf.export.to_saved_model import saved_model
+from sddns_tf.export.to_tflite import tflite
 
-__all__ = ["saved_model", "tflite"]
+__all__ = ["metadata", "saved_model", "tflite"]

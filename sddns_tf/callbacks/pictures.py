@@ -5,6 +5,7 @@ import numpy as np
 import tensorflow as tf
 
 from sddns_tf import bank, plots, shifts
+from sddns_tf.features import FeatureExtractor, extract_features
 
 
 @keras.saving.register_keras_serializable("sddns_tf")
@@ -46,7 +47,7 @@ class TrainingPictures(keras.callbacks.Callback):
         self._writer = tf.summary.create_file_writer(f"{self.log_dir}/pictures")
         squares = _central_squares(self.held_out)
         self._sets = squares, shifts.get(self.shift)(tf.constant(squares), [0, 0]).numpy()
-        self._extractor = bank.FeatureExtractor(
+        self._extractor = FeatureExtractor(
             self.model.teacher_backbone,
             image_size=self.model.views.image_size,
             resolution=squares.shape[1:3],
@@ -77,7 +78,7 @@ class TrainingPictures(keras.callbacks.Callback):
         self._writer.close()
 
     def _features(self, images):
-        return bank.extract_features(self._extractor, images, verbose=0)
+        return extract_features(self._extractor, images, verbose=0)
 
     def _show_views(self):
         images, negatives = tf.constant(self.bank[:8]), self.model.negatives

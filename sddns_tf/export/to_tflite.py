@@ -7,10 +7,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from sddns_tf import edge_metadata
-from sddns_tf.bank import compress, ood_score
-from sddns_tf.edge_quantization import backbone_scope, import_quantizer, quantized_model
-from sddns_tf.export_checks import (
+from sddns_tf.bank import ood_score
+from sddns_tf.calibration import merged, snapped
+from sddns_tf.export import metadata
+from sddns_tf.export.quantize import backbone_scope, import_quantizer, quantized_model
+from sddns_tf.export.verify import (
     CHECKED_IMAGES,
     COSINE_TOLERANCE,
     check_answers,
@@ -58,7 +59,7 @@ def tflite(
     Its signature `serving_default` takes `images`, uint8 `(B, h, w, 3)`, already at the
     resolution of the in-distribution (`detector.extractor.resolution`), and gives `ood_score`,
     `p_value` and `is_ood`, each `(B,)`. It runs in `ai_edge_litert` without TensorFlow, and its
-    metadata describe it: see `edge_metadata`.
+    metadata describe it: see `metadata`.
 
     Quantization is that of the backbone's dense layers and convolutions; everything else,
     bank, score and calibration above all, stays float32. `"dynamic"` is the one to try first on
@@ -124,14 +125,23 @@ def tflite(
         )
     path = pathlib.Path(path).expanduser()
     with temporary_folder_in(path.parent) as folder:
-        reference = _with_bank(_in_float32(detector), bank_size if compressed else None)
+        reference = _in_float32(detector)
+        if compressed:
+            reference = reference.compressed(bank_size)
         scores = detector.calibration_scores.numpy()
         room = max(_CALIBRATION_ROOM, len(scores), 0 if calibration is None else len(calibration))
         file = _converted(reference, folder, quantization, images, batch_size, room)
         if calibration is not None:
             scores = _scores(file, calibration, batch_size, verbose)
-        edge_metadata.calibrate(file, scores, detector.false_positive_rate)
-        _check(file, folder, _calibrated(reference, scores), images, quantization, batch_size)
+        metadata.calibrate(file, merged(scores, detector.rounding), detector.false_positive_rate)
+        _check(
+            file,
+            folder,
+            reference.with_calibration_scores(scores),
+            images,
+            quantization,
+            batch_size,
+        )
         os.replace(folder / "export", path)
     return path
 
@@ -176,41 +186,10 @@ def _import_litert():
     return Interpreter
 
 
-def _with_bank(detector, bank_size):
-    """The detector, or one of the same backbone whose bank is compressed."""
-    if bank_size is None:
-        return detector
-    weights = detector.bank_weights.numpy()
-    if np.ptp(weights) > 1e-6 * weights.max():
-        raise ValueError(
-            f"The bank is compressed already, to {len(weights)} centers. Pass `bank_size=None`, or "
-            f"make the detector with `bank_size={bank_size}`. Received: bank_size={bank_size}."
-        )
-    centers, weights = compress(detector.bank.numpy(), bank_size)
-    config = {**detector.get_config(), "extractor": detector.extractor, "bank_size": len(centers)}
-    smaller = type(detector)(**config)
-    smaller.bank.assign(centers)
-    smaller.bank_weights.assign(weights)
-    smaller.calibration_scores.assign(detector.calibration_scores)
-    smaller.recalibrate(false_positive_rate=detector.false_positive_rate)
-    return smaller
-
-
-def _calibrated(detector, scores):
-    """A detector of the same backbone and bank with other calibration scores."""
-    config = {**detector.get_config(), "extractor": detector.extractor}
-    other = type(detector)(**{**config, "calibration_size": len(scores)})
-    other.bank.assign(detector.bank)
-    other.bank_weights.assign(detector.bank_weights)
-    other.calibration_scores.assign(np.sort(scores))
-    other.recalibrate(false_positive_rate=detector.false_positive_rate)
-    return other
-
-
 def _converted(detector, folder, quantization, images, batch_size, room):
     """Bytes of the file, with a description and placeholders for a calibration."""
     size = resolution(detector)
-    placeholders = edge_metadata.calibration_placeholders(room)
+    placeholders = metadata.calibration_placeholders(room)
     answer = _answer(detector, placeholders, (batch_size, *size))
     save(folder / "saved_model", detector, {"serving_default": answer})
     # No Flex or custom operations: the converter refuses them unless they are asked for.
@@ -220,7 +199,7 @@ def _converted(detector, folder, quantization, images, batch_size, room):
     if quantization is not None:
         # Representative images come one at a time; a fixed batch is filled with copies.
         file = quantized_model(file, quantization, backbone_scope(detector), images, batch_size)
-    foreign = [name for name in edge_metadata.operators(file) if name in ("CUSTOM", "DELEGATE")]
+    foreign = [name for name in metadata.operators(file) if name in ("CUSTOM", "DELEGATE")]
     if foreign:
         raise RuntimeError(f"The file needs operations that are not built in: {foreign}.")
     description = {
@@ -232,7 +211,7 @@ def _converted(detector, folder, quantization, images, batch_size, room):
         "sddns_tf": __version__,
         "calibration_room": room,
     }
-    return edge_metadata.described(file, description, placeholders)
+    return metadata.described(file, description, placeholders)
 
 
 def _answer(detector, calibration, shape):
@@ -249,6 +228,7 @@ def _answer(detector, calibration, shape):
             detector.k,
             weights=detector.bank_weights,
         )
+        score = snapped(score, calibration["scores"], detector.rounding)
         # A score that is not a number has the lowest p-value, as no comparison with it holds.
         as_high = calibration["scores"][np.newaxis, :] >= score[:, tf.newaxis]
         count = tf.reduce_sum(tf.cast(as_high, tf.int32), axis=1)
@@ -289,7 +269,7 @@ def _check(file, folder, reference, images, quantization, batch_size):
         "largest_score_difference": float(difference),
         "allowed": tolerance / reference.temperature,
     }
-    edge_metadata.describe(file, {"self_check": checked})
+    metadata.describe(file, {"self_check": checked})
     (folder / "export").write_bytes(file)
 
 

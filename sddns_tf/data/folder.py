@@ -7,9 +7,32 @@ from concurrent.futures import ThreadPoolExecutor
 import tensorflow as tf
 from absl import logging
 
+from sddns_tf.data.pixels import Opened, by, final_shape, finish
+
 MAX_PIXELS = 64_000_000
 
 _EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png")
+
+
+def open_folder(folder, image_size, min_size, max_pixels, on_error):
+    """The image files of a folder, decoded as they are needed."""
+    files = usable_files(folder, min_size, max_pixels, on_error)
+    first_path, first_size = files[0]
+    for path, size in files:
+        if image_size is None and size != first_size:
+            raise ValueError(
+                "image_size is needed where sizes differ (height x width): "
+                f"{first_path} has {by(first_size)}, {path} has {by(size)}."
+            )
+    shape = final_shape(first_size, image_size, None, folder)
+
+    def decode(path):
+        pixels = tf.io.decode_image(tf.io.read_file(path), channels=3, expand_animations=False)
+        return {"image": finish(pixels, shape, None)}
+
+    # Bytes, because a file name need not be valid Unicode.
+    records = tf.data.Dataset.from_tensor_slices([os.fsencode(path) for path, _ in files])
+    return Opened(records, decode, shuffle_buffer=len(files))
 
 
 def usable_files(folder, min_size, max_pixels, on_error):

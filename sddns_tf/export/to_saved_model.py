@@ -11,8 +11,8 @@ import platform
 import numpy as np
 import tensorflow as tf
 
-from sddns_tf import serving_signatures, serving_warmup
-from sddns_tf.export_checks import (
+from sddns_tf.export import signatures, warmup
+from sddns_tf.export.verify import (
     CHECKED_IMAGES,
     COSINE_TOLERANCE,
     check_answers,
@@ -120,14 +120,12 @@ def saved_model(
     checked = images_or_synthetic(detector, images)[:CHECKED_IMAGES]
     with temporary_folder_in(directory) as folder:
         export = folder / "export"
-        save(
-            export, detector, serving_signatures.signatures(detector, max_pixels, include_features)
-        )
+        save(export, detector, signatures.signatures(detector, max_pixels, include_features))
         check = _compared(detector, folder, checked)
         check["images"] = f"{len(checked)} {'synthetic' if images is None else 'given'}"
         extra = export / "assets.extra"
         extra.mkdir()
-        serving_warmup.write(extra, directory.name, _warmup_requests(detector, checked))
+        warmup.write(extra, directory.name, _warmup_requests(detector, checked))
         metadata = {
             "name": directory.name,
             "version": version,

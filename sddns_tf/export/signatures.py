@@ -5,8 +5,8 @@ import math
 import numpy as np
 import tensorflow as tf
 
-from sddns_tf import image_ops, served_bytes
-from sddns_tf.export_checks import resolution
+from sddns_tf.export import decode_files
+from sddns_tf.export.verify import resolution
 
 _IMAGES = tf.TensorSpec([None, None, None, 3], tf.uint8, name="images")
 _IMAGE_BYTES = tf.TensorSpec([None], tf.string, name="image_bytes")
@@ -33,7 +33,7 @@ def signatures(detector, max_pixels, include_features=False):
         return {**detector.answer(features), "features": features}
 
     def answer_all(images):
-        return answer_resized(_resized(images, size))
+        return answer_resized(_resized(detector, images))
 
     def chosen(answers):
         return {name: answers[name] for name in answers if include_features or name != "features"}
@@ -42,7 +42,7 @@ def signatures(detector, max_pixels, include_features=False):
         return chosen(answer_all(images))
 
     def answer_bytes(files):
-        images, status = served_bytes.decode(files, size, max_pixels)
+        images, status = decode_files.decode(files, size, max_pixels, detector.extractor.resize)
         answers = chosen(answer_resized(images))
         return {**_where_decoded(detector, answers, status), "status": status}
 
@@ -62,13 +62,14 @@ def signatures(detector, max_pixels, include_features=False):
     }
 
 
-def _resized(images, size):
+def _resized(detector, images):
     """Images at the detector's resolution; those that have it already cost nothing."""
+    size = resolution(detector)
     fits = tf.reduce_all(tf.shape(images)[1:3] == size)
     resized = tf.cond(
         fits,
         lambda: tf.cast(images, tf.float32),
-        lambda: image_ops.resize(images, *size),
+        lambda: detector.extractor.at_resolution(images),
     )
     return tf.ensure_shape(resized, [None, *size, 3])
 

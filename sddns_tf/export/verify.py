@@ -14,7 +14,7 @@ import tempfile
 import numpy as np
 import tensorflow as tf
 
-from sddns_tf.bank import check_images
+from sddns_tf.validation import check_images
 
 # By how much a cosine may be off in an export. Divided by the temperature it bounds the score: at
 # 0.04 these are 1e-4, 0.025, 0.25 and 0.5. Measured over photographs, on vision transformers of 2,

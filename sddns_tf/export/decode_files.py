@@ -17,7 +17,7 @@ _GIF_BLOCKS = 65_536
 _AT_ONCE = 8  # Files of one request; no more are decoded at once than the server has threads.
 
 
-def decode(image_bytes, size, max_pixels):
+def decode(image_bytes, size, max_pixels, resize="squash"):
     """Image files to images of one size, each with a status instead of an error.
 
     Args:
@@ -25,6 +25,7 @@ def decode(image_bytes, size, max_pixels):
             counts), of any sizes, grey or with transparency too.
         size: `(height, width)` in pixels, of the images.
         max_pixels: Images of more pixels are not decoded; their size is read from the header.
+        resize: How images of another shape are brought to the size: see `image_ops.fit`.
 
     Returns:
         Images, float32 `(B, height, width, 3)` in 0-255 (antialiased bicubic, not rounded), black
@@ -43,7 +44,7 @@ def decode(image_bytes, size, max_pixels):
         no_image = tf.zeros([1, *size, 3])
         image = tf.cond(
             pixels <= max_pixels,
-            lambda: image_ops.resize(_decoded(file)[tf.newaxis], *size),
+            lambda: image_ops.fit(_decoded(file)[tf.newaxis], *size, resize),
             lambda: no_image,
         )
         return index, pixels, tf.ensure_shape(image, no_image.shape)[0]

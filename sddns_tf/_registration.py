@@ -1,0 +1,80 @@
+"""Classes known to Keras wherever `sddns_tf` was imported, without importing Keras for it.
+
+`import sddns_tf` must be enough for `keras.saving.load_model` to know our classes, and must not
+cost what importing TensorFlow costs where nothing needs it. So the classes are registered as soon
+as Keras is there: at once if it was imported before, else right after its import.
+"""
+
+import importlib
+import importlib.abc
+import importlib.util
+import os
+import sys
+
+_REGISTERED = (
+    "callbacks",
+    "detector",
+    "self_distillation",
+    "vit",
+)
+
+
+def when_keras_is_imported(modules):
+    """Register the classes of the package now if Keras is among `modules`, else once it is."""
+    if "keras" in modules:
+        register()
+    else:
+        sys.meta_path.insert(0, _AfterKeras())
+
+
+def register():
+    """Import all modules that define what `.keras` files hold."""
+    import keras
+
+    if keras.backend.backend() != "tensorflow":
+        raise ImportError(_wrong_backend(keras.backend.backend()))
+    for name in _REGISTERED:
+        importlib.import_module(f"sddns_tf.{name}")
+
+
+def _wrong_backend(name):
+    return (
+        "sddns_tf needs Keras' TensorFlow backend: set the environment variable "
+        f'KERAS_BACKEND="tensorflow" before importing keras. Received: KERAS_BACKEND="{name}"'
+    )
+
+
+class _AfterKeras(importlib.abc.MetaPathFinder):
+    """Finds Keras as Python would, and registers our classes once it is imported."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        del path, target
+        if fullname != "keras":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    def __init__(self, loader):
+        self._loader = loader
+
+    def __getattr__(self, name):
+        return getattr(self._loader, name)
+
+    def create_module(self, spec):
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module):
+        module.__spec__.loader = self._loader
+        try:
+            self._loader.exec_module(module)
+        except ImportError as error:
+            backend = os.environ.get("KERAS_BACKEND", "tensorflow")
+            if backend == "tensorflow":
+                raise
+            raise ImportError(_wrong_backend(backend)) from error
+        register()

@@ -1,0 +1,86 @@
+"""Scores to p-values: the conformal rank, and what counts as equal."""
+
+import math
+
+import numpy as np
+import tensorflow as tf
+
+# How much a cosine of one image may differ with the batch it is in; exports are held to it too.
+COSINE_ROUNDING = 4e-6
+
+
+def rounding(temperature):
+    """By how much a score may differ from itself, with the batch it is in or in an export.
+
+    Args:
+        temperature: Positive float, of the score: see `bank.ood_score`.
+
+    Returns:
+        Float: 1e-4 at the temperature 0.04.
+    """
+    return COSINE_ROUNDING / temperature
+
+
+def largest_flagged_rank(calibration_size, false_positive_rate):
+    """The largest `1 + #{calibration scores >= score}` whose p-value is within the rate.
+
+    In float32, as the detector's p-values are, so that 5 of 99 + 1 is within 0.05.
+    """
+    if not 0.0 < false_positive_rate < 1.0:
+        raise ValueError(
+            f"`false_positive_rate` must be between 0 and 1. Received: {false_positive_rate}."
+        )
+    p_values = np.arange(1, calibration_size + 1, dtype=np.float32) / np.float32(
+        calibration_size + 1
+    )
+    rank = np.count_nonzero(p_values <= np.float32(false_positive_rate))
+    if not rank:
+        raise ValueError(
+            f"A false positive rate of {false_positive_rate} takes at least "
+            f"{math.ceil(1.0 / false_positive_rate - 1e-6) - 1} calibration images: with fewer "
+            f"nothing would ever be flagged. Received: {calibration_size} calibration images."
+        )
+    return rank
+
+
+def snapped(scores, calibration_scores, rounding):
+    """Scores, those just above a calibration score lowered to it.
+
+    The scores of one image differ in their last bits with the size of the batch, the place in it
+    and the machine. So a frame that is identical to a calibration frame would count as more
+    anomalous than it half the time. Lowering a score raises its p-value: the promise stays.
+
+    Args:
+        scores: Float32 `(B,)`. NaN stays NaN.
+        calibration_scores: Float32 `(N,)`.
+        rounding: Positive float; what lies at most this much above a calibration score is lowered.
+
+    Returns:
+        Float32 tensor `(B,)`.
+    """
+    below = calibration_scores[tf.newaxis, :] <= scores[:, tf.newaxis]
+    nearest = tf.reduce_max(
+        tf.where(below, calibration_scores[tf.newaxis, :], scores.dtype.min), axis=1
+    )
+    return tf.where(scores - nearest <= rounding, nearest, scores)
+
+
+def merged(scores, rounding):
+    """Calibration scores in ascending order, those that rounding alone may set apart made equal.
+
+    Each is raised to the highest score of its group, by half of `rounding` at most. Raising
+    calibration scores raises p-values: the promise stays.
+
+    Args:
+        scores: Float `(N,)`, in any order.
+        rounding: Positive float.
+
+    Returns:
+        NumPy float32 `(N,)`.
+    """
+    scores = np.sort(np.asarray(scores, np.float32))
+    for index in range(len(scores) - 2, -1, -1):
+        # The one above has been raised to the highest of its group: groups do not chain.
+        if scores[index + 1] - scores[index] <= rounding / 2:
+            scores[index] = scores[index + 1]
+    return scores

@@ -1,0 +1,143 @@
+"""`Checkpoint`: keeps the training state on disk while a run goes on."""
+
+import shutil
+import signal
+import sys
+import threading
+
+import keras
+from absl import logging
+
+from sddns_tf.callbacks import training_state
+
+
+@keras.saving.register_keras_serializable("sddns_tf")
+class Checkpoint(keras.callbacks.Callback):
+    """Keeps the training state on disk, so that a killed run goes on as if it had not been.
+
+    A state is written before the first step (a folder that cannot be written to, or a disk with
+    too little room, is found then), every so many steps, and at the end. On SIGTERM, as before a
+    machine is taken away, the state is written after the current step and the process exits
+    with 0. Of several machines the first one writes; all must see the same folder.
+
+    Args:
+        folder: Path; made if need be.
+        every: Steps between two writes.
+        keep: How many states to keep, the newest ones.
+
+    Raises:
+        OSError: In `fit`, if the state cannot be written; the message names the folder.
+
+    Example:
+        >>> checkpoint = Checkpoint("run/checkpoint", every=500)
+        >>> step = checkpoint.restore(model)  # 0 at the first start
+        >>> batches = data.load(images, batch_size=64, shuffle=True, first_batch=step)
+        >>> model.fit(batches, steps_per_epoch=500, epochs=100, callbacks=[checkpoint])
+
+    See `training_state.parts_left` on going on in the middle of an epoch.
+    """
+
+    def __init__(self, folder, every=500, keep=2):
+        super().__init__()
+        if every < 1 or keep < 1:
+            raise ValueError(f"`every` and `keep` must be positive. Received: {every}, {keep}")
+        self.folder = str(folder)
+        self.every = every
+        self.keep = keep
+        self._terminated = False
+
+    def restore(self, model):
+        """Put the newest state into a compiled model.
+
+        Args:
+            model: `SelfDistillation`, built and compiled as the one that was saved.
+
+        Returns:
+            Int; the steps it has done, 0 where nothing was saved.
+        """
+        training_state.restore(model, self.folder)
+        return int(model.step)
+
+    def last(self):
+        """Path of the newest state, or `None`."""
+        return next(reversed(training_state.saved(self.folder)), None)
+
+    def on_train_begin(self, logs=None):
+        """Write a first state, and listen for SIGTERM."""
+        del logs
+        self._since = 0
+        self.save()
+        self._check_room()
+        self._terminated = False
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def on_train_batch_begin(self, batch, logs=None):
+        """Remember where a call of the step, which may be several steps, begins."""
+        del logs
+        self._begin = batch
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Write where it is time to."""
+        del logs
+        self._since += batch - self._begin + 1
+        if self._since >= self.every or self._terminated:
+            self.save()
+        self._exit_if_terminated()
+
+    def on_epoch_end(self, epoch, logs=None):
+        """A signal may have come during the other callbacks."""
+        del epoch, logs
+        if self._terminated:
+            self.save()
+        self._exit_if_terminated()
+
+    def on_train_end(self, logs=None):
+        """Write the last state, and give SIGTERM back."""
+        del logs
+        self.save()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
+        self._exit_if_terminated()
+
+    def save(self):
+        """Write the state now."""
+        self._since = 0
+        if _writes_here(self.model.distribute_strategy):
+            training_state.save(self.model, self.folder, self.keep)
+
+    def _check_room(self):
+        if not _writes_here(self.model.distribute_strategy):
+            return
+        needed = self.keep * self.last().stat().st_size
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(
+                f"{self.folder} needs room for {self.keep + 1} training states, another "
+                f"{needed / 2**20:.0f} MB. Received: {free / 2**20:.0f} MB free"
+            )
+
+    def _on_sigterm(self, number, frame):
+        del number, frame
+        if self._terminated:  # asked twice, or `fit` is over with an error
+            sys.exit(1)
+        self._terminated = True
+
+    def _exit_if_terminated(self):
+        if self._terminated:
+            logging.warning("SIGTERM: step %d is saved in %s", int(self.model.step), self.folder)
+            sys.exit(0)
+
+    def get_config(self):
+        """Constructor arguments."""
+        return {"folder": self.folder, "every": self.every, "keep": self.keep}
+
+    @classmethod
+    def from_config(cls, config):
+        """The callback that `get_config` describes."""
+        return cls(**config)
+
+
+def _writes_here(strategy):
+    resolver = getattr(strategy, "cluster_resolver", None)
+    return not (resolver and resolver.task_id)

@@ -1,0 +1,84 @@
+"""`NotFinite`: stops a training, or takes it back, where a number is no longer finite."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from sddns_tf.callbacks import training_state
+
+
+@keras.saving.register_keras_serializable("sddns_tf")
+class NotFinite(keras.callbacks.Callback):
+    """Stops the training at the step at which a loss or a weight stops being a finite number.
+
+    Put it before `Checkpoint` in the list of callbacks, so that what is kept is finite. It reads
+    the losses and all weights after each step.
+
+    Args:
+        checkpoint: The run's `Checkpoint`, or `None`.
+        rollbacks: How often to go back to the last state of `checkpoint` and on at half the
+            learning rate, before the training is stopped after all. The schedules go back as well;
+            the images do not, and the run has as many steps fewer.
+
+    Raises:
+        RuntimeError: In `fit`; the message tells step, learning rate, the first tensor that is
+            not finite, and the last good state.
+
+    Example:
+        >>> kept = Checkpoint("run/checkpoint")
+        >>> model.fit(batches, callbacks=[NotFinite(kept, rollbacks=3), kept])
+    """
+
+    def __init__(self, checkpoint=None, rollbacks=0):
+        super().__init__()
+        if rollbacks and checkpoint is None:
+            raise ValueError(
+                f"Rolling back needs `checkpoint`. Received: checkpoint=None, rollbacks={rollbacks}"
+            )
+        self.checkpoint = checkpoint
+        self.rollbacks = rollbacks
+
+    def on_train_begin(self, logs=None):
+        """Compile the look at the weights."""
+        del logs
+        self._rolled_back = 0
+        self._watched = [v for v in self.model.weights if keras.backend.is_float_dtype(v.dtype)]
+        self._are_finite = tf.function(self._look)
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Look; go back or stop."""
+        del batch
+        found = [f"{name} (logged)" for name in ("positive_loss", "negative_loss", "loss")
+                 if not np.isfinite(float(logs[name]))]  # fmt: skip
+        finite = self._are_finite().numpy()
+        found += [v.path for v, good in zip(self._watched, finite, strict=True) if not good]
+        if not found:
+            return
+        last = self.checkpoint and self.checkpoint.last()
+        message = (
+            f"Not finite at step {int(self.model.step)}, learning rate "
+            f"{float(logs['learning_rate']):.3g}: first {found[0]}; {(~finite).sum()} of "
+            f"{len(finite)} weights. Last good state: {last or 'none was kept'}."
+        )
+        if self._rolled_back >= self.rollbacks:
+            raise RuntimeError(f"{message} Try a lower learning rate, or float32.")
+        self._rolled_back += 1
+        step = self.checkpoint.restore(self.model)
+        training_state.scale_learning_rate(self.model, 0.5)
+        self.checkpoint.save()
+        self.model.reset_metrics()
+        logging.warning("%s Going on from step %d at half the learning rate.", message, step)
+
+    def _look(self):
+        return tf.stack([tf.reduce_all(tf.math.is_finite(v)) for v in self._watched])
+
+    def get_config(self):
+        """Constructor arguments."""
+        serialize = keras.saving.serialize_keras_object
+        return {"checkpoint": serialize(self.checkpoint), "rollbacks": self.rollbacks}
+
+    @classmethod
+    def from_config(cls, config):
+        """The callback that `get_config` describes."""
+        return cls(keras.saving.deserialize_keras_object(config["checkpoint"]), config["rollbacks"])

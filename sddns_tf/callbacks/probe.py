@@ -1,0 +1,89 @@
+"""`OODProbe`: how well scores separate, every few epochs."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from sddns_tf import bank, metrics, shifts
+from sddns_tf.features import FeatureExtractor, extract_features
+
+
+@keras.saving.register_keras_serializable("sddns_tf")
+class OODProbe(keras.callbacks.Callback):
+    """Measures, every few epochs, how well the teacher's score separates what it should.
+
+    Held-out in-distribution images are scored against the same images put through each shift
+    (this needs no OOD data) and against any OOD sets given. The AUROCs go into the logs as
+    `auroc_<name>`, so that `History`, `CSVLogger` and `TensorBoard` record them; put the probe
+    before those in the list of callbacks.
+
+    Args:
+        bank: In-distribution training images `(M, H, W, 3)`, uint8 or float in 0-255; a few
+            thousand do.
+        held_out: In-distribution images that are not trained on, `(N, H, W, 3)`.
+        shifts: Names from `shifts.NAMES`, or callables.
+        ood: Dictionary of names and OOD images `(N', H', W', 3)`.
+        every: Epochs between two measurements; the first epoch is measured.
+        batch_size: Images per forward.
+
+    Example:
+        >>> probe = OODProbe(train[:2000], held_out, shifts=("rot90", "perm4"), every=5)
+        >>> history = model.fit(batches, epochs=50, callbacks=[probe])
+        >>> history.history["auroc_rot90"]
+    """
+
+    def __init__(
+        self, bank, held_out, shifts=("rot90", "perm4"), ood=None, every=1, batch_size=256
+    ):
+        super().__init__()
+        self.bank = np.asarray(bank)
+        self.held_out = np.asarray(held_out)
+        self.shifts = tuple(shifts)
+        self.ood = dict(ood or {})
+        self.every = every
+        self.batch_size = batch_size
+
+    def on_train_begin(self, logs=None):
+        """Shift the held-out images once, so that every epoch is measured on the same ones."""
+        del logs
+        self._sets = dict(self.ood)
+        for index, shift in enumerate(self.shifts):
+            name = shifts.name_of(shift)
+            shifted = shifts.get(shift)(tf.convert_to_tensor(self.held_out), [index, 0])
+            self._sets[name] = shifted.numpy()
+        self._extractor = FeatureExtractor(
+            self.model.teacher_backbone,
+            image_size=self.model.views.image_size,
+            resolution=self.bank.shape[1:3],
+            mean=self.model.mean,
+            std=self.model.std,
+        )
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Measure, and write into the logs."""
+        if epoch % self.every:
+            return
+        features = self._features(self.bank)
+        scores = bank.ood_score(self._features(self.held_out), features).numpy()
+        for name, images in self._sets.items():
+            ood_scores = bank.ood_score(self._features(images), features).numpy()
+            logs[f"auroc_{name}"] = metrics.ood_metrics(scores, ood_scores)["auroc"]
+
+    def _features(self, images):
+        return extract_features(self._extractor, images, batch_size=self.batch_size, verbose=0)
+
+    def get_config(self):
+        """Constructor arguments."""
+        return {
+            "bank": self.bank,
+            "held_out": self.held_out,
+            "shifts": self.shifts,
+            "ood": self.ood,
+            "every": self.every,
+            "batch_size": self.batch_size,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        """The callback that `get_config` describes."""
+        return cls(**keras.saving.deserialize_keras_object(config))

@@ -1,0 +1,98 @@
+"""Images in memory: arrays, lists of arrays, `.npz` files."""
+
+import os
+
+import numpy as np
+import tensorflow as tf
+
+from sddns_tf.data.pixels import Opened, by, final_shape, finish, to_uint8
+
+
+def open_npz(path, image_size, min_size):
+    """The images, and labels where there are some, of a NumPy archive."""
+    path = os.path.expanduser(path)
+    if not os.path.isfile(path):
+        raise ValueError(f"npz:{path} must be a file; there is none of that name.")
+    # Only the wanted arrays are read: an archive may hold gigabytes of something else.
+    try:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it is a single array (.npy)")
+        with archive:
+            candidates = [key for key in archive.files if key != "labels"]
+            key = "images" if "images" in candidates else candidates[0] if candidates else ""
+            if key != "images" and len(candidates) != 1:
+                raise ValueError(
+                    f"expected the array 'images' or one array, received {archive.files}"
+                )
+            images = archive[key]
+            labels = archive["labels"] if "labels" in archive.files else None
+    except Exception as error:  # NumPy lets through whatever zipfile, pickle and zlib raise
+        raise ValueError(f"npz:{path} must be a NumPy archive of images: {error}.") from error
+    if labels is not None and labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"npz:{path}: labels must have shape ({len(images)},); received {labels.shape}."
+        )
+    return open_array(images, labels, image_size, min_size, f"npz:{path}")
+
+
+def open_array(images, labels, image_size, min_size, name):
+    """An array of images, `(N, H, W)` or `(N, H, W, C)`."""
+    if images.ndim == 3 and images.shape[-1] in (1, 3, 4):
+        raise ValueError(
+            f"{name} must have shape (N, H, W) or (N, H, W, C); received {images.shape}, which "
+            "looks like one image. Pass image[None]."
+        )
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
+        raise ValueError(
+            f"{name} must have shape (N, H, W) or (N, H, W, C) with 1, 3 or 4 channels; "
+            f"received {images.shape}."
+        )
+    images = to_uint8(images, name)
+    shape = final_shape(images.shape[1:3], image_size, min_size, name)
+    with tf.device("CPU:0"):  # the whole set would not fit beside the model
+        if images.shape[1:] == (*shape, 3):
+            images = tf.convert_to_tensor(images)
+        else:
+            chunks = [images[i : i + 256] for i in range(0, len(images), 256)]
+            images = tf.concat([finish(tf.constant(c), shape, None) for c in chunks], axis=0)
+        labels = None if labels is None else tf.convert_to_tensor(labels)
+
+    def decode(indices):
+        example = {"image": tf.gather(images, indices)}
+        if labels is not None:
+            example["label"] = tf.gather(labels, indices)
+        return example
+
+    count = len(images)
+    return Opened(tf.data.Dataset.range(count), decode, count, decodes_batches=True)
+
+
+def open_list(arrays, image_size, min_size):
+    """A list of images, `(H, W)` or `(H, W, C)`."""
+    if not arrays:
+        raise ValueError("source must hold at least one image; received an empty list.")
+    images = []
+    for i, array in enumerate(arrays):
+        name = f"image {i} of the list"
+        array = np.asarray(array)
+        if array.ndim == 2:
+            array = array[..., None]
+        if array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
+            raise ValueError(
+                f"{name} must have shape (H, W) or (H, W, C) with 1, 3 or 4 channels; "
+                f"received {array.shape}."
+            )
+        array = to_uint8(array, name)
+        size = array.shape[:2]
+        if image_size is None and images and size != images[0].shape[:2]:
+            raise ValueError(
+                "image_size is needed where sizes differ (height x width): image 0 of the list "
+                f"has {by(images[0].shape)}, {name} has {by(size)}."
+            )
+        shape = final_shape(size, image_size, min_size, name)
+        with tf.device("CPU:0"):
+            images.append(finish(tf.constant(array), shape, None).numpy())
+    return open_array(np.stack(images), None, None, None, "the list")

@@ -1,0 +1,99 @@
+"""Prepared TFDS data sets; nothing is downloaded."""
+
+import os
+
+import numpy as np
+import tensorflow as tf
+
+from sddns_tf.data.pixels import Opened, final_shape, finish, is_empty, shuffle_buffer
+
+
+def open_tfds(name, exclude_labels, image_size, min_size, split, data_dir, shuffle_files_seed=None):
+    """A prepared TFDS data set with a uint8 `image` feature."""
+    import tensorflow_datasets as tfds
+
+    builder = _tfds_builder(name, data_dir)
+    try:
+        examples = builder.info.splits[split].num_examples
+    except (KeyError, ValueError):
+        raise ValueError(
+            f"tfds:{name} has the splits {sorted(builder.info.splits)}; received split={split!r}."
+        ) from None
+    features = dict(builder.info.features.items())
+    image = features.get("image")
+    if not isinstance(image, tfds.features.Image) or image.np_dtype != np.uint8:
+        raise ValueError(
+            f"tfds:{name} must have a uint8 image feature named 'image'; received the features "
+            f"{sorted(features)}."
+        )
+    has_label = "label" in features and features["label"].shape == ()
+    excluded = _excluded_ids(name, features, exclude_labels)
+    shape = final_shape(image.shape[:2], image_size, min_size, f"tfds:{name}")
+
+    # The stored bytes are shuffled and filtered; only images that are used are decoded.
+    wanted = {"image": True, "label": True} if has_label else {"image": True}
+    config = tfds.ReadConfig(
+        try_autocache=False, skip_prefetch=True, shuffle_seed=shuffle_files_seed
+    )
+    config.options.deterministic = True
+    records = builder.as_dataset(
+        split,
+        decoders=tfds.decode.PartialDecoding(
+            wanted, decoders={"image": tfds.decode.SkipDecoding()}
+        ),
+        read_config=config,
+        shuffle_files=shuffle_files_seed is not None,
+    )
+    if excluded:
+        records = records.filter(lambda record: tf.reduce_all(record["label"] != excluded))
+    if is_empty(records):
+        raise ValueError(
+            f"tfds:{name} must hold at least one image; split={split!r} has {examples}, and "
+            f"exclude_labels={list(exclude_labels)} leaves none."
+        )
+
+    def decode(record):
+        pixels = tf.io.decode_image(record["image"], channels=3, expand_animations=False)
+        return {**record, "image": finish(pixels, shape, min_size)}
+
+    return Opened(records, decode, shuffle_buffer(examples, image.shape))
+
+
+def _tfds_builder(name, data_dir):
+    import tensorflow_datasets as tfds
+
+    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or tfds.core.constants.DATA_DIR
+    data_dir = os.path.expanduser(data_dir)
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+    except (ValueError, AssertionError) as error:
+        # TFDS answers an unknown name with all of the thousand that it knows: too long to read.
+        reason = str(error).split("\n")[0]
+    else:
+        if tf.io.gfile.isdir(builder.data_dir):
+            return builder
+        reason = (
+            f"It is not prepared there; `tfds build {name} --data_dir={data_dir}` prepares a data "
+            "set that TFDS knows."
+        )
+    prepared = []
+    if tf.io.gfile.isdir(data_dir):
+        prepared = sorted(entry.rstrip("/") for entry in tf.io.gfile.listdir(data_dir))
+    raise ValueError(
+        f"tfds:{name} must be a prepared data set in {data_dir}, which holds {prepared}. {reason}"
+    )
+
+
+def _excluded_ids(name, features, exclude_labels):
+    if not exclude_labels:
+        return []
+    names = getattr(features["label"], "names", None) if "label" in features else None
+    if names is None:
+        raise ValueError(f"exclude_labels needs named labels, and tfds:{name} has none.")
+    unknown = sorted(set(exclude_labels) - set(names))
+    if unknown:
+        shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+        raise ValueError(
+            f"exclude_labels must be labels of tfds:{name} ({shown}); received {unknown}."
+        )
+    return [names.index(label) for label in sorted(set(exclude_labels))]

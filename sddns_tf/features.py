@@ -1,0 +1,242 @@
+"""Images to features: resize, normalize, backbone; whole data sets, streamed."""
+
+import functools
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from sddns_tf import image_ops
+from sddns_tf.copying import copy_of
+from sddns_tf.validation import (
+    check_choice,
+    check_images,
+    check_numbers,
+    check_range,
+    check_size,
+)
+
+
+def image_size_of(images):
+    """Height and width of the images of a set, or None if they are not all of one known size.
+
+    Args:
+        images: Images `(N, H, W, 3)`, or a dataset of batches of them (labels may follow).
+
+    Returns:
+        A pair of ints, or None.
+    """
+    spec = images.element_spec if isinstance(images, tf.data.Dataset) else images
+    spec = spec[0] if isinstance(spec, tuple) else spec
+    size = tuple(tf.TensorShape(spec.shape)[1:3])
+    return None if None in size else size
+
+
+def _input_size_of(backbone):
+    """The image size that a backbone was made for, or None if it does not say."""
+    if getattr(backbone, "image_size", None) is not None:
+        return backbone.image_size
+    size = tuple((getattr(backbone, "input_shape", None) or ())[1:3])
+    return size if len(size) == 2 and None not in size else None
+
+
+@keras.saving.register_keras_serializable("sddns_tf")
+class FeatureExtractor(keras.Model):
+    """Images of any size to the L2-normalized features of a backbone.
+
+    Images are brought to the in-distribution's own resolution, so that resolution gives nothing
+    away, then to the backbone's input size (both antialiased bicubic), and normalized. All of it
+    is float32 whatever the precision of the backbone.
+
+    Args:
+        backbone: Keras model from normalized float images `(B, h, w, 3)` to features `(B, D)`.
+            It is used as it is, not copied: features follow its training.
+        image_size: Size of the backbone's input in pixels, an int or (height, width). Defaults
+            to the size that the backbone was made for, else to `resolution`.
+        resolution: The in-distribution's own resolution in pixels, an int or (height, width).
+            None leaves this step out.
+        resize: How an image of another shape is brought to the resolution: `"squash"` changes its
+            aspect ratio, `"crop"` cuts its sides off first, equally on both.
+        mean: Three floats, mean of each channel for images scaled to 0-1.
+        std: Three floats, standard deviation of each channel for images scaled to 0-1.
+
+    Call arguments:
+        images: uint8 or float in 0-255, `(B, H, W, 3)`, of any height and width.
+
+    Returns:
+        Float32 features `(B, D)` of L2 norm 1.
+
+    Raises:
+        ValueError: If the backbone's input size is unknown or its output is not `(B, D)`.
+
+    Example:
+    >>> extractor = FeatureExtractor(model.teacher_backbone, image_size=32)
+    >>> extractor(images).shape
+    TensorShape([64, 384])
+    """
+
+    def __init__(
+        self,
+        backbone,
+        image_size=None,
+        resolution=None,
+        *,
+        resize="squash",
+        mean=image_ops.IMAGENET_MEAN,
+        std=image_ops.IMAGENET_STD,
+        **kwargs,
+    ):
+        # Images in 0-255 would lose their last bits if Keras cast them to the global policy.
+        super().__init__(**{**kwargs, "dtype": "float32", "autocast": False})
+        if image_size is None:
+            image_size = _input_size_of(backbone) or resolution
+        if image_size is None:
+            raise ValueError(
+                "`image_size` is needed: the backbone has neither a fixed `input_shape` nor an "
+                f"`image_size`. Received: backbone={backbone}, image_size=None, resolution=None."
+            )
+        self.backbone = backbone
+        self.image_size = check_size("image_size", image_size)
+        self.resolution = None if resolution is None else check_size("resolution", resolution)
+        self.resize = check_choice("resize", resize, image_ops.RESIZES)
+        self.mean = check_numbers("mean", mean, 3)
+        self.std = check_numbers("std", std, 3, above=0.0)
+        inputs = keras.KerasTensor((None, *self.image_size, 3))
+        if not backbone.built:
+            backbone.build(inputs.shape)
+        shape = getattr(backbone.compute_output_spec(inputs), "shape", None)
+        if shape is None or len(shape) != 2 or shape[-1] is None:
+            raise ValueError(
+                "A backbone must return one feature vector per image, (batch, dimension). "
+                f"Received a backbone that returns shape {shape} for {inputs.shape}."
+            )
+        self.feature_dim = shape[-1]
+        self.built = True
+
+    def call(self, images):
+        """Images `(B, H, W, 3)` to features `(B, D)`."""
+        features = self.backbone(self.preprocess(images), training=False)
+        return tf.math.l2_normalize(tf.cast(features, tf.float32), axis=-1)
+
+    def at_resolution(self, images):
+        """Images at the resolution at which they show all that the backbone sees of them.
+
+        Args:
+            images: uint8 or float in 0-255, `(B, H, W, 3)`, of any height and width.
+
+        Returns:
+            Float32 in 0-255, `(B, *resolution, 3)`, or of `image_size` where there is no
+            resolution.
+        """
+        check_images(images)
+        return image_ops.fit(images, *(self.resolution or self.image_size), self.resize)
+
+    def preprocess(self, images):
+        """What the backbone sees of images.
+
+        Args:
+            images: uint8 or float in 0-255, `(B, H, W, 3)`, of any height and width.
+
+        Returns:
+            Normalized float32 `(B, *image_size, 3)`.
+        """
+        images = image_ops.resize(self.at_resolution(images), *self.image_size)
+        return image_ops.normalize(images, self.mean, self.std)
+
+    def snapshot(self):
+        """An extractor whose backbone is a copy: training the backbone further does not change it.
+
+        Returns:
+            `FeatureExtractor`.
+        """
+        backbone = copy_of(self.backbone, (*self.image_size, 3))
+        return type(self)(**{**self.get_config(), "backbone": backbone})
+
+    @functools.cached_property
+    def compiled_call(self):
+        """The call as one compiled function, traced once for each size of image."""
+        return tf.function(self.__call__, jit_compile=self.jit_compile, reduce_retracing=True)
+
+    def get_config(self):
+        """Constructor arguments."""
+        return {
+            "name": self.name,
+            "backbone": keras.saving.serialize_keras_object(self.backbone),
+            "image_size": self.image_size,
+            "resolution": self.resolution,
+            "resize": self.resize,
+            "mean": self.mean,
+            "std": self.std,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        """The extractor of a configuration, its backbone included."""
+        backbone = keras.saving.deserialize_keras_object(config["backbone"])
+        return cls(**{**config, "backbone": backbone})
+
+
+def extract_features(extractor, images, *, batch_size=256, verbose="auto"):
+    """Features of a whole set of images.
+
+    The compiled forward belongs to the extractor: keep the extractor to extract again (after
+    more training, say) without tracing again. The last batch is filled up, so that one trace does.
+
+    Args:
+        extractor: A `FeatureExtractor`, or a backbone that knows its input size.
+        images: Images `(N, H, W, 3)`, uint8 or float in 0-255, or a finite dataset of batches of
+            such images; whatever follows the images in a batch (labels) is left out.
+        batch_size: Images per step; a dataset has its own.
+        verbose: 0 is silent, 1 shows a progress bar, 2 one line at the end; `"auto"` shows the
+            bar unless one step does it all.
+
+    Returns:
+        NumPy array `(N, D)`, float32, rows of L2 norm 1, in the order of the images.
+
+    Raises:
+        ValueError: If there are no images, or they are not images in 0-255.
+
+    Example:
+    >>> extractor = FeatureExtractor(backbone, image_size=32, resolution=32)
+    >>> bank = extract_features(extractor, train_images)
+    """
+    if not isinstance(extractor, FeatureExtractor):
+        extractor = FeatureExtractor(extractor)
+    batches, steps = _batches(images, batch_size)
+    progress = keras.utils.Progbar(steps, verbose=int(steps != 1) if verbose == "auto" else verbose)
+    features, full = [], 0
+    for batch in batches:
+        if not features:
+            check_range(np.asarray(batch))
+        count = len(batch)
+        full = max(full, count)
+        if count < full:
+            filling = np.zeros((full - count, *batch.shape[1:]), batch.dtype)
+            batch = np.concatenate([batch, filling])
+        features.append(extractor.compiled_call(tf.convert_to_tensor(batch)).numpy()[:count])
+        progress.update(len(features), finalize=False)
+    if not full:
+        raise ValueError(f"At least one image is needed. Received: {images}.")
+    progress.update(len(features), finalize=True)
+    return np.concatenate(features)
+
+
+def _batches(images, batch_size):
+    """An iterable of NumPy batches, and their number or None if it is unknown."""
+    if isinstance(images, tf.data.Dataset):
+        if isinstance(images.element_spec, tuple):
+            images = images.map(lambda batch, *_: batch)
+        if not isinstance(images.element_spec, tf.TensorSpec):
+            raise ValueError(
+                "A dataset must yield batches of images, or tuples that begin with them. "
+                f"Received: {images.element_spec}."
+            )
+        check_images(images.element_spec)
+        steps = int(images.cardinality())
+        if steps == tf.data.INFINITE_CARDINALITY:
+            raise ValueError("The dataset repeats for ever. Pass it before `.repeat()`.")
+        return images.prefetch(tf.data.AUTOTUNE).as_numpy_iterator(), steps if steps >= 0 else None
+    images = np.asarray(images)
+    check_images(images)
+    starts = range(0, len(images), batch_size)
+    return (images[start : start + batch_size] for start in starts), len(starts)

@@ -1,0 +1,62 @@
+"""Files that are there whole or not at all: written under another name, then renamed."""
+
+import contextlib
+import json
+import os
+import pathlib
+import uuid
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary path beside `path`, renamed to it at the end of the block.
+
+    A process killed at any moment leaves the old file or the new one. After an error the old one is
+    as it was and nothing is left behind.
+
+    Args:
+        path: Path of the file to write; its folder is made if need be.
+
+    Yields:
+        `pathlib.Path` to write to, in the same folder, with the same suffixes.
+
+    Example:
+        >>> with replacing("detector.keras") as unfinished:
+        ...     detector.save(unfinished)
+    """
+    path = pathlib.Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{uuid.uuid4().hex[:12]}.{path.name}")
+    try:
+        yield unfinished
+        _sync(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a text file, whole or not at all.
+
+    Args:
+        path: Path of the file.
+        text: String; written as UTF-8.
+    """
+    with replacing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value):
+    """Write a value as JSON, whole or not at all.
+
+    Args:
+        path: Path of the file.
+        value: What `json.dumps` takes.
+    """
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _sync(path):
+    """Bring a file to the disk, so that a machine that loses its power keeps it."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
