@@ -1,5 +1,7 @@
 """`SelfDistillation`: student, EMA teacher and centre, trained on images without labels."""
 
+import contextlib
+import types
 import warnings
 
 import keras
@@ -15,7 +17,11 @@ _LOGGED = (
     "teacher_entropy",
     "mean_output_entropy",
     "feature_std",
+    "teacher_spread",
 )
+
+# Of the teacher's batch statistics.
+_STATISTICS_MOMENTUM = schedules.GrowingMomentum(0.99)
 
 # Below this, facebookresearch/dinov2 issue 298 reports that DINO does not train.
 _SMALLEST_BATCH = 32
@@ -27,6 +33,15 @@ class SelfDistillation(keras.Model):
 
     A student learns to say of every view of an image what a teacher, the moving average of the
     student, says of its global views; and to have no opinion on negatives.
+
+    By default the scale of everything is taken from the batch, so that any backbone trains from
+    any start: features are standardized before the heads, and the teacher's targets are
+    `losses.balanced_probabilities`. With a `teacher_temperature` the features go to the heads as
+    they are and the targets are centered and sharpened as in the paper;
+    `SelfDistillation(backbone, views, **SelfDistillation.PAPER)` has the paper's constants.
+    Untrained features of different images are nearly the same vector. As they are, they need a
+    temperature, momentum and learning rate that suit the backbone, or the center cancels what
+    little tells images apart and all outputs become uniform.
 
     Calling the model gives the teacher backbone's features. Training batches are images
     `(B, H, W, 3)`, uint8 or float in 0-255, or, where `negatives` needs auxiliary images, a
@@ -48,9 +63,11 @@ class SelfDistillation(keras.Model):
         negatives: `Negatives`, or `None` to train by self-distillation alone.
         head: `ProjectionHead` of the student. Defaults to one with 4096 prototypes.
         student_temperature: Float.
-        teacher_temperature: Schedule.
-        teacher_momentum: Schedule; the share of the teacher that stays at each step.
-        center_momentum: Float; the share of the centre that stays at each step.
+        teacher_temperature: Schedule, or `None` for balanced targets and standardized features.
+        teacher_momentum: Schedule; the share of the teacher that stays at each step. Defaults to
+            `schedules.GrowingMomentum(0.996)`.
+        center_momentum: Float; the share of the center that stays at each step. Balanced targets
+            need no center.
         negative_weight: Schedule; lambda, the weight of the negative term.
         weight_decay: Schedule of the decoupled weight decay of all tensors but 1-D ones, or
             `None` for the optimizer's own `weight_decay`, from which 1-D tensors are exempt too.
@@ -65,7 +82,8 @@ class SelfDistillation(keras.Model):
         teacher's outputs relative to `ln K` (1: uniform, 0: one-hot); `mean_output_entropy`, that
         of their mean over the batch (0: one prototype for all images); `feature_std`, the
         standard deviation of the teacher's normalised features over the batch, relative to that
-        of isotropic features (0: all images look alike); `learning_rate`; `teacher_momentum`.
+        of isotropic features (0: all images look alike); `teacher_spread`, the standard deviation
+        of the teacher's logits over the batch; `learning_rate`; `teacher_momentum`.
 
     Example:
         >>> model = SelfDistillation(
@@ -79,8 +97,11 @@ class SelfDistillation(keras.Model):
 
     Reference:
         Rafiee et al., "Self-Supervised Anomaly Detection by Self-Distillation and Negative
-        Sampling", arXiv 2201.06378; Caron et al., arXiv 2104.14294, algorithm 1.
+        Sampling", arXiv 2201.06378; Caron et al., arXiv 2104.14294, algorithm 1, and, for the
+        balanced targets, arXiv 2006.09882.
     """
+
+    PAPER = types.MappingProxyType({"teacher_temperature": 0.04, "teacher_momentum": 0.996})
 
     def __init__(
         self,
@@ -89,8 +110,8 @@ class SelfDistillation(keras.Model):
         negatives=None,
         head=None,
         student_temperature=0.1,
-        teacher_temperature=0.04,
-        teacher_momentum=0.996,
+        teacher_temperature=None,
+        teacher_momentum=None,
         center_momentum=0.9,
         negative_weight=1.0,
         weight_decay=None,
@@ -111,11 +132,13 @@ class SelfDistillation(keras.Model):
         self.views = views
         self.negatives = negatives
         self.student_temperature = student_temperature
-        self.teacher_temperature = schedules.get(teacher_temperature)
-        self.teacher_momentum = schedules.get(teacher_momentum)
+        self.teacher_temperature = _schedule_or_none(teacher_temperature)
+        self.teacher_momentum = _schedule_or_none(teacher_momentum) or schedules.GrowingMomentum(
+            0.996
+        )
         self.center_momentum = center_momentum
         self.negative_weight = schedules.get(negative_weight)
-        self.weight_decay = None if weight_decay is None else schedules.get(weight_decay)
+        self.weight_decay = _schedule_or_none(weight_decay)
         self.gradient_clip_norm = gradient_clip_norm
         self.frozen_last_layer_steps = frozen_last_layer_steps
         self.mean, self.std = tuple(mean), tuple(std)
@@ -138,10 +161,15 @@ class SelfDistillation(keras.Model):
         self.step = self.add_weight(
             shape=(), initializer="zeros", trainable=False, dtype="int32", name="step"
         )
-        self._batch_statistics = any(
-            isinstance(layer, keras.layers.BatchNormalization)
-            for layer in backbone._flatten_layers(include_self=True, recursive=True)
-        )
+        self._teacher_norms = [
+            copy
+            for layer, copy in zip(
+                _batch_norms(self.student_backbone),
+                _batch_norms(self.teacher_backbone),
+                strict=True,
+            )
+            if layer.trainable
+        ]
         self._trackers = {name: keras.metrics.Mean(name) for name in _LOGGED}
         self.built = True
 
@@ -213,14 +241,15 @@ class SelfDistillation(keras.Model):
         images, auxiliary = self._unpack(data)
         views, negatives = self._draw(images, auxiliary)
 
-        teacher_features, teacher_logits = self._teacher_outputs(views[0])
+        teacher_features, teacher_logits = self._teacher_outputs(views[0], training=True)
+        targets = self._targets(teacher_logits)
         with tf.GradientTape() as tape:
             positive_logits, negative_logits = self._student_logits(views, negatives, training=True)
-            terms = self._loss_terms(teacher_logits, positive_logits, negative_logits)
+            terms = self._loss_terms(targets, positive_logits, negative_logits)
             scaled_loss = self.optimizer.scale_loss(terms["loss"])
         self._update_student(self._gradients(tape, scaled_loss))
         self._update_teacher()
-        logs = self._update_trackers(terms, teacher_features, teacher_logits)
+        logs = self._update_trackers(terms, teacher_features, teacher_logits, targets)
         self._update_center(teacher_logits)
 
         logs["learning_rate"] = tf.cast(self.optimizer.learning_rate, tf.float32)
@@ -232,10 +261,12 @@ class SelfDistillation(keras.Model):
         """The same losses on held-out images, without any update."""
         images, auxiliary = self._unpack(data)
         views, negatives = self._draw(images, auxiliary)
-        teacher_features, teacher_logits = self._teacher_outputs(views[0])
+        teacher_features, teacher_logits = self._teacher_outputs(views[0], training=False)
+        targets = self._targets(teacher_logits)
         positive_logits, negative_logits = self._student_logits(views, negatives, training=False)
-        terms = self._loss_terms(teacher_logits, positive_logits, negative_logits)
-        return _as_keras_reduces(self._update_trackers(terms, teacher_features, teacher_logits))
+        terms = self._loss_terms(targets, positive_logits, negative_logits)
+        logs = self._update_trackers(terms, teacher_features, teacher_logits, targets)
+        return _as_keras_reduces(logs)
 
     def _unpack(self, data):
         """Images and auxiliary images of a batch, checked while the step is traced."""
@@ -279,37 +310,84 @@ class SelfDistillation(keras.Model):
     def _normalize(self, images):
         return image_ops.normalize(images, self.mean, self.std)
 
-    def _teacher_outputs(self, global_views):
+    def _teacher_outputs(self, global_views, training):
         """Features `(G, B, D)` and logits `(G, B, K)` of the positive global views."""
-        features = self._features(self.teacher_backbone, global_views, training=False)
-        return features, self.teacher_head(features, training=False)
+        if training and self._teacher_norms:
+            features = self._features_by_batch_statistics(global_views)
+        else:
+            features = self._features(self.teacher_backbone, global_views, training=False)
+        return features, self.teacher_head(self._head_inputs(features, features), training=False)
+
+    def _features_by_batch_statistics(self, global_views):
+        """The teacher's features where its backbone has batch normalization.
+
+        It normalizes by its own batch, as DINO's does, and its moving statistics follow that.
+        Were they the student's, averaged twice, they would fit the teacher's weights too late:
+        the features of a deep network then become constant within the first steps.
+        """
+        norms = self._teacher_norms
+        statistics = [v for norm in norms for v in (norm.moving_mean, norm.moving_variance)]
+        before = [tf.identity(variable) for variable in statistics]
+        with _batch_becomes_moving_statistics(self.teacher_backbone, norms):
+            features = self._features(self.teacher_backbone, global_views, training=True)
+        momentum = _STATISTICS_MOMENTUM(self.step)
+        for variable, old in zip(statistics, before, strict=True):
+            new = _global_mean(tf.convert_to_tensor(variable))
+            variable.assign(momentum * old + (1.0 - momentum) * new)
+        return features
+
+    def _targets(self, teacher_logits):
+        """What the student shall say of other views of the same images, `(G, B, K)`."""
+        if self.teacher_temperature is None:
+            return losses.balanced_probabilities(teacher_logits, global_mean=_global_mean)
+        temperature = self.teacher_temperature(self.step)
+        return losses.teacher_probabilities(teacher_logits, self.center, temperature)
 
     def _student_logits(self, views, negatives, training):
         """Logits of all positive views `(V, B, K)` and all negatives `(N, B, K)`.
 
         All views of one size go through the backbone in one call, all features through the head
-        in one. Where the backbone has batch statistics, negatives go apart from the positives and
-        leave the moving statistics as the positives made them.
+        in one.
         """
         if negatives is None:
-            return self._project_student(views, training), None
-        if self._batch_statistics:
-            positive_logits = self._project_student(views, training)
+            features = self._student_features(views, training)
+            return self.student_head(self._head_inputs(features, features), training=training), None
+        positive, negative = self._positive_and_negative_features(views, negatives, training)
+        features = self._head_inputs(tf.concat([positive, negative], axis=0), positive)
+        logits = self.student_head(features, training=training)
+        return tf.split(logits, [positive.shape[0], negative.shape[0]])
+
+    def _positive_and_negative_features(self, views, negatives, training):
+        """Features `(V, B, D)` and `(N, B, D)`.
+
+        Where the backbone has batch statistics, negatives go apart from the positives and leave
+        the moving statistics as the positives made them.
+        """
+        if self._teacher_norms:
+            positive = self._student_features(views, training)
             statistics = self.student_backbone.non_trainable_weights
             values = [tf.identity(variable) for variable in statistics]
-            negative_logits = self._project_student(negatives, training)
+            negative = self._student_features(negatives, training)
             for variable, value in zip(statistics, values, strict=True):
                 variable.assign(value)
-            return positive_logits, negative_logits
-        groups = [tf.concat(pair, axis=0) for pair in zip(views, negatives, strict=True)]
-        logits = self._project_student(groups, training)
-        sizes = [group.shape[0] for pair in zip(views, negatives, strict=True) for group in pair]
-        parts = tf.split(logits, sizes)
-        return tf.concat(parts[0::2], axis=0), tf.concat(parts[1::2], axis=0)
+            return positive, negative
+        pairs = []
+        for pair in zip(views, negatives, strict=True):
+            features = self._features(self.student_backbone, tf.concat(pair, axis=0), training)
+            pairs.append(tf.split(features, [group.shape[0] for group in pair]))
+        positive, negative = zip(*pairs, strict=True)
+        return tf.concat(positive, axis=0), tf.concat(negative, axis=0)
 
-    def _project_student(self, groups, training):
+    def _student_features(self, groups, training):
+        """Features `(V, B, D)` of all views of all groups."""
         features = [self._features(self.student_backbone, group, training) for group in groups]
-        return self.student_head(tf.concat(features, axis=0), training=training)
+        return tf.concat(features, axis=0)
+
+    def _head_inputs(self, features, positive):
+        """Features as a head takes them: standardized by the moments of the positive views'."""
+        if self.teacher_temperature is not None:
+            return features
+        return losses.standardized(features, losses.batch_moments(positive, _global_mean))
 
     def _features(self, backbone, group, training):
         """Features `(V, B, D)` of a group of views `(V, B, h, w, 3)`."""
@@ -317,14 +395,8 @@ class SelfDistillation(keras.Model):
         features = backbone(images, training=training)
         return tf.reshape(features, [group.shape[0], -1, features.shape[-1]])
 
-    def _loss_terms(self, teacher_logits, positive_logits, negative_logits):
-        positive = losses.distillation_loss(
-            teacher_logits,
-            positive_logits,
-            self.center,
-            self.teacher_temperature(self.step),
-            self.student_temperature,
-        )
+    def _loss_terms(self, targets, positive_logits, negative_logits):
+        positive = losses.cross_entropy(targets, positive_logits, self.student_temperature)
         if negative_logits is None:
             return {"loss": positive, "positive_loss": positive, "negative_loss": 0.0}
         negative = losses.uniformity_loss(negative_logits, self.student_temperature)
@@ -369,17 +441,17 @@ class SelfDistillation(keras.Model):
         return (self.step + 1) % batches == 0
 
     def _update_teacher(self):
-        """Move every float of the teacher, batch statistics included, towards the student.
-
-        Each replica has batch statistics of its own: the teacher follows their mean.
-        """
+        """Move every float of the teacher but its batch statistics towards the student."""
         momentum = tf.where(self._optimizer_moves(), self.teacher_momentum(self.step), 1.0)
+        own = {
+            id(v) for norm in self._teacher_norms for v in (norm.moving_mean, norm.moving_variance)
+        }
         for student, teacher in (
             (self.student_backbone, self.teacher_backbone),
             (self.student_head, self.teacher_head),
         ):
             for source, target in zip(student.weights, teacher.weights, strict=True):
-                if not keras.backend.is_float_dtype(source.dtype):
+                if not keras.backend.is_float_dtype(source.dtype) or id(target) in own:
                     continue
                 value = tf.convert_to_tensor(source)
                 if not source.trainable:
@@ -388,6 +460,8 @@ class SelfDistillation(keras.Model):
 
     def _update_center(self, teacher_logits):
         self._warn_of_a_small_batch(teacher_logits.shape[1])
+        if self.teacher_temperature is None:
+            return
         center = losses.updated_center(self.center, teacher_logits, self.center_momentum)
         self.center.assign(_global_mean(center))
 
@@ -403,17 +477,15 @@ class SelfDistillation(keras.Model):
                 stacklevel=2,
             )
 
-    def _update_trackers(self, terms, teacher_features, teacher_logits):
-        probabilities = losses.teacher_probabilities(
-            teacher_logits, self.center, self.teacher_temperature(self.step)
-        )
+    def _update_trackers(self, terms, teacher_features, teacher_logits, targets):
         values = {name: tf.convert_to_tensor(value) for name, value in terms.items()}
-        values["teacher_entropy"] = tf.reduce_mean(_relative_entropy(probabilities))
+        values["teacher_entropy"] = tf.reduce_mean(_relative_entropy(targets))
         values = _global_mean(values)
         values["mean_output_entropy"] = _relative_entropy(
-            _global_mean(tf.reduce_mean(probabilities, axis=[0, 1]))
+            _global_mean(tf.reduce_mean(targets, axis=[0, 1]))
         )
         values["feature_std"] = _relative_std(teacher_features)
+        values["teacher_spread"] = losses.spread(teacher_logits, _global_mean)
         for name, tracker in self._trackers.items():
             tracker.update_state(values[name])
         return {name: tracker.result() for name, tracker in self._trackers.items()}
@@ -451,6 +523,37 @@ class SelfDistillation(keras.Model):
         parts = ("backbone", "views", "negatives", "head")
         objects = {name: keras.saving.deserialize_keras_object(config[name]) for name in parts}
         return cls(**{**config, **objects})
+
+
+def _batch_norms(backbone):
+    layers = backbone._flatten_layers(include_self=True, recursive=True)
+    return [layer for layer in layers if isinstance(layer, keras.layers.BatchNormalization)]
+
+
+@contextlib.contextmanager
+def _batch_becomes_moving_statistics(backbone, norms):
+    """Called in training, these layers of a frozen backbone normalize by the batch and keep it.
+
+    Layers that drop something, known by their `rate`, drop nothing meanwhile.
+    """
+    layers = backbone._flatten_layers(include_self=True, recursive=True)
+    drops = [layer for layer in layers if getattr(layer, "rate", None)]
+    rates, momenta = [drop.rate for drop in drops], [norm.momentum for norm in norms]
+    for drop in drops:
+        drop.rate = 0.0
+    for norm in norms:
+        norm.trainable, norm.momentum = True, 0.0
+    try:
+        yield
+    finally:
+        for drop, rate in zip(drops, rates, strict=True):
+            drop.rate = rate
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.trainable, norm.momentum = False, momentum
+
+
+def _schedule_or_none(value):
+    return None if value is None else schedules.get(value)
 
 
 def _global_mean(values):
@@ -567,9 +670,6 @@ def _relative_entropy(probabilities):
 
 
 def _relative_std(features):
-    dim = features.shape[-1]
-    features = tf.cast(tf.reshape(features, [-1, dim]), tf.float32)
-    normalized = tf.math.l2_normalize(features, axis=-1)
-    mean = _global_mean(tf.reduce_mean(normalized, axis=0))
-    variance = _global_mean(tf.reduce_mean(tf.square(normalized - mean), axis=0))
-    return tf.reduce_mean(tf.sqrt(variance)) * dim**0.5
+    normalized = tf.math.l2_normalize(tf.cast(features, tf.float32), axis=-1)
+    _, variance = losses.batch_moments(normalized, _global_mean)
+    return tf.reduce_mean(tf.sqrt(variance)) * features.shape[-1] ** 0.5

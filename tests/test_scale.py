@@ -72,10 +72,10 @@ def state(model, record):
     return found
 
 
-def train(strategy, steps=STEPS):
+def train(strategy, steps=STEPS, **arguments):
     record = Record()
     with strategy.scope():
-        model = make_model()
+        model = make_model(**arguments)
     model.fit(batches(steps), verbose=0, callbacks=[record])
     return model, state(model, record)
 
@@ -119,14 +119,14 @@ cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 4)
 import test_scale as t
 
-_, one = t.train(tf.distribute.get_strategy())
 found = {}
-for replicas in (2, 4):
+for replicas, arguments in ((2, t.sddns_tf.SelfDistillation.PAPER), (4, {})):
+    _, one = t.train(tf.distribute.get_strategy(), **arguments)
     # Collective operations allow one group of devices in a process.
     reduction = tf.distribute.ReductionToOneDevice() if replicas == 4 else None
     devices = [f"CPU:{i}" for i in range(replicas)]
     strategy = tf.distribute.MirroredStrategy(devices, reduction)
-    model, several = t.train(strategy)
+    model, several = t.train(strategy, **arguments)
     found[replicas] = {name: float(v) for name, v in t.differences(one, several).items()}
     for variable in [*model.weights, *model.optimizer.variables]:
         copies = strategy.experimental_local_results(variable.value)
