@@ -37,8 +37,8 @@ class SelfDistillation(keras.Model):
     By default the scale of everything is taken from the batch, so that any backbone trains from
     any start: features are standardized before the heads, and the teacher's targets are
     `losses.balanced_probabilities`. With a `teacher_temperature` the features go to the heads as
-    they are and the targets are centered and sharpened as in the paper;
-    `SelfDistillation(backbone, views, **SelfDistillation.PAPER)` has the paper's constants.
+    they are and the targets are centered and sharpened as in the paper, whose constants
+    `SelfDistillation(backbone, views, head=ProjectionHead(), **SelfDistillation.PAPER)` has.
     Untrained features of different images are nearly the same vector. As they are, they need a
     temperature, momentum and learning rate that suit the backbone, or the center cancels what
     little tells images apart and all outputs become uniform.
@@ -61,7 +61,9 @@ class SelfDistillation(keras.Model):
             load weights to start from before.
         views: `MultiCrop`.
         negatives: `Negatives`, or `None` to train by self-distillation alone.
-        head: `ProjectionHead` of the student. Defaults to one with 4096 prototypes.
+        head: `ProjectionHead` of the student. Defaults to one that suits small data: 1024
+            prototypes, a hidden layer of 512 and a bottleneck of 128. Its own defaults are the
+            paper's.
         student_temperature: Float.
         teacher_temperature: Schedule, or `None` for balanced targets and standardized features.
         teacher_momentum: Schedule; the share of the teacher that stays at each step. Defaults to
@@ -145,7 +147,7 @@ class SelfDistillation(keras.Model):
         self.seed = seed
 
         self.student_backbone = backbone
-        self.student_head = head or ProjectionHead()
+        self.student_head = head or ProjectionHead(1024, hidden_dim=512, bottleneck_dim=128)
         if not self.student_head.built:
             self.student_head.build((None, feature_dim))
         self.teacher_backbone = _frozen_copy(self.student_backbone, (None, *_input_shape(views)))

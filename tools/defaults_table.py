@@ -203,12 +203,15 @@ def make_model(data, backbone, negatives, settings, seed):
     keras.utils.set_random_seed(seed)
     size = data["training"].shape[1]
     source, _, shift = negatives.partition("-")
+    constants = {}
+    if settings == "paper":
+        constants = {"head": sddns_tf.ProjectionHead(), **sddns_tf.SelfDistillation.PAPER}
     model = sddns_tf.SelfDistillation(
         backbone=globals()[backbone](size),
         views=sddns_tf.MultiCrop(size, local_views=0),
         negatives=None if negatives == "none" else sddns_tf.Negatives(shift, source),
         seed=seed,
-        **(sddns_tf.SelfDistillation.PAPER if settings == "paper" else {}),
+        **constants,
     )
     model.compile(keras.optimizers.AdamW(1e-3))
     return model
