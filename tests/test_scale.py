@@ -83,8 +83,9 @@ def train(strategy, steps=STEPS, **arguments):
 def differences(one, other):
     """Largest difference of each thing, relative to its largest value."""
     assert one.keys() == other.keys()
+    # A bias before features are standardized has no gradient but rounding: it stays near 0.
     return {
-        name: np.abs(value - other[name]).max() / max(np.abs(value).max(), 1e-3)
+        name: np.abs(value - other[name]).max() / max(np.abs(value).max(), 1e-2)
         for name, value in one.items()
     }
 
@@ -156,7 +157,7 @@ with strategy.scope():
 
 @pytest.fixture(scope="module")
 def replicas():
-    lines = finish(run(REPLICAS)).strip().splitlines()
+    lines = finish(run(REPLICAS), seconds=400).strip().splitlines()
     return {"differences": json.loads(lines[-5]), "said": lines[-4:]}
 
 
