@@ -325,6 +325,8 @@ def our_model(shape, prototypes=4096, local_views=2):
         views=sddns_tf.MultiCrop(shape[0], local_views=local_views),
         negatives=sddns_tf.Negatives("rot90", source="auxiliary"),
         head=sddns_tf.ProjectionHead(num_prototypes=prototypes),
+        # What the PyTorch step computes.
+        **sddns_tf.SelfDistillation.PAPER,
     )
     model.compile(keras.optimizers.AdamW(1e-4, weight_decay=0.04))
     return model
