@@ -138,6 +138,20 @@ def read_labeled(option, source, **options):
         return read(option, source, **options), None
 
 
+def seen_by(detector):
+    """Options of `read` and `stream` that bring images to how a detector sees them.
+
+    Args:
+        detector: `Detector`.
+
+    Returns:
+        Dictionary of `image_size` and `resize`.
+    """
+    extractor = detector.extractor
+    size = extractor.resolution or extractor.image_size
+    return {"image_size": tuple(size), "resize": extractor.resize}
+
+
 def read_class_names(path):
     """Names of classes in a text file: the first word of each line that is no comment."""
     with user_input("auxiliary_exclude"):
