@@ -162,7 +162,7 @@ def test_what_is_no_form_stands_for_itself():
     ],
 )
 def test_wrong_forms_are_refused(form):
-    with pytest.raises(UsageError, match="model.x must be a number.*Received"):
+    with pytest.raises(UsageError, match=r"model.x must be a number.*Received"):
         value_of("model.x", form, LENGTH)
 
 
