@@ -108,12 +108,12 @@ def check(config):
     data_options = DataOptions(**config["data"])
     if not data_options.source:
         raise UsageError("--data is needed. Received: none")
-    with user_input():
+    with user_input(kinds=(ValueError, TypeError)):
         for name in ("epochs", "batch_size"):
             validation.check_int(name, config[name])
         validation.check_choice("resize", data_options.resize, ("squash", "crop"))
         validation.check_number("calibration_share", data_options.calibration_share, 0.0, 0.9)
-        make_negatives(config)
+        _check_arguments(config)
     for name in ("source", "auxiliary", "calibration"):
         if text := getattr(data_options, name):
             sources.parse("data" if name == "source" else name, text, "train")
@@ -124,6 +124,20 @@ def check(config):
     if not data_options.in_memory and not data_options.calibration:
         raise UsageError("--noin_memory needs --calibration. Received: none")
     return data_options
+
+
+def _check_arguments(config):
+    """Make what costs nothing to make, so that it is refused now and not after reading images."""
+    import sddns_tf
+
+    image_size = config["views"]["image_size"] or 32
+    sddns_tf.MultiCrop(**{**config["views"], "image_size": image_size})
+    sddns_tf.ProjectionHead(**config["head"])
+    make_negatives(config)
+    length = Length(config["epochs"], 1, config["batch_size"])
+    for section in ("model", "optimizer"):
+        for key, form in config[section].items():
+            value_of(f"{section}.{key}", form, length)
 
 
 # --- The model ---------------------------------------------------------------------------------
