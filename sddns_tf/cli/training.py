@@ -74,7 +74,8 @@ def train(config, place):
     with strategy.scope() if strategy else contextlib.nullcontext():
         model = make_model(config, found.resolution, length)
     checkpoint = sddns_tf.callbacks.Checkpoint(checkpoint_dir, place.checkpoint_every)
-    step = checkpoint.restore(model)
+    with user_input():
+        step = checkpoint.restore(model)
     say(
         f"Training {model.student_backbone.name} on {_number_of(found.training)} images: "
         f"{length.epochs} epochs of {length.steps_per_epoch} steps, from step {step}"
@@ -84,7 +85,8 @@ def train(config, place):
         watching.append(Progress(length.steps, step))
     for first_batch, part in training_state.parts_left(step, length.steps_per_epoch, length.epochs):
         batches = images.batches(config, data_options, place.data_dir, found, first_batch)
-        model.fit(batches, callbacks=watching, verbose=verbose(), shuffle=False, **part)
+        with user_input(kinds=OSError):  # a disk that is full
+            model.fit(batches, callbacks=watching, verbose=verbose(), shuffle=False, **part)
     if index:
         return None, found
     bank = images.bank(config, data_options, place.data_dir, found)
@@ -123,6 +125,8 @@ def check(config):
         )
     if not data_options.in_memory and not data_options.calibration:
         raise UsageError("--noin_memory needs --calibration. Received: none")
+    if not data_options.in_memory and data_options.limit:
+        raise UsageError(f"--limit needs images in memory. Received: {data_options.limit}")
     return data_options
 
 
