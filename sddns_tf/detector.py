@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from sddns_tf import image_ops
+from sddns_tf import files, image_ops
 from sddns_tf.bank import compress, ood_score
 from sddns_tf.calibration import largest_flagged_rank, merged, rounding, snapped
 from sddns_tf.features import FeatureExtractor, extract_features, image_size_of
@@ -372,6 +372,10 @@ class Detector(keras.Model):
                 raise ValueError(f"At least one image is needed. Received: shape={x.shape}.")
             warn_if_nearly_black(x, "x")
         return super().predict(x, batch_size, verbose, steps, callbacks)
+
+    def save(self, filepath, *args, **kwargs):
+        """`keras.Model.save`, whole or not at all: a failed save leaves what was there."""
+        files.save_keras(super().save, filepath, *args, **kwargs)
 
     def features(self, images):
         """L2-normalized features of a batch of images.

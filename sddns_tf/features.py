@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from sddns_tf import image_ops
-from sddns_tf.copying import copy_of
+from sddns_tf.networks import check_names, copy_of
 from sddns_tf.validation import (
     check_choice,
     check_images,
@@ -95,6 +95,7 @@ class FeatureExtractor(keras.Model):
                 "`image_size` is needed: the backbone has neither a fixed `input_shape` nor an "
                 f"`image_size`. Received: backbone={backbone}, image_size=None, resolution=None."
             )
+        check_names(backbone)
         self.backbone = backbone
         self.image_size = check_size("image_size", image_size)
         self.resolution = None if resolution is None else check_size("resolution", resolution)

@@ -56,6 +56,24 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def save_keras(save, filepath, *args, **kwargs):
+    """Save a Keras model whole or not at all.
+
+    Args:
+        save: Keras' own `save` of the model.
+        filepath: Path to save to. What is no path, such as an open file, goes to Keras as it is.
+        *args: As for Keras.
+        **kwargs: As for Keras.
+    """
+    overwrite = args[0] if args else kwargs.get("overwrite", True)
+    is_path = isinstance(filepath, (str, os.PathLike)) and str(filepath).endswith(".keras")
+    if not is_path or not overwrite:
+        save(filepath, *args, **kwargs)
+        return
+    with replacing(filepath) as unfinished:
+        save(unfinished, *args, **kwargs)
+
+
 def _sync(path):
     """Bring a file to the disk, so that a machine that loses its power keeps it."""
     with open(path, "rb") as file:

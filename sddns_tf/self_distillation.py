@@ -1,14 +1,14 @@
 """`SelfDistillation`: student, EMA teacher and centre, trained on images without labels."""
 
+import contextlib
 import warnings
 
 import keras
 import tensorflow as tf
 
-from sddns_tf import image_ops, losses, schedules
-from sddns_tf.copying import copy_of
+from sddns_tf import files, image_ops, losses, networks, replicas, schedules, validation
 from sddns_tf.heads import ProjectionHead
-from sddns_tf.validation import warn_if_nearly_black
+from sddns_tf.keras_private import batches_counted, inner
 
 _LOGGED = (
     "loss",
@@ -54,8 +54,9 @@ class SelfDistillation(keras.Model):
         teacher_momentum: Schedule; the share of the teacher that stays at each step.
         center_momentum: Float; the share of the centre that stays at each step.
         negative_weight: Schedule; lambda, the weight of the negative term.
-        weight_decay: Schedule of the decoupled weight decay of all tensors but 1-D ones, or
-            `None` for the optimizer's own `weight_decay`, from which 1-D tensors are exempt too.
+        weight_decay: Schedule of the decoupled weight decay of all tensors but biases and
+            normalizations, or `None` for the optimizer's own `weight_decay`, from which those are
+            exempt too: see `compile`.
         gradient_clip_norm: Largest norm of the gradient of each single tensor, or `None`.
         frozen_last_layer_steps: Steps for which the head's last layer does not move.
         mean: Mean of each channel of images scaled to 0-1, for normalisation.
@@ -107,28 +108,39 @@ class SelfDistillation(keras.Model):
         super().__init__(**{"autocast": False, **kwargs})
         # Keras remembers a strategy only where there is one, and takes the current one for none.
         self._built_under = tf.distribute.get_strategy()
+        replicas.number_apart(self._built_under)
         for layer in (backbone, head):
-            _check_scope(layer)
-        feature_dim = _check_backbone(backbone, views)
+            networks.check_scope(layer)
+        feature_dim = networks.check_backbone(backbone, views.sizes)
+        validation.check_number("student_temperature", student_temperature, above=0.0)
+        validation.check_number("center_momentum", center_momentum, 0.0, 1.0)
+        validation.check_int("frozen_last_layer_steps", frozen_last_layer_steps, low=0)
+        validation.check_int("seed", seed, low=-(2**31), high=2**31 - 1)
+        if gradient_clip_norm is not None:
+            validation.check_number("gradient_clip_norm", gradient_clip_norm, above=0.0)
         self.views = views
         self.negatives = negatives
         self.student_temperature = student_temperature
-        self.teacher_temperature = schedules.get(teacher_temperature)
-        self.teacher_momentum = schedules.get(teacher_momentum)
+        self.teacher_temperature = _schedule("teacher_temperature", teacher_temperature, above=0.0)
+        self.teacher_momentum = _schedule("teacher_momentum", teacher_momentum, 0.0, 1.0)
         self.center_momentum = center_momentum
-        self.negative_weight = schedules.get(negative_weight)
-        self.weight_decay = None if weight_decay is None else schedules.get(weight_decay)
+        self.negative_weight = _schedule("negative_weight", negative_weight, 0.0)
+        self.weight_decay = None
+        if weight_decay is not None:
+            self.weight_decay = _schedule("weight_decay", weight_decay, 0.0)
         self.gradient_clip_norm = gradient_clip_norm
         self.frozen_last_layer_steps = frozen_last_layer_steps
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.mean = validation.check_numbers("mean", mean, 3)
+        self.std = validation.check_numbers("std", std, 3, above=0.0)
         self.seed = seed
 
         self.student_backbone = backbone
         self.student_head = head or ProjectionHead()
         if not self.student_head.built:
             self.student_head.build((None, feature_dim))
-        self.teacher_backbone = copy_of(self.student_backbone, _input_shape(views), trainable=False)
-        self.teacher_head = copy_of(self.student_head, (feature_dim,), trainable=False)
+        size = views.image_size
+        self.teacher_backbone = networks.copy_of(backbone, (size, size, 3), trainable=False)
+        self.teacher_head = networks.copy_of(self.student_head, (feature_dim,), trainable=False)
         num_prototypes = self.student_head.compute_output_shape((None, feature_dim))[-1]
         self.center = self.add_weight(
             shape=(num_prototypes,),
@@ -140,10 +152,7 @@ class SelfDistillation(keras.Model):
         self.step = self.add_weight(
             shape=(), initializer="zeros", trainable=False, dtype="int32", name="step"
         )
-        self._batch_statistics = any(
-            isinstance(layer, keras.layers.BatchNormalization)
-            for layer in backbone._flatten_layers(include_self=True, recursive=True)
-        )
+        self._batch_statistics = networks.has_batch_statistics(backbone)
         self._trackers = {name: keras.metrics.Mean(name) for name in _LOGGED}
         self.built = True
 
@@ -163,8 +172,9 @@ class SelfDistillation(keras.Model):
     def compile(self, optimizer, **kwargs):
         """Choose the optimizer; the losses are the model's own.
 
-        Weight decay never acts on 1-D tensors (biases, norms, the last layer's gain), whether it
-        is the optimizer's or the model's `weight_decay` schedule.
+        Weight decay never acts on biases and normalizations, the 1-D tensors, whether it is the
+        optimizer's or the model's `weight_decay` schedule. It acts on the last layer's gain where
+        that is trained, as in the authors' program, which holds it as a matrix of one column.
 
         Args:
             optimizer: Keras optimizer, or its name.
@@ -179,11 +189,11 @@ class SelfDistillation(keras.Model):
         if tf.distribute.get_strategy() is not self._built_under:
             raise ValueError(
                 "The model must be built and compiled within the same `strategy.scope()`. "
-                f"Received: built under {_describe_strategy(self._built_under)}, "
-                f"compiled under {_describe_strategy(tf.distribute.get_strategy())}"
+                f"Received: built under {networks.describe_strategy(self._built_under)}, "
+                f"compiled under {networks.describe_strategy(tf.distribute.get_strategy())}"
             )
         super().compile(optimizer=optimizer, **kwargs)
-        optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+        optimizer = inner(self.optimizer)
         if self.weight_decay is not None and optimizer.weight_decay:
             raise ValueError(
                 "Weight decay was asked for twice: as the model's `weight_decay` schedule and as "
@@ -191,8 +201,8 @@ class SelfDistillation(keras.Model):
                 "keras.optimizers.Adam, which has none, or leave the model's at None."
             )
         if not self.optimizer.built:
-            one_dimensional = [v for v in self.trainable_variables if len(v.shape) < 2]
-            optimizer.exclude_from_weight_decay(var_list=one_dimensional)
+            spared = [v for v in self.trainable_variables if not self._is_decayed(v)]
+            optimizer.exclude_from_weight_decay(var_list=spared)
             self.optimizer.build(self.trainable_variables)
 
     def compile_from_config(self, config):
@@ -205,25 +215,35 @@ class SelfDistillation(keras.Model):
         Under `MultiWorkerMirroredStrategy` it would reduce the dictionary as if it were a tensor.
         """
 
-    def fit(self, x=None, *args, **kwargs):
-        """`keras.Model.fit` on unlabelled images: see the class. Warns of images in 0-1."""
-        warn_if_nearly_black(x, "x")
-        return super().fit(x, *args, **kwargs)
+    def fit(self, x=None, *args, callbacks=None, **kwargs):
+        """`keras.Model.fit` on unlabeled images: see the class. Warns of images in 0-1."""
+        validation.warn_if_nearly_black(x, "x")
+        try:
+            return super().fit(x, *args, callbacks=callbacks, **kwargs)
+        finally:
+            # Keras tells callbacks of an end, not of an error.
+            for callback in tf.nest.flatten(getattr(callbacks, "callbacks", callbacks) or []):
+                if hasattr(callback, "release"):
+                    callback.release()
+
+    def save(self, filepath, *args, **kwargs):
+        """`keras.Model.save`, whole or not at all: a failed save leaves what was there."""
+        files.save_keras(super().save, filepath, *args, **kwargs)
 
     def train_step(self, data):
         """One step on a batch: the algorithm of the paper."""
-        images, auxiliary = self._unpack(data)
-        views, negatives = self._draw(images, auxiliary)
+        images, auxiliary, part = self._unpack(data)
+        views, negatives = self._draw(images, auxiliary, part)
 
         teacher_features, teacher_logits = self._teacher_outputs(views[0])
         with tf.GradientTape() as tape:
-            positive_logits, negative_logits = self._student_logits(views, negatives, training=True)
+            positive_logits, negative_logits = self._student_logits(views, negatives, part)
             terms = self._loss_terms(teacher_logits, positive_logits, negative_logits)
             scaled_loss = self.optimizer.scale_loss(terms["loss"])
-        self._update_student(self._gradients(tape, scaled_loss))
-        self._update_teacher()
-        logs = self._update_trackers(terms, teacher_features, teacher_logits)
-        self._update_center(teacher_logits)
+        student_moves = self._update_student(self._gradients(tape, scaled_loss, part))
+        self._update_teacher(student_moves)
+        logs = self._update_trackers(terms, teacher_features, teacher_logits, part)
+        self._update_center(teacher_logits, part)
 
         logs["learning_rate"] = tf.cast(self.optimizer.learning_rate, tf.float32)
         logs["teacher_momentum"] = self.teacher_momentum(self.step)
@@ -232,15 +252,16 @@ class SelfDistillation(keras.Model):
 
     def test_step(self, data):
         """The same losses on held-out images, without any update."""
-        images, auxiliary = self._unpack(data)
-        views, negatives = self._draw(images, auxiliary)
+        images, auxiliary, part = self._unpack(data)
+        views, negatives = self._draw(images, auxiliary, part)
         teacher_features, teacher_logits = self._teacher_outputs(views[0])
-        positive_logits, negative_logits = self._student_logits(views, negatives, training=False)
+        positive_logits, negative_logits = self._student_logits(views, negatives)
         terms = self._loss_terms(teacher_logits, positive_logits, negative_logits)
-        return _as_keras_reduces(self._update_trackers(terms, teacher_features, teacher_logits))
+        logs = self._update_trackers(terms, teacher_features, teacher_logits, part)
+        return _as_keras_reduces(logs)
 
     def _unpack(self, data):
-        """Images and auxiliary images of a batch, checked while the step is traced."""
+        """Images and auxiliary images of a batch, checked while the step is traced, and whose."""
         batch, labels, _ = keras.utils.unpack_x_y_sample_weight(data)
         if labels is not None:
             raise ValueError(
@@ -253,8 +274,10 @@ class SelfDistillation(keras.Model):
         else:
             images, auxiliary = batch, None
         _check_images("images", images)
+        part = replicas.part_of(images)
+        images = replicas.at_least_one(images)
         if not needs_auxiliary:
-            return images, None
+            return images, None, part
         if auxiliary is None:
             raise ValueError(
                 f"Negatives with source={self.negatives.source!r} need auxiliary images: train on "
@@ -267,16 +290,17 @@ class SelfDistillation(keras.Model):
                 "A batch needs as many auxiliary images as in-distribution images. Received: "
                 f"images.shape={images.shape}, auxiliary.shape={auxiliary.shape}"
             )
-        return images, auxiliary
+        return images, replicas.at_least_one(auxiliary), part
 
-    def _draw(self, images, auxiliary):
+    def _draw(self, images, auxiliary, part):
         """Views and negatives, fixed by the seed, the step and the place in the global batch."""
         seed = tf.stack([self.seed, tf.convert_to_tensor(self.step)])
         view_seed, negative_seed = tf.unstack(tf.random.split(seed, 2))
-        views = self.views(images, view_seed)
-        if self.negatives is None:
-            return views, None
-        return views, self.negatives(self.views, images, auxiliary, negative_seed)
+        with replicas.holding(part):
+            views = self.views(images, view_seed)
+            if self.negatives is None:
+                return views, None
+            return views, self.negatives(self.views, images, auxiliary, negative_seed)
 
     def _normalize(self, images):
         return image_ops.normalize(images, self.mean, self.std)
@@ -286,28 +310,45 @@ class SelfDistillation(keras.Model):
         features = self._features(self.teacher_backbone, global_views, training=False)
         return features, self.teacher_head(features, training=False)
 
-    def _student_logits(self, views, negatives, training):
+    def _student_logits(self, views, negatives, part=None):
         """Logits of all positive views `(V, B, K)` and all negatives `(N, B, K)`.
 
         All views of one size go through the backbone in one call, all features through the head
         in one. Where the backbone has batch statistics, negatives go apart from the positives and
-        leave the moving statistics as the positives made them.
+        leave the moving statistics as the positives made them. A `part` of a batch is trained on.
         """
+        training = part is not None
+        if self._batch_statistics:
+            with self._statistics_of(part):
+                positive_logits = self._project_student(views, training)
+            if negatives is None:
+                return positive_logits, None
+            with self._statistics_of(None):
+                return positive_logits, self._project_student(negatives, training)
         if negatives is None:
             return self._project_student(views, training), None
-        if self._batch_statistics:
-            positive_logits = self._project_student(views, training)
-            statistics = self.student_backbone.non_trainable_weights
-            values = [tf.identity(variable) for variable in statistics]
-            negative_logits = self._project_student(negatives, training)
-            for variable, value in zip(statistics, values, strict=True):
-                variable.assign(value)
-            return positive_logits, negative_logits
         groups = [tf.concat(pair, axis=0) for pair in zip(views, negatives, strict=True)]
         logits = self._project_student(groups, training)
         sizes = [group.shape[0] for pair in zip(views, negatives, strict=True) for group in pair]
         parts = tf.split(logits, sizes)
         return tf.concat(parts[0::2], axis=0), tf.concat(parts[1::2], axis=0)
+
+    @contextlib.contextmanager
+    def _statistics_of(self, part):
+        """Afterwards moving statistics are as the images of a part made them, of none as before.
+
+        Replicas take the mean of theirs: one network, whichever of them is saved.
+        """
+        statistics = self.student_backbone.non_trainable_weights
+        before = [tf.identity(variable) for variable in statistics]
+        yield
+        for variable, value in zip(statistics, before, strict=True):
+            if not keras.backend.is_float_dtype(variable.dtype):
+                continue
+            if part is None:
+                variable.assign(value)
+            elif tf.distribute.get_strategy().num_replicas_in_sync > 1:
+                variable.assign(replicas.mean(tf.convert_to_tensor(variable), part.weight))
 
     def _project_student(self, groups, training):
         features = [self._features(self.student_backbone, group, training) for group in groups]
@@ -333,29 +374,34 @@ class SelfDistillation(keras.Model):
         total = positive + self.negative_weight(self.step) * negative
         return {"loss": total, "positive_loss": positive, "negative_loss": negative}
 
-    def _gradients(self, tape, loss):
-        """Zero for a variable that the loss does not depend on."""
+    def _gradients(self, tape, loss, part):
+        """Of the mean over the global batch; zero for what the loss does not depend on."""
         sources = [variable.value for variable in self.trainable_variables]
-        return tape.gradient(loss, sources, unconnected_gradients="zero")
+        gradients = tape.gradient(loss, sources, unconnected_gradients="zero")
+        return replicas.mean(gradients, part.weight)
 
     def _update_student(self, gradients):
-        """Clip each tensor's gradient, decay, and let the optimizer move the student."""
+        """Clip each tensor's gradient, decay, and let the optimizer move the student.
+
+        Returns:
+            Whether it moves: not while gradients are accumulated, nor where they overflowed.
+        """
         variables = self.trainable_variables
-        replicas = tf.distribute.get_replica_context().num_replicas_in_sync
-        gradients = _global_mean(gradients)
         if self.gradient_clip_norm is not None:
             largest = self.optimizer.scale_loss(tf.constant(float(self.gradient_clip_norm)))
             gradients = [tf.clip_by_norm(g, tf.cast(largest, g.dtype)) for g in gradients]
+        moves = self._optimizer_moves(gradients)
         # Keras adds up what the replicas hand over.
-        gradients = [gradient / replicas for gradient in gradients]
+        count = tf.distribute.get_replica_context().num_replicas_in_sync
+        gradients = [gradient / count for gradient in gradients]
 
         frozen = self.student_head.last_layer.weights if self.frozen_last_layer_steps else []
         before = [tf.identity(variable) for variable in frozen]
         if self.weight_decay is not None:
             decay = self.weight_decay(self.step) * self.optimizer.learning_rate
-            decay = tf.where(self._optimizer_moves(), decay, 0.0)
+            decay = tf.where(moves, decay, 0.0)
             for variable in variables:
-                if len(variable.shape) > 1:
+                if self._is_decayed(variable):
                     variable.assign_sub(decay * variable)
         self.optimizer.apply(gradients, variables)
         # Putting the values back, rather than dropping the gradients, leaves Adam's moments warm
@@ -363,61 +409,66 @@ class SelfDistillation(keras.Model):
         for variable, value in zip(frozen, before, strict=True):
             is_frozen = self.step < self.frozen_last_layer_steps
             variable.assign(tf.where(is_frozen, value, variable))
+        return moves
 
-    def _optimizer_moves(self):
-        """Whether this batch is the last of those whose gradients the optimizer accumulates."""
-        optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
-        batches = optimizer.gradient_accumulation_steps or 1
-        return (self.step + 1) % batches == 0
+    def _is_decayed(self, variable):
+        gain = getattr(self.student_head.last_layer, "gain", None)
+        return len(variable.shape) > 1 or variable is gain
 
-    def _update_teacher(self):
-        """Move every float of the teacher, batch statistics included, towards the student.
+    def _optimizer_moves(self, gradients):
+        """Whether the optimizer is about to move the variables, by its own count of batches.
 
-        Each replica has batch statistics of its own: the teacher follows their mean.
+        It counts no batch whose gradients overflowed, and moves at the last of those that it
+        accumulates.
         """
-        momentum = tf.where(self._optimizer_moves(), self.teacher_momentum(self.step), 1.0)
+        finite = True
+        if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
+            finite = self.optimizer.check_finite(gradients)
+        batches = inner(self.optimizer).gradient_accumulation_steps or 1
+        is_last = (batches_counted(self.optimizer) + 1) % batches == 0
+        return tf.logical_and(finite, is_last)
+
+    def _update_teacher(self, student_moves):
+        """Where the student moved, move every float of the teacher towards it."""
+        momentum = tf.where(student_moves, self.teacher_momentum(self.step), 1.0)
         for student, teacher in (
             (self.student_backbone, self.teacher_backbone),
             (self.student_head, self.teacher_head),
         ):
             for source, target in zip(student.weights, teacher.weights, strict=True):
-                if not keras.backend.is_float_dtype(source.dtype):
-                    continue
-                value = tf.convert_to_tensor(source)
-                if not source.trainable:
-                    value = _global_mean(value)
-                target.assign(momentum * target + (1.0 - momentum) * value)
+                if keras.backend.is_float_dtype(source.dtype):
+                    target.assign(momentum * target + (1.0 - momentum) * source)
 
-    def _update_center(self, teacher_logits):
+    def _update_center(self, teacher_logits, part):
         self._warn_of_a_small_batch(teacher_logits.shape[1])
         center = losses.updated_center(self.center, teacher_logits, self.center_momentum)
-        self.center.assign(_global_mean(center))
+        self.center.assign(replicas.mean(center, part.weight))
 
     def _warn_of_a_small_batch(self, images):
-        optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
-        replicas = tf.distribute.get_replica_context().num_replicas_in_sync
-        batches = optimizer.gradient_accumulation_steps or 1
-        if images is not None and images * replicas * batches < _SMALLEST_BATCH:
+        count = tf.distribute.get_replica_context().num_replicas_in_sync
+        batches = inner(self.optimizer).gradient_accumulation_steps or 1
+        if images is not None and images * count * batches < _SMALLEST_BATCH:
             warnings.warn(
                 f"DINO needs batches of at least {_SMALLEST_BATCH} images, better hundreds: the "
                 "centre and the negatives are means over the batch. Received: "
-                f"{images} images x {replicas} replicas x {batches} accumulated batches.",
+                f"{images} images x {count} replicas x {batches} accumulated batches.",
                 stacklevel=2,
             )
 
-    def _update_trackers(self, terms, teacher_features, teacher_logits):
+    def _update_trackers(self, terms, teacher_features, teacher_logits, part):
         probabilities = losses.teacher_probabilities(
             teacher_logits, self.center, self.teacher_temperature(self.step)
         )
         values = {name: tf.convert_to_tensor(value) for name, value in terms.items()}
         values["teacher_entropy"] = tf.reduce_mean(_relative_entropy(probabilities))
-        values = _global_mean(values)
+        values = replicas.mean(values, part.weight)
         values["mean_output_entropy"] = _relative_entropy(
-            _global_mean(tf.reduce_mean(probabilities, axis=[0, 1]))
+            replicas.mean(tf.reduce_mean(probabilities, axis=[0, 1]), part.weight)
         )
-        values["feature_std"] = _relative_std(teacher_features)
+        values["feature_std"] = _relative_std(teacher_features, part)
+        images = tf.cast(part.total, tf.float32)
         for name, tracker in self._trackers.items():
-            tracker.update_state(values[name])
+            tracker.update_state(values[name], sample_weight=images)
         return {name: tracker.result() for name, tracker in self._trackers.items()}
 
     @property
@@ -455,14 +506,6 @@ class SelfDistillation(keras.Model):
         return cls(**{**config, **objects})
 
 
-def _global_mean(values):
-    """Mean over the replicas, of a tensor or each of a structure of them."""
-    context = tf.distribute.get_replica_context()
-    # A tensor of no device, such as the gradient of nothing, cannot be sent to other machines.
-    values = tf.nest.map_structure(tf.identity, values)
-    return context.all_reduce(tf.distribute.ReduceOp.MEAN, values)
-
-
 def _as_keras_reduces(logs):
     """Of several machines Keras takes the mean of logs over an axis, which scalars lack."""
     resolver = getattr(tf.distribute.get_strategy(), "cluster_resolver", None)
@@ -471,58 +514,11 @@ def _as_keras_reduces(logs):
     return {name: tf.reshape(value, [1]) for name, value in logs.items()}
 
 
-def _check_scope(layer):
-    """A layer built outside the scope would fail in `fit`, with an assertion that says nothing."""
-    if layer is None or not tf.distribute.has_strategy():
-        return
-    strategy = tf.distribute.get_strategy()
-    for variable in layer.variables:
-        if not strategy.extended.variable_created_in_scope(variable.value):
-            raise ValueError(
-                f"{layer.name!r} must be built within the same `strategy.scope()` as the model. "
-                f"Received: {variable.path}, built outside of {_describe_strategy(strategy)}"
-            )
-
-
-def _describe_strategy(strategy):
-    return f"{type(strategy).__name__} ({strategy.num_replicas_in_sync} replicas)"
-
-
-def _input_shape(views):
-    return (views.image_size, views.image_size, 3)
-
-
-def _check_backbone(backbone, views):
-    """Number of features of the backbone, which must take every size of view."""
-    if not isinstance(backbone, keras.Model):
-        raise ValueError(
-            "`backbone` must be a keras.Model from normalised images (B, h, w, 3) to features "
-            f"(B, D). Received: {backbone!r}"
-        )
-    for size in views.sizes:
-        fixed = getattr(backbone, "input_shape", None)
-        if fixed is not None and any(side not in (None, size) for side in tuple(fixed)[1:3]):
-            raise ValueError(
-                f"`backbone` takes inputs of shape {fixed} only, but the views have the sides "
-                f"{views.sizes}. Build it with an input shape of (None, None, 3), or use "
-                "MultiCrop(local_views=0) with its image_size."
-            )
-        try:
-            shape = backbone.compute_output_shape((None, size, size, 3))
-        except Exception as error:
-            raise ValueError(
-                f"`backbone` does not take views of {size} px; the views have the sides "
-                f"{views.sizes}, see MultiCrop's `image_size` and `local_size`."
-            ) from error
-        if len(shape) != 2:
-            raise ValueError(
-                "`backbone` must give one vector (B, D) per image; add "
-                "keras.layers.GlobalAveragePooling2D() to one that gives feature maps. "
-                f"Received: output shape {shape} for images of {size} px"
-            )
-    if not backbone.built:
-        backbone.build((None, *_input_shape(views)))
-    return shape[-1]
+def _schedule(name, value, low=None, high=None, above=None):
+    """A schedule from what was passed for an argument; a number is checked."""
+    if not isinstance(value, (dict, keras.optimizers.schedules.LearningRateSchedule)):
+        validation.check_number(name, value, low, high, above=above)
+    return schedules.get(value)
 
 
 def _check_images(name, images):
@@ -550,10 +546,10 @@ def _relative_entropy(probabilities):
     return entropy / tf.math.log(float(probabilities.shape[-1]))
 
 
-def _relative_std(features):
+def _relative_std(features, part):
     dim = features.shape[-1]
     features = tf.cast(tf.reshape(features, [-1, dim]), tf.float32)
     normalized = tf.math.l2_normalize(features, axis=-1)
-    mean = _global_mean(tf.reduce_mean(normalized, axis=0))
-    variance = _global_mean(tf.reduce_mean(tf.square(normalized - mean), axis=0))
-    return tf.reduce_mean(tf.sqrt(variance)) * dim**0.5
+    mean = replicas.mean(tf.reduce_mean(normalized, axis=0), part.weight)
+    variance = tf.reduce_mean(tf.square(normalized - mean), axis=0)
+    return tf.reduce_mean(tf.sqrt(replicas.mean(variance, part.weight))) * dim**0.5

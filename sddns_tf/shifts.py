@@ -11,37 +11,12 @@ Reference:
 
 import itertools
 import math
+import warnings
 
 import keras
 import tensorflow as tf
 
-
-def uniform(shape, seed, **kwargs):
-    """Uniform numbers whose last axis runs over the images of this replica.
-
-    Under a distribution strategy each replica holds a contiguous part of the global batch. It
-    draws what one device would draw for the whole of it and keeps its own part, so that an image
-    gets the same numbers on any number of devices. All replicas must hold equally many images.
-
-    Args:
-        shape: Ints or scalar tensors; the last one is the number of this replica's images.
-        seed: Two integers, the same on all replicas.
-        **kwargs: Of `tf.random.stateless_uniform`: `minval`, `maxval`, `dtype`.
-
-    Returns:
-        Tensor of the given shape.
-
-    Example:
-        >>> angles = shifts.uniform([tf.shape(images)[0]], seed=[0, 1], maxval=6.28)
-    """
-    context = tf.distribute.get_replica_context()
-    replicas = context.num_replicas_in_sync if context else 1
-    if replicas == 1:
-        return tf.random.stateless_uniform(shape, seed, **kwargs)
-    *outer, count = shape
-    everyone = tf.random.stateless_uniform([*outer, count * replicas], seed, **kwargs)
-    first = context.replica_id_in_sync_group * count
-    return everyone[..., first : first + count]
+from sddns_tf.replicas import uniform as uniform
 
 
 @keras.saving.register_keras_serializable("sddns_tf")
@@ -165,6 +140,56 @@ def name_of(shift):
     if isinstance(shift, str):
         return shift
     return getattr(shift, "__name__", type(shift).__name__)
+
+
+def checked(shift, images, shifted):
+    """What a shift gave, which must have the shape and type of what it was given.
+
+    Args:
+        shift: The shift, by name or as a callable, for the error.
+        images: What it was given, `(B, S, S, 3)`.
+        shifted: What it returned.
+
+    Returns:
+        Tensor.
+
+    Raises:
+        ValueError: If it is of another shape or type.
+    """
+    received = type(shifted).__name__
+    if tf.is_tensor(shifted) or hasattr(shifted, "__array__"):
+        shifted = tf.convert_to_tensor(shifted)
+        if shifted.dtype == images.dtype and images.shape.is_compatible_with(shifted.shape):
+            return shifted
+        received = f"{shifted.dtype.name} of shape {shifted.shape}"
+    raise ValueError(
+        f"The shift {name_of(shift)!r} must return images like those it is given: "
+        f"{images.dtype.name} in 0-255 of shape {images.shape}. Received: {received}"
+    )
+
+
+def warn_if_not_savable(shift):
+    """Warn where a model that makes its negatives with this shift could not be saved.
+
+    Args:
+        shift: Name or callable.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = keras.saving.serialize_keras_object(shift)
+            restored = keras.saving.deserialize_keras_object(config)
+        savable = isinstance(shift, str) or callable(restored)
+    except Exception:
+        savable = False
+    if not savable:
+        warnings.warn(
+            f"The shift {name_of(shift)!r} cannot be saved: `model.save` will fail. Write it as a "
+            "function of a module, or as a class with `get_config`, and put "
+            "`@keras.saving.register_keras_serializable()` in the line above it. "
+            f"Received: {shift!r}",
+            stacklevel=3,
+        )
 
 
 def _check_squares(images, name, grid=1):

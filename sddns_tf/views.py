@@ -261,6 +261,7 @@ class Negatives:
                 "in-distribution images it would call the positives negative. "
                 f"Received: source={source!r}"
             )
+        shifts.warn_if_not_savable(shift)
         self.shift = shift
         self.source = source
         self._apply = apply
@@ -302,7 +303,8 @@ class Negatives:
         # All views of an image lie together: a replica's are then a contiguous part of the global
         # batch's, which is what fixes their draws.
         by_image = tf.transpose(group, [1, 0, 2, 3, 4])
-        shifted = self._apply(tf.reshape(by_image, [-1, *group.shape[2:]]), seed)
+        views = tf.reshape(by_image, [-1, *group.shape[2:]])
+        shifted = shifts.checked(self.shift, views, self._apply(views, seed))
         by_image = tf.reshape(shifted, tf.shape(by_image))
         return tf.ensure_shape(tf.transpose(by_image, [1, 0, 2, 3, 4]), group.shape)
 

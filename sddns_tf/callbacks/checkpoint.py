@@ -9,6 +9,7 @@ import keras
 from absl import logging
 
 from sddns_tf.callbacks import training_state
+from sddns_tf.validation import check_int
 
 
 @keras.saving.register_keras_serializable("sddns_tf")
@@ -39,12 +40,13 @@ class Checkpoint(keras.callbacks.Callback):
 
     def __init__(self, folder, every=500, keep=2):
         super().__init__()
-        if every < 1 or keep < 1:
-            raise ValueError(f"`every` and `keep` must be positive. Received: {every}, {keep}")
+        check_int("every", every)
+        check_int("keep", keep)
         self.folder = str(folder)
         self.every = every
         self.keep = keep
         self._terminated = False
+        self._listens = False
 
     def restore(self, model):
         """Put the newest state into a compiled model.
@@ -56,7 +58,7 @@ class Checkpoint(keras.callbacks.Callback):
             Int; the steps it has done, 0 where nothing was saved.
         """
         training_state.restore(model, self.folder)
-        return int(model.step)
+        return training_state.step_of(model)
 
     def last(self):
         """Path of the newest state, or `None`."""
@@ -71,6 +73,7 @@ class Checkpoint(keras.callbacks.Callback):
         self._terminated = False
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
+            self._listens = True
 
     def on_train_batch_begin(self, batch, logs=None):
         """Remember where a call of the step, which may be several steps, begins."""
@@ -96,9 +99,14 @@ class Checkpoint(keras.callbacks.Callback):
         """Write the last state, and give SIGTERM back."""
         del logs
         self.save()
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
+        self.release()
         self._exit_if_terminated()
+
+    def release(self):
+        """Give SIGTERM back to who had it. `fit` sees to it, whether it ends well or not."""
+        if self._listens and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
+            self._listens = False
 
     def save(self):
         """Write the state now."""
@@ -125,7 +133,9 @@ class Checkpoint(keras.callbacks.Callback):
 
     def _exit_if_terminated(self):
         if self._terminated:
-            logging.warning("SIGTERM: step %d is saved in %s", int(self.model.step), self.folder)
+            logging.warning(
+                "SIGTERM: step %d is saved in %s", training_state.step_of(self.model), self.folder
+            )
             sys.exit(0)
 
     def get_config(self):

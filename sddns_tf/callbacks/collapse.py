@@ -4,6 +4,8 @@ import keras
 import numpy as np
 from absl import logging
 
+from sddns_tf.callbacks import training_state
+
 _WATCHED = ("loss", "teacher_entropy", "mean_output_entropy")
 _ADVICE = {
     "uniform": (
@@ -110,8 +112,8 @@ class CollapseMonitor(keras.callbacks.Callback):
         self.collapse = collapse
         seen = ", ".join(f"{name}={value:.4f}" for name, value in means.items())
         logging.warning(
-            f"Collapse ({collapse}) at step {int(self.model.step)}: {_ADVICE[collapse]}. In the "
-            f"last {self.window} steps: {seen}."
+            f"Collapse ({collapse}) at step {training_state.step_of(self.model)}: "
+            f"{_ADVICE[collapse]}. In the last {self.window} steps: {seen}."
         )
         if self.stop_training:
             self.model.stop_training = True

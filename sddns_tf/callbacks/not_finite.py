@@ -51,13 +51,13 @@ class NotFinite(keras.callbacks.Callback):
         del batch
         found = [f"{name} (logged)" for name in ("positive_loss", "negative_loss", "loss")
                  if not np.isfinite(float(logs[name]))]  # fmt: skip
-        finite = self._are_finite().numpy()
+        finite = np.asarray(self._are_finite())
         found += [v.path for v, good in zip(self._watched, finite, strict=True) if not good]
         if not found:
             return
         last = self.checkpoint and self.checkpoint.last()
         message = (
-            f"Not finite at step {int(self.model.step)}, learning rate "
+            f"Not finite at step {training_state.step_of(self.model)}, learning rate "
             f"{float(logs['learning_rate']):.3g}: first {found[0]}; {(~finite).sum()} of "
             f"{len(finite)} weights. Last good state: {last or 'none was kept'}."
         )
@@ -71,7 +71,8 @@ class NotFinite(keras.callbacks.Callback):
         logging.warning("%s Going on from step %d at half the learning rate.", message, step)
 
     def _look(self):
-        return tf.stack([tf.reduce_all(tf.math.is_finite(v)) for v in self._watched])
+        values = [tf.convert_to_tensor(variable.value) for variable in self._watched]
+        return tf.stack([tf.reduce_all(tf.math.is_finite(value)) for value in values])
 
     def get_config(self):
         """Constructor arguments."""

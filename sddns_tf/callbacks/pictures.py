@@ -5,6 +5,7 @@ import numpy as np
 import tensorflow as tf
 
 from sddns_tf import bank, plots, shifts
+from sddns_tf.callbacks import training_state
 from sddns_tf.features import FeatureExtractor, extract_features
 
 
@@ -54,8 +55,7 @@ class TrainingPictures(keras.callbacks.Callback):
             mean=self.model.mean,
             std=self.model.std,
         )
-        # `int(self.model.step)` fails under a distribution strategy.
-        if int(tf.convert_to_tensor(self.model.step.value)) == 0:
+        if training_state.step_of(self.model) == 0:
             self._show_views()
 
     def on_epoch_end(self, epoch, logs=None):

@@ -23,7 +23,8 @@ class OODProbe(keras.callbacks.Callback):
         held_out: In-distribution images that are not trained on, `(N, H, W, 3)`.
         shifts: Names from `shifts.NAMES`, or callables.
         ood: Dictionary of names and OOD images `(N', H', W', 3)`.
-        every: Epochs between two measurements; the first epoch is measured.
+        every: Epochs between two measurements. The first epoch of each `fit` is measured too, so
+            that a log file which takes its columns from it has them.
         batch_size: Images per forward.
 
     Example:
@@ -46,6 +47,7 @@ class OODProbe(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         """Shift the held-out images once, so that every epoch is measured on the same ones."""
         del logs
+        self._is_first = True
         self._sets = dict(self.ood)
         for index, shift in enumerate(self.shifts):
             name = shifts.name_of(shift)
@@ -61,8 +63,9 @@ class OODProbe(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         """Measure, and write into the logs."""
-        if epoch % self.every:
+        if epoch % self.every and not self._is_first:
             return
+        self._is_first = False
         features = self._features(self.bank)
         scores = bank.ood_score(self._features(self.held_out), features).numpy()
         for name, images in self._sets.items():

@@ -8,7 +8,10 @@ import zlib
 
 import keras
 import numpy as np
+import tensorflow as tf
 from absl import logging
+
+from sddns_tf.keras_private import inner, learning_rate_of
 
 _FACTOR = "learning_rate_factor"
 
@@ -63,9 +66,9 @@ def save(model, folder, keep=2):
         OSError: If the folder cannot be written to; the message names it.
     """
     folder = pathlib.Path(folder).expanduser()
-    values = {name: variable.numpy() for name, variable in _variables(model).items()}
+    values = {name: value_of(variable) for name, variable in _variables(model).items()}
     values[_FACTOR] = np.float64(_learning_rate_factor(model))
-    path = folder / f"step-{int(model.step):08d}.npz"
+    path = folder / f"step-{step_of(model):08d}.npz"
     unfinished = folder / f".{path.name}.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,6 +84,16 @@ def save(model, folder, keep=2):
     for old in [*saved(folder)[:-keep], *folder.glob(".step-*.tmp")]:
         old.unlink(missing_ok=True)
     return path
+
+
+def step_of(model):
+    """Steps that a model has done, on however many devices: an int."""
+    return int(value_of(model.step))
+
+
+def value_of(variable):
+    """Value of a Keras variable as an array; of one on several devices, that on the first."""
+    return np.asarray(tf.convert_to_tensor(variable.value))
 
 
 def restore(model, folder):
@@ -146,8 +159,8 @@ def parts_left(step, steps_per_epoch, epochs):
 
 def scale_learning_rate(model, factor):
     """Multiply the learning rate of a compiled model, be it a number or a schedule."""
-    optimizer = _inner(model.optimizer)
-    schedule = optimizer._learning_rate
+    optimizer = inner(model.optimizer)
+    schedule = learning_rate_of(optimizer)
     if not isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
         schedule.assign(factor * schedule)
         return
@@ -158,12 +171,8 @@ def scale_learning_rate(model, factor):
 
 
 def _learning_rate_factor(model):
-    schedule = _inner(model.optimizer)._learning_rate
+    schedule = learning_rate_of(model.optimizer)
     return schedule.factor if isinstance(schedule, ScaledSchedule) else 1.0
-
-
-def _inner(optimizer):
-    return getattr(optimizer, "inner_optimizer", optimizer)
 
 
 def _variables(model):

@@ -1,0 +1,193 @@
+"""What is asked of a network, and independent copies that are held equal to it."""
+
+import re
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from sddns_tf.keras_private import layers_of
+
+# Largest difference of an output, relative to its size, that rounding may make.
+_TOLERANCE = 1e-3
+
+# What `tf.name_scope` takes.
+_SCOPE = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_.\\/>-]*")
+
+
+def copy_of(network: keras.Layer, input_shape: tuple, trainable: bool = True) -> keras.Layer:
+    """A network of the same class, configuration and values, with variables of its own.
+
+    What a layer holds besides its weights, such as the mean of an adapted `Normalization`, is
+    brought along. Both are then run on one input and must agree.
+
+    Args:
+        network: Built Keras model or layer.
+        input_shape: Shape of one input without the batch axis, on which both are compared.
+        trainable: Whether the copy can be trained.
+
+    Returns:
+        The copy.
+
+    Raises:
+        ValueError: If the copy shares variables with the network or answers otherwise.
+
+    Example:
+        >>> teacher = copy_of(student, (32, 32, 3), trainable=False)
+    """
+    copy = _same_configuration(network)
+    probe = _probe(input_shape)
+    if not copy.built:
+        copy(probe, training=False)
+    copy.set_weights(network.get_weights())
+    for layer in layers_of(copy):
+        # Layers with `adapt` compute from their weights what they use.
+        if hasattr(layer, "finalize_state"):
+            layer.finalize_state()
+    copy.trainable = trainable
+    if {id(v) for v in copy.variables} & {id(v) for v in network.variables}:
+        raise ValueError(
+            "A copy must have variables of its own, but the one that get_config and from_config "
+            f"make of {network.name!r} shares some with it. Received: {type(network).__name__}"
+        )
+    _check_equal(network, copy, probe)
+    return copy
+
+
+def _same_configuration(network):
+    try:
+        if isinstance(network, keras.Model):
+            return keras.models.clone_model(network)
+        return type(network).from_config(network.get_config())
+    except Exception as error:
+        raise ValueError(
+            f"{network.name!r} cannot be copied: {type(network).__name__} needs `get_config` and "
+            f"`from_config` that make another one like it. Received: {error}"
+        ) from error
+
+
+def _probe(input_shape):
+    """One input that looks like normalized noise, always the same."""
+    return tf.random.stateless_normal((1, *input_shape), seed=[0, 0])
+
+
+def _check_equal(network, copy, probe):
+    expected, received = (
+        np.asarray(keras.ops.convert_to_numpy(one(probe, training=False)), np.float64)
+        for one in (network, copy)
+    )
+    with np.errstate(invalid="ignore"):
+        largest = np.max(np.abs(np.where(np.isfinite(expected), expected, 0.0)), initial=1e-6)
+        difference = np.abs(expected - received)
+    # Values that are not finite must be so in both.
+    difference = np.where(np.isfinite(expected) | np.isfinite(received), difference, 0.0)
+    difference = np.max(np.nan_to_num(difference, nan=np.inf))
+    if not difference <= _TOLERANCE * largest:
+        raise ValueError(
+            f"A copy of {network.name!r} does not answer as it does: it holds state that is "
+            "neither in its configuration nor in its weights. Make that state a weight "
+            "(`add_weight`) or an argument in `get_config`. Received: outputs that differ by "
+            f"{difference:.3g}, "
+            f"where the largest is {largest:.3g}"
+        )
+
+
+def check_backbone(backbone: keras.Model, sizes: tuple) -> int:
+    """Build a backbone if need be, and hold it to what training asks of it.
+
+    Args:
+        backbone: What was passed as one.
+        sizes: Sides in pixels of the images that it must take.
+
+    Returns:
+        Number of its features.
+
+    Raises:
+        ValueError: If it is no Keras model, does not take images of each size, does not give one
+            vector per image, is quantized, or has names that TensorFlow refuses.
+    """
+    if not isinstance(backbone, keras.Model):
+        raise ValueError(
+            "`backbone` must be a keras.Model from normalized images (B, h, w, 3) to features "
+            f"(B, D). Received: {backbone!r}"
+        )
+    check_names(backbone)
+    quantized = [layer.name for layer in layers_of(backbone) if _is_quantized(layer)]
+    if quantized:
+        raise ValueError(
+            "A quantized backbone cannot be trained: train it first, then call `quantize` on a "
+            f"copy. Received: quantized layers {quantized[:3]}"
+        )
+    fixed = getattr(backbone, "input_shape", None)
+    for size in sizes:
+        if fixed is not None and any(side not in (None, size) for side in tuple(fixed)[1:3]):
+            raise ValueError(
+                f"`backbone` takes inputs of shape {fixed} only, but the views have the sides "
+                f"{sizes}. Build it with an input shape of (None, None, 3), or use "
+                "MultiCrop(local_views=0) with its image_size."
+            )
+        try:
+            if not backbone.built:
+                backbone(tf.zeros((1, size, size, 3)), training=False)
+            spec = backbone.compute_output_spec(keras.KerasTensor((None, size, size, 3)))
+        except Exception as error:
+            raise ValueError(
+                f"`backbone` does not take views of {size} px; the views have the sides "
+                f"{sizes}, see MultiCrop's `image_size` and `local_size`. Received: {error}"
+            ) from error
+        shape = getattr(spec, "shape", None)
+        if shape is None or len(shape) != 2 or shape[-1] is None:
+            raise ValueError(
+                "`backbone` must give one vector (B, D) per image; add "
+                "keras.layers.GlobalAveragePooling2D() to one that gives feature maps. "
+                f"Received: output shape {shape} for images of {size} px"
+            )
+    return shape[-1]
+
+
+def check_names(network: keras.Layer) -> None:
+    """Raise a `ValueError` where a layer has a name that TensorFlow takes for no scope of a graph.
+
+    Args:
+        network: Keras model or layer.
+    """
+    refused = [layer.name for layer in layers_of(network) if not _SCOPE.fullmatch(layer.name)]
+    if refused:
+        raise ValueError(
+            "Layers must have names of letters, digits, '_', '.', '-' and '/', beginning with a "
+            "letter or digit: TensorFlow refuses others when a step is compiled. Rename them, as "
+            f"in `Dense(8, name='dense_8')`. Received: {refused[:3]}"
+        )
+
+
+def check_scope(layer: keras.Layer | None) -> None:
+    """Raise a `ValueError` where a layer was built outside of the strategy's scope.
+
+    It would fail in `fit`, with an assertion that says nothing.
+
+    Args:
+        layer: Keras layer, or None.
+    """
+    if layer is None or not tf.distribute.has_strategy():
+        return
+    strategy = tf.distribute.get_strategy()
+    for variable in layer.variables:
+        if not strategy.extended.variable_created_in_scope(variable.value):
+            raise ValueError(
+                f"{layer.name!r} must be built within the same `strategy.scope()` as the model. "
+                f"Received: {variable.path}, built outside of {describe_strategy(strategy)}"
+            )
+
+
+def describe_strategy(strategy: tf.distribute.Strategy) -> str:
+    """What an error calls a distribution strategy."""
+    return f"{type(strategy).__name__} ({strategy.num_replicas_in_sync} replicas)"
+
+
+def has_batch_statistics(network: keras.Layer) -> bool:
+    """Whether a network normalizes by statistics of the batch."""
+    return any(isinstance(one, keras.layers.BatchNormalization) for one in layers_of(network))
+
+
+def _is_quantized(layer):
+    return getattr(layer, "quantization_mode", None) is not None

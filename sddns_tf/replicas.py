@@ -1,0 +1,170 @@
+"""One global batch on however many replicas: each one's part of it, and means over all of it."""
+
+import contextlib
+import itertools
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import tensorflow as tf
+
+
+class Part(NamedTuple):
+    """Which images of the global batch a replica holds.
+
+    Attributes:
+        first: Place of its first image in the global batch, int or scalar int32.
+        total: Images of the global batch, likewise.
+        count: Images that the replica computes with, at least one, likewise.
+        weight: What the replica's mean over its images counts for in a mean over the replicas:
+            its number of images, relative to the average. Float or scalar float32; 0 for a replica
+            that got none and computes with a stand-in.
+    """
+
+    first: tf.Tensor | int
+    total: tf.Tensor | int
+    count: tf.Tensor | int
+    weight: tf.Tensor | float
+
+
+_current = threading.local()
+
+# Further than any model counts its collectives.
+_KEYS_OF_ONE = 100_000
+_numbered = weakref.WeakSet()
+_strategies = itertools.count(1)
+
+
+def number_apart(strategy: tf.distribute.Strategy) -> None:
+    """Let the collectives of two strategies in one process not be taken for each other's.
+
+    TensorFlow counts the collectives of each `MirroredStrategy` from the same number, and remembers
+    the shape of each number for the life of the process: the second strategy would fail with
+    "Shape mismatch in the collective instance".
+
+    Args:
+        strategy: The current strategy.
+    """
+    keys = getattr(strategy.extended, "_collective_keys", None)
+    table = getattr(keys, "_instance_key_table", None)
+    if type(strategy) is not tf.distribute.MirroredStrategy or not table or strategy in _numbered:
+        return
+    _numbered.add(strategy)
+    offset = _KEYS_OF_ONE * next(_strategies)
+    for numbers in table.values():
+        for device in numbers:
+            numbers[device] += offset
+
+
+def part_of(images: tf.Tensor) -> Part:
+    """The part of the global batch that the images of this replica are.
+
+    Where the number of images is static, all replicas hold as many. Where it is not, the last
+    batch of an epoch may be uneven, and the replicas tell each other how many they hold.
+
+    Args:
+        images: Images of this replica, `(B, ...)`.
+
+    Returns:
+        `Part`.
+    """
+    context = tf.distribute.get_replica_context()
+    replicas = context.num_replicas_in_sync if context else 1
+    count = images.shape[0] if images.shape[0] is not None else tf.shape(images)[0]
+    if replicas == 1:
+        return Part(0, count, count, 1.0)
+    replica = context.replica_id_in_sync_group
+    if images.shape[0] is not None:
+        return Part(replica * count, replicas * count, count, 1.0)
+    counts = context.all_gather(tf.reshape(count, [1]), axis=0)
+    total = tf.reduce_sum(counts)
+    # A stand-in takes the numbers of the first image: there are none beyond the last one.
+    first = tf.where(count > 0, tf.reduce_sum(counts[:replica]), 0)
+    weight = tf.cast(count * replicas, tf.float32) / tf.cast(total, tf.float32)
+    return Part(first, total, tf.maximum(count, 1), weight)
+
+
+def at_least_one(images: tf.Tensor) -> tf.Tensor:
+    """The images, or a black one as a stand-in for a replica that got none.
+
+    A mean over no images is not a number, and no weight would make it one again.
+
+    Args:
+        images: Images of this replica, `(B, H, W, 3)`.
+
+    Returns:
+        Tensor `(max(B, 1), H, W, 3)`.
+    """
+    if images.shape[0] is not None:
+        return images
+    missing = tf.maximum(1 - tf.shape(images)[0], 0)
+    padded = tf.pad(images, [[0, missing], *[[0, 0]] * (images.shape.rank - 1)])
+    return tf.ensure_shape(padded, images.shape)
+
+
+@contextlib.contextmanager
+def holding(part: Part) -> Iterator[None]:
+    """While it lasts, random numbers are drawn for this part of the global batch.
+
+    Args:
+        part: From `part_of`.
+    """
+    before = getattr(_current, "part", None)
+    _current.part = part
+    try:
+        yield
+    finally:
+        _current.part = before
+
+
+def uniform(shape, seed, **kwargs) -> tf.Tensor:
+    """Uniform numbers whose last axis runs over the images of this replica.
+
+    Under a distribution strategy each replica holds a contiguous part of the global batch. It
+    draws what one device would draw for the whole of it and keeps its own part, so that an image
+    gets the same numbers on any number of devices.
+
+    Args:
+        shape: Ints or scalar tensors; the last one is the number of this replica's images, or a
+            multiple of it where each image has several views, which then lie together.
+        seed: Two integers, the same on all replicas.
+        **kwargs: Of `tf.random.stateless_uniform`: `minval`, `maxval`, `dtype`.
+
+    Returns:
+        Tensor of the given shape.
+
+    Example:
+        >>> angles = uniform([tf.shape(images)[0]], seed=[0, 1], maxval=6.28)
+    """
+    context = tf.distribute.get_replica_context()
+    replicas = context.num_replicas_in_sync if context else 1
+    if replicas == 1:
+        return tf.random.stateless_uniform(shape, seed, **kwargs)
+    *outer, count = shape
+    part = getattr(_current, "part", None)
+    if part is None:  # Outside of a training step all replicas hold equally many images.
+        first, total = context.replica_id_in_sync_group * count, replicas * count
+    else:
+        views = count // part.count
+        first, total = part.first * views, part.total * views
+    everyone = tf.random.stateless_uniform([*outer, total], seed, **kwargs)
+    return everyone[..., first : first + count]
+
+
+def mean(values, weight=1.0):
+    """Mean over all images of the global batch, of means over the images of each replica.
+
+    Args:
+        values: Tensor, or a structure of tensors, each a mean over this replica's images.
+        weight: `Part.weight`.
+
+    Returns:
+        Tensors of the same structure, the same on all replicas.
+    """
+    context = tf.distribute.get_replica_context()
+    # A tensor of no device, such as the gradient of nothing, cannot be sent to other machines.
+    values = tf.nest.map_structure(tf.identity, values)
+    if not isinstance(weight, float):
+        values = tf.nest.map_structure(lambda value: tf.cast(weight, value.dtype) * value, values)
+    return context.all_reduce(tf.distribute.ReduceOp.MEAN, values)
