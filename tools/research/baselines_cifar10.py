@@ -19,7 +19,7 @@ import tensorflow as tf
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
 
-from sddns_tf import convnet, image_ops
+from sddns_tf import image_ops
 from tools.research import cifar10
 
 BASELINES = ("pixels", "untrained", "rotation")
@@ -56,7 +56,7 @@ def rotated(batch):
 
 def make_rotation_model(settings, steps):
     """The backbone and a layer that names the quarter turns, compiled."""
-    model = keras.Sequential([convnet.small_convnet(settings.width), keras.layers.Dense(4)])
+    model = keras.Sequential([cifar10.backbone(settings), keras.layers.Dense(4)])
     model.compile(
         cifar10.optimizer(settings, steps),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -78,7 +78,7 @@ def main(argv=None):
             scorer = PixelScorer(normal, settings.bank_images)
         else:
             keras.utils.set_random_seed(settings.seed)
-            backbone = convnet.small_convnet(settings.width)
+            backbone = cifar10.backbone(settings)
             if settings.baseline == "rotation":
                 model, training = cifar10.fit(
                     settings,

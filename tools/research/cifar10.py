@@ -1,9 +1,9 @@
 """CIFAR-10 as the normal images: what its runs share, from the sets to the record that is written.
 
-Besides `cifar10` and `cifar100`, the folder of `--data_dir` holds sets one has made oneself under
-the names `imagenet_aux` (a 32 px ImageNet subset with the splits train and validation), `dtd32`,
-`gtsrb32` and `mnist`; the file of `--auxiliary_exclude` lists the classes of the auxiliary set that
-show CIFAR-10's own, which are left out.
+The folder of `--data_dir` holds prepared TFDS sets. Of those that are named by default, `dtd32`,
+`gtsrb32` (textures and traffic signs at 32 px) and `imagenet_aux` (a 32 px ImageNet subset with the
+splits train and validation) are sets one has prepared oneself. The file of `--auxiliary_exclude`
+lists the classes of the auxiliary set that show CIFAR-10's own, which are left out.
 """
 
 import argparse
@@ -23,7 +23,6 @@ from sddns_tf.validation import check_int
 
 SIDE = 32
 EPOCHS = 4  # in which the log of a run is cut
-OOD_SETS = ("cifar100", "dtd32", "gtsrb32", "mnist")
 PATHS = ("data_dir", "auxiliary_exclude", "output_dir")  # no part of what a run is
 
 
@@ -42,12 +41,16 @@ def parser(description):
     )
     add = found.add_argument
     add("--data_dir", help="prepared TFDS sets; defaults to $TFDS_DATA_DIR")
-    add("--auxiliary_exclude", metavar="FILE", help="class names to leave out")
+    add("--in_distribution", default="cifar10", help="TFDS set that is normal")
+    add("--ood", default="cifar100,dtd32,gtsrb32,mnist", help="TFDS sets, with commas between")
+    add("--auxiliary", default="imagenet_aux", help="TFDS set; its validation split is OOD too")
+    add("--auxiliary_exclude", metavar="FILE", help="names of its classes to leave out")
     add("--seed", type=int, default=0, help="fixes weights, order, views and negatives")
     add("--minutes", type=float, default=7.0, help="train for about this long")
     add("--steps", type=int, help="train for so many steps instead")
     add("--output_dir", default="results", help="where the results go")
-    add("--width", type=int, default=64, help="of the network's first half, or of all of a vit")
+    add("--network", default="convolutional", choices=["convolutional", "convnet", "vit"])
+    add("--width", type=int, default=64, help="channels of its first stage, or of all of a vit")
     add("--learning_rate", type=float, default=2e-3, help="the largest")
     add("--batch_size", type=int, default=96, help="images per step")
     add("--bank_images", type=int, default=10_000, help="training images in the bank")
@@ -71,19 +74,21 @@ def read(settings, name, split, exclude=()):
 
 def read_held_out(settings):
     """Of the first 5,000 test images, those that calibrate, and between them the fresh ones."""
-    test = read(settings, "cifar10", "test")[:5000]
+    test = read(settings, settings.in_distribution, "test")[:5000]
     return test[::2], test[1::2]
 
 
 def read_normal(settings):
     """All training images, and the held-out ones."""
-    return Normal(read(settings, "cifar10", "train"), *read_held_out(settings))
+    return Normal(read(settings, settings.in_distribution, "train"), *read_held_out(settings))
 
 
 def read_ood(settings):
     """Images of each OOD set by name."""
-    ood = {name: read(settings, name, "test")[: settings.ood_images] for name in OOD_SETS}
-    ood["imagenet_aux"] = read(settings, "imagenet_aux", "validation", excluded_classes(settings))
+    names = settings.ood.split(",")
+    ood = {name: read(settings, name, "test")[: settings.ood_images] for name in names}
+    excluded = excluded_classes(settings)
+    ood[settings.auxiliary] = read(settings, settings.auxiliary, "validation", excluded)
     ood["noise"] = np.random.default_rng(0).integers(0, 256, (1000, SIDE, SIDE, 3)).astype(np.uint8)
     return ood
 
@@ -105,6 +110,39 @@ def training_batches(settings, images, auxiliary=None):
 
 
 # --- Training -----------------------------------------------------------------------------------
+
+
+def backbone(settings):
+    """The network of a run, with new weights."""
+    width = settings.width
+    if settings.network == "convnet":
+        return sddns_tf.ConvNet((width, 2 * width, 4 * width))
+    if settings.network == "vit":
+        return sddns_tf.VisionTransformer(
+            SIDE, patch_size=4, hidden_dim=width, depth=4, num_heads=width // 32
+        )
+    return depthwise(width)
+
+
+def depthwise(width):
+    """Depthwise convolutions with two dense layers, four times; mean and spread are the feature.
+
+    The records in docs/results and the detector `cifar10-small` are of this network.
+    """
+    layers = keras.layers
+    images = keras.Input((None, None, 3))
+    x = layers.Conv2D(width, 4, strides=2, padding="same")(images)
+    for block, channels in enumerate((width, width, 2 * width, 2 * width)):
+        if block == 2:
+            x = layers.LayerNormalization(epsilon=1e-6)(x)
+            x = layers.Conv2D(channels, 2, strides=2)(x)
+        y = layers.DepthwiseConv2D(5, padding="same")(x)
+        y = layers.LayerNormalization(epsilon=1e-6)(y)
+        y = layers.Dense(2 * channels, activation="gelu")(y)
+        x = layers.Add()([x, layers.Dense(channels)(y)])
+    spread = keras.ops.sqrt(keras.ops.var(x, axis=(1, 2)) + 1e-4)
+    features = layers.Concatenate()([layers.GlobalAveragePooling2D()(x), spread])
+    return keras.Model(images, features)
 
 
 def optimizer(settings, steps):

@@ -14,7 +14,7 @@ import pathlib
 import keras
 
 import sddns_tf
-from sddns_tf import convnet, files, metrics, schedules
+from sddns_tf import metrics, schedules
 from tools.research import cifar10
 
 STRATEGIES = (
@@ -31,7 +31,6 @@ def parse(argv):
     add("--strategy", default="auxiliary:rot90", choices=STRATEGIES, help="source and shift")
     add("--auxiliary_overlap", action="store_true", help="train on the excluded classes as well")
     add("--name", help="of the files; defaults to strategy and seed")
-    add("--network", default="convolutional", choices=["convolutional", "vit"], help="backbone")
     add("--teacher_temperature", type=float, default=0.02, help="constant")
     add("--teacher_momentum", type=float, default=0.99, help="at the start; a cosine to 1")
     add("--negative_weight", type=float, default=1.0, help="lambda after its ramp")
@@ -46,21 +45,12 @@ def parse(argv):
 
 def make_model(settings, steps):
     """The compiled model."""
-    backbone = convnet.small_convnet(settings.width)
-    if settings.network == "vit":
-        backbone = sddns_tf.VisionTransformer(
-            cifar10.SIDE,
-            patch_size=4,
-            hidden_dim=settings.width,
-            depth=4,
-            num_heads=settings.width // 32,
-        )
     weight = settings.negative_weight
     if settings.negative_ramp:
         ramp, start = int(settings.negative_ramp * steps), int(0.05 * steps)
         weight = schedules.Linear(0.0, weight, max(ramp, 1), start)
     model = sddns_tf.SelfDistillation(
-        backbone,
+        cifar10.backbone(settings),
         sddns_tf.MultiCrop(
             cifar10.SIDE,
             settings.local_views,
@@ -103,11 +93,14 @@ def main(argv=None):
     settings = parse(argv)
     name = settings.name or f"{settings.strategy.replace(':', '-')}-{settings.seed}"
 
+    folder = pathlib.Path(settings.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+
     def measure():
         normal, auxiliary = cifar10.read_normal(settings), None
         if settings.source in ("auxiliary", "both"):
             excluded = [] if settings.auxiliary_overlap else cifar10.excluded_classes(settings)
-            auxiliary = cifar10.read(settings, "imagenet_aux", "train", excluded)
+            auxiliary = cifar10.read(settings, settings.auxiliary, "train", excluded)
         model, training = cifar10.fit(
             settings,
             lambda steps: make_model(settings, steps),
@@ -115,8 +108,7 @@ def main(argv=None):
             [sddns_tf.callbacks.CollapseMonitor()],
         )
         detector = cifar10.detector_of(settings, model.teacher_backbone, normal)
-        with files.replacing(pathlib.Path(settings.output_dir) / f"{name}.keras") as unfinished:
-            detector.save(unfinished)
+        detector.save(folder / f"{name}.keras")
         ood = cifar10.read_ood(settings)
         trained_on = settings.shift if settings.shift not in ("", "identity") else None
         return {

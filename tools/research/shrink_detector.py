@@ -23,6 +23,7 @@ def main(argv=None):
     )
     parser.add_argument("--detector", required=True, help="detector to compress (.keras)")
     parser.add_argument("--data_dir", help="prepared TFDS sets; defaults to $TFDS_DATA_DIR")
+    parser.add_argument("--in_distribution", default="cifar10", help="TFDS set that is normal")
     parser.add_argument("--bank_size", type=int, default=1000, help="centers to keep")
     parser.add_argument("--output", required=True, help="file to write (.keras)")
     settings = parser.parse_args(argv)
