@@ -16,6 +16,7 @@ _REGISTERED = (
     "convnet",
     "detector",
     "self_distillation",
+    "views",
     "vit",
 )
 

@@ -44,25 +44,28 @@ def largest_flagged_rank(calibration_size, false_positive_rate):
 
 
 def snapped(scores, calibration_scores, rounding):
-    """Scores, those just above a calibration score lowered to it.
+    """Scores, those that only rounding sets apart from a calibration score made equal to it.
 
     The scores of one image differ in their last bits with the size of the batch, the place in it
     and the machine. So a frame that is identical to a calibration frame would count as more
-    anomalous than it half the time. Lowering a score raises its p-value: the promise stays.
+    anomalous than it half the time. Lowering a score to a calibration score raises its p-value, and
+    raising it to one leaves its p-value: the promise stays.
 
     Args:
         scores: Float32 `(B,)`. NaN stays NaN.
         calibration_scores: Float32 `(N,)`.
-        rounding: Positive float; what lies at most this much above a calibration score is lowered.
+        rounding: Positive float; what lies at most this much above a calibration score is lowered,
+            what else lies at most half as much below one is raised.
 
     Returns:
         Float32 tensor `(B,)`.
     """
-    below = calibration_scores[tf.newaxis, :] <= scores[:, tf.newaxis]
-    nearest = tf.reduce_max(
-        tf.where(below, calibration_scores[tf.newaxis, :], scores.dtype.min), axis=1
-    )
-    return tf.where(scores - nearest <= rounding, nearest, scores)
+    calibration, column = calibration_scores[tf.newaxis, :], scores[:, tf.newaxis]
+    lowest, highest = scores.dtype.min, scores.dtype.max
+    below = tf.reduce_max(tf.where(calibration <= column, calibration, lowest), axis=1)
+    above = tf.reduce_min(tf.where(calibration >= column, calibration, highest), axis=1)
+    raised = tf.where(above - scores <= rounding / 2, above, scores)
+    return tf.where(scores - below <= rounding, below, raised)
 
 
 def merged(scores, rounding):

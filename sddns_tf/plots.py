@@ -5,14 +5,13 @@ works on a server and leaves no global state behind. Colours are those of Okabe 
 remain distinct under every common form of colour blindness.
 """
 
-import os
 import pathlib
 import textwrap
-import uuid
 from collections.abc import Mapping
 
 import numpy as np
 
+from sddns_tf import files
 from sddns_tf.metrics import as_scores, ood_metrics
 
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -50,13 +49,8 @@ def save(figure, path):
             f"`path` must end in one of {', '.join('.' + name for name in formats)}. "
             f"Received {str(path)!r}."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with files.replacing(path) as unfinished:
         figure.savefig(unfinished, format=file_format, dpi="figure")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return path
 
 

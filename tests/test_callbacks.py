@@ -1,12 +1,15 @@
 """`CollapseMonitor` on made-up logs and real collapses, `OODProbe` against a plain computation."""
 
+import csv
+import signal
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from sddns_tf import image_ops, metrics, shifts
-from sddns_tf.callbacks import CollapseMonitor, OODProbe
+from sddns_tf.callbacks import Checkpoint, CollapseMonitor, OODProbe
 from sddns_tf.heads import ProjectionHead
 from sddns_tf.self_distillation import SelfDistillation
 from sddns_tf.views import MultiCrop
@@ -16,7 +19,7 @@ from sddns_tf.vit import VisionTransformer
 class Stub:
     """What the monitor asks of a model."""
 
-    step = 7
+    step = keras.Variable(7, dtype="int32")
     stop_training = False
 
 
@@ -138,6 +141,34 @@ def test_probe_writes_the_aurocs_of_the_teacher_into_the_history(images, tmp_pat
 def upside_down(batch, seed):
     del seed
     return tf.reverse(batch, [1])
+
+
+def test_sigterm_is_given_back_when_fit_fails(images, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+
+    class Fails(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            raise RuntimeError("in the middle of an epoch")
+
+    model = make_model()
+    model.compile("adam")
+    for watching in ([Checkpoint(tmp_path, 1), Fails()], [Checkpoint(tmp_path, 1)]):
+        try:
+            model.fit(images, batch_size=16, verbose=0, callbacks=watching)
+        except RuntimeError:
+            assert len(watching) == 2
+        assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_log_that_takes_its_columns_from_the_first_epoch_has_those_of_the_probe(images, tmp_path):
+    model = make_model()
+    model.compile("adam")
+    path = tmp_path / "log.csv"
+    probe = OODProbe(images[:32], images[32:], every=2)
+    watching = [probe, keras.callbacks.CSVLogger(path)]
+    model.fit(images[:32], batch_size=16, verbose=0, initial_epoch=1, epochs=3, callbacks=watching)
+    rows = list(csv.DictReader(path.open()))
+    assert [float(row["auroc_rot90"]) >= 0.0 for row in rows] == [True, True]
 
 
 def test_probe_does_not_change_the_training(images):

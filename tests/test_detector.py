@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import skimage.data
 import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sddns_tf import image_ops
-from sddns_tf.calibration import largest_flagged_rank
+from sddns_tf.calibration import largest_flagged_rank, merged, snapped
 from sddns_tf.detector import Detector
-from sddns_tf.features import FeatureExtractor
+from sddns_tf.features import FeatureExtractor, extract_features
 from sddns_tf.vit import VisionTransformer
 
 
@@ -273,12 +275,116 @@ def test_tflite_takes_the_whole_detector_with_built_in_operations(k, tmp_path):
 
 def test_calibration_images_in_the_bank_are_called_out():
     bank, calibration = grass(30, 0), grass(19, 1)
-    calibration[3:5] = bank[:2]
-    with pytest.warns(UserWarning, match="2 of the 19 calibration images are in the bank"):
-        Detector.from_images(conv_backbone(), bank, calibration, verbose=0)
+    calibration[3:18] = bank[:15]
+    # The features of one image differ in their last bits with the batch it is in.
+    for batch_size in (7, 256):
+        with pytest.warns(UserWarning, match="15 of the 19 calibration images are in the bank"):
+            Detector.from_images(
+                conv_backbone(), bank, calibration, batch_size=batch_size, verbose=0
+            )
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         make_detector()
+
+
+def frames_of_a_still_camera(seed, count=99):
+    """Which of four frames each of `count` images is."""
+    return np.random.default_rng(seed).integers(0, 4, count)
+
+
+@pytest.mark.parametrize("black", [False, True])
+def test_frames_equal_to_calibration_frames_get_one_answer_in_every_batch(black):
+    frames = grass(4, 2)
+    if black:
+        frames[0] = 0
+    for seed in range(3):
+        keras.utils.set_random_seed(seed)
+        calibration = frames[frames_of_a_still_camera(seed)]
+        detector = Detector.from_images(conv_backbone(), grass(30, 0), calibration, verbose=0)
+        again = frames[frames_of_a_still_camera(seed + 10, 60)]
+        found = [detector.predict(again, batch_size=n, verbose=0) for n in (1, 2, 5, 32, 60)]
+        for answers in found[1:]:
+            np.testing.assert_array_equal(answers["p_value"], found[0]["p_value"])
+        # Each frame is a quarter of the calibration images: none can be flagged at 5 %.
+        assert not any(answers["is_ood"].any() for answers in found)
+        # And equal frames have equal scores, those of the calibration frames.
+        assert len(set(found[0]["ood_score"].tolist())) <= 4
+        assert set(found[0]["ood_score"].tolist()) <= set(detector.calibration_scores.numpy())
+
+
+def test_only_rounding_moves_a_score_to_a_calibration_score():
+    calibration = np.array([1.0, 2.0, 3.0], np.float32)
+    scores = np.array([0.5, 1.00005, 1.001, 2.9999, 2.99998, 3.5, np.nan], np.float32)
+    found = snapped(tf.constant(scores), tf.constant(calibration), 1e-4).numpy()
+    expected = np.array([0.5, 1.0, scores[2], scores[3], 3.0, 3.5, np.nan], np.float32)
+    np.testing.assert_array_equal(found, expected)
+
+
+@given(
+    st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=60),
+    st.floats(1e-5, 0.5),
+)
+def test_merging_raises_scores_by_half_a_rounding_at_most(scores, rounding):
+    scores = np.sort(np.array(scores, np.float32))
+    raised = merged(scores, rounding)
+    assert (np.diff(raised) >= 0).all()
+    assert (raised >= scores).all() and (raised - scores <= rounding / 2 + 1e-6).all()
+    assert set(raised) <= set(scores)
+
+
+def test_a_detector_from_features_is_that_from_images():
+    images, bank, calibration = grass(5, 2), grass(30, 0), grass(19, 1)
+    expected = make_detector()
+    extractor = expected.extractor
+    detector = Detector.from_features(
+        extractor,
+        extract_features(extractor, bank, verbose=0),
+        extract_features(extractor, calibration, verbose=0),
+        0.1,
+    )
+    assert_same(detector.predict(images, verbose=0), expected.predict(images, verbose=0))
+
+
+@pytest.mark.parametrize(
+    ("bank", "calibration", "message"),
+    [
+        (np.eye(8)[:, :7], np.eye(8), r"`bank_features` must have shape \(N, 8\)"),
+        (np.eye(8), np.zeros((0, 8)), r"`calibration_features` must have shape \(N, 8\)"),
+        (np.eye(8) * 2, np.eye(8), "`bank_features` must be L2-normalized"),
+        (np.eye(8) * np.nan, np.eye(8), "not finite for 8 of the 8 bank"),
+    ],
+)
+def test_features_that_do_not_fit_are_named(bank, calibration, message):
+    with pytest.raises(ValueError, match=message):
+        Detector.from_features(FeatureExtractor(conv_backbone()), bank, calibration, 0.2)
+
+
+def test_a_compressed_detector_scores_like_the_whole_one():
+    detector, images = make_detector(), np.concatenate([grass(20, 2), grass(20, 3)])
+    whole = detector.predict(images, verbose=0)["ood_score"]
+    small = detector.compressed(15)
+    assert small.bank.shape[0] <= 15 < detector.bank.shape[0]
+    assert small.false_positive_rate == detector.false_positive_rate
+    scores = small.predict(images, verbose=0)["ood_score"]
+    assert np.abs(scores - whole).max() < 0.2 * np.ptp(whole)
+    with pytest.raises(ValueError, match=r"compressed already, to 15 weighted.*Received: size=5"):
+        small.compressed(5)
+
+
+def test_a_cropping_detector_looks_at_the_middle_of_an_image(tmp_path):
+    detector = make_detector(resize="crop")
+    detector.save(tmp_path / "detector.keras")
+    loaded = keras.models.load_model(tmp_path / "detector.keras")
+    normal = grass(8, 2)
+    wide = np.zeros((8, 32, 64, 3), np.uint8)
+    wide[:, :, 16:48] = normal
+    for one in (detector, loaded):
+        np.testing.assert_allclose(
+            one.predict(wide, verbose=0)["ood_score"],
+            one.predict(normal, verbose=0)["ood_score"],
+            atol=1e-4,
+        )
+    assert make_detector().predict(wide, verbose=0)["is_ood"].all()
 
 
 def test_wrong_arguments_are_named():

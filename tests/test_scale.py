@@ -72,12 +72,66 @@ def state(model, record):
     return found
 
 
-def train(strategy, steps=STEPS):
+def uneven_batches():
+    """Batches of 8, 5, 8 and 1 images: on two replicas the last leaves one of them without any."""
+    whole = batches(4).unbatch()
+    parts = [whole.skip(8 * i).take(size).batch(8) for i, size in enumerate((8, 5, 8, 1))]
+    return parts[0].concatenate(parts[1]).concatenate(parts[2]).concatenate(parts[3])
+
+
+def train(strategy, steps=STEPS, data=None):
     record = Record()
     with strategy.scope():
         model = make_model()
-    model.fit(batches(steps), verbose=0, callbacks=[record])
-    return model, state(model, record)
+    data = batches(steps) if data is None else data
+    found = model.fit(data, validation_data=data if steps == 0 else None, verbose=0,
+                      callbacks=[record])  # fmt: skip
+    values = state(model, record)
+    if steps == 0:
+        values |= {name: np.array(v) for name, v in found.history.items() if "val_" in name}
+    return model, values
+
+
+def batch_norm_model():
+    keras.utils.set_random_seed(0)
+    backbone = keras.Sequential(
+        [
+            keras.Input((None, None, 3)),
+            keras.layers.Conv2D(4, 3, 2, padding="same"),
+            keras.layers.BatchNormalization(),
+            keras.layers.GlobalAveragePooling2D(),
+        ]
+    )
+    model = sddns_tf.SelfDistillation(
+        backbone,
+        sddns_tf.MultiCrop(8, local_views=0),
+        sddns_tf.Negatives("rot90", "in_distribution"),
+        sddns_tf.ProjectionHead(16, hidden_dim=8, bottleneck_dim=4),
+    )
+    model.compile(keras.optimizers.Adam(1e-2))
+    return model
+
+
+def resumed(strategy, folder):
+    """Largest difference of a run that goes on from its checkpoint to one that was not stopped."""
+    images = np.random.default_rng(0).integers(0, 256, (16, 12, 12, 3), np.uint8)
+
+    def run(name, epochs):
+        with strategy.scope():
+            model = batch_norm_model()
+        checkpoint = sddns_tf.callbacks.Checkpoint(f"{folder}/{name}", 1)
+        watching = [sddns_tf.callbacks.CollapseMonitor(),
+                    sddns_tf.callbacks.NotFinite(checkpoint), checkpoint]  # fmt: skip
+        done = checkpoint.restore(model) // 2
+        model.fit(images, batch_size=8, shuffle=False, initial_epoch=done, epochs=epochs,
+                  verbose=0, callbacks=watching)  # fmt: skip
+        return model
+
+    unbroken = run("unbroken", 2)
+    run("stopped", 1)
+    stopped = run("stopped", 2)
+    pairs = zip(unbroken.weights, stopped.weights, strict=True)
+    return max(float(np.abs(np.array(a) - np.array(b)).max()) for a, b in pairs)
 
 
 def differences(one, other):
@@ -101,7 +155,7 @@ def run(script, *arguments, environment=None):
     )
 
 
-def finish(process, seconds=240):
+def finish(process, seconds=600):
     """Wait for a process, kill it if it hangs; its output, if it ended well."""
     try:
         out, errors = process.communicate(timeout=seconds)
@@ -170,6 +224,46 @@ def test_replicas_equal_one_device(replicas, count):
     allowed = {name: 2e-3 if name.startswith("optimizer") else 2e-4 for name in found}
     wrong = {name: value for name, value in found.items() if value > allowed[name]}
     assert not wrong
+
+
+UNEVEN = """
+import json
+import numpy as np, tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+import test_scale as t
+
+# Two strategies in one process: their collectives must not be taken for each other's.
+first, second = (tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]) for _ in range(2))
+_, one = t.train(tf.distribute.get_strategy(), 0, t.uneven_batches())
+_, two = t.train(first, 0, t.uneven_batches())
+print(json.dumps({name: float(v) for name, v in t.differences(one, two).items()}))
+with second.scope():
+    model = t.batch_norm_model()
+model.fit(t.uneven_batches().map(lambda both: both["images"]), verbose=0)
+for variable in model.weights:
+    copies = second.experimental_local_results(variable.value)
+    np.testing.assert_array_equal(copies[0], copies[1], err_msg=variable.path)
+    assert np.isfinite(copies[0]).all(), variable.path
+print(t.resumed(second, sys.argv[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    differences, resumed = finish(run(UNEVEN, tmp_path_factory.mktemp("run"))).splitlines()[-2:]
+    return json.loads(differences), float(resumed)
+
+
+def test_uneven_batches_on_two_replicas_equal_one_device(uneven):
+    found, _ = uneven
+    assert {"val_loss", "centre 0", "log of loss"} <= found.keys()
+    wrong = {name: value for name, value in found.items() if not value <= 2e-5}
+    assert not wrong
+
+
+def test_a_run_on_two_replicas_resumes_bit_for_bit(uneven):
+    assert uneven[1] == 0.0
 
 
 def test_what_was_built_outside_the_scope_is_named(replicas):
@@ -254,6 +348,48 @@ def test_an_optimizer_that_accumulates_moves_teacher_and_decay_once():
         assert any(networks) == (step % 3 == 0)
         assert int(model.step) == step
     assert int(model.optimizer.iterations) == 2
+
+
+def test_batches_whose_gradients_overflow_move_neither_student_nor_teacher():
+    """Loss scaling skips them, so that the batches accumulated are not every third."""
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = make_model(frozen_last_layer_steps=0, teacher_momentum=0.5, weight_decay=0.1)
+        sgd = keras.optimizers.SGD(0.05, gradient_accumulation_steps=3)
+        model.compile(keras.optimizers.LossScaleOptimizer(sgd, initial_scale=2.0**30))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    images = next(iter(batches()))
+    train_step = tf.function(model.train_step, autograph=False)
+    together = []
+    for _ in range(40):
+        parts = model.student_backbone, model.teacher_backbone
+        before = [part.get_weights() for part in parts]
+        train_step(images)
+        moved = [
+            any((a != b).any() for a, b in zip(old, part.get_weights(), strict=True))
+            for old, part in zip(before, parts, strict=True)
+        ]
+        together.append(tuple(moved))
+    assert set(together) == {(True, True), (False, False)}
+    updates = int(sgd.iterations)
+    assert together.count((True, True)) == updates
+    assert updates < 40 // 3  # some batches were skipped, or nothing was tested
+
+
+def test_compiling_anew_in_the_middle_of_an_accumulation_begins_another():
+    model = make_model(frozen_last_layer_steps=0, teacher_momentum=0.5)
+    images = next(iter(batches()))
+    moved = []
+    for steps in (2, 4):
+        model.compile(keras.optimizers.SGD(0.05, gradient_accumulation_steps=3))
+        train_step = tf.function(model.train_step, autograph=False)
+        for _ in range(steps):
+            before = model.teacher_backbone.get_weights()
+            train_step(images)
+            after = model.teacher_backbone.get_weights()
+            moved.append(any((a != b).any() for a, b in zip(before, after, strict=True)))
+    assert moved == [False, False, False, False, True, False]
 
 
 def test_small_batches_are_warned_of():

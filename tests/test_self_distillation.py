@@ -1,11 +1,13 @@
 """`SelfDistillation`: the step against a plain re-computation, saving, resuming, backbones."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from sddns_tf import losses, schedules
+from sddns_tf import losses, schedules, shifts
 from sddns_tf.heads import ProjectionHead
 from sddns_tf.self_distillation import SelfDistillation
 from sddns_tf.views import MultiCrop, Negatives
@@ -187,8 +189,92 @@ def test_weight_decay_spares_one_dimensional_tensors(images):
     model = tiny_model(head=tiny_head(norm_last_layer=False))
     model.compile(keras.optimizers.AdamW(1e-3, weight_decay=0.1))
     model.fit(batches(images), verbose=0)
+    gain = model.student_head.last_layer.gain
     for variable in model.trainable_variables:
-        assert model.optimizer._use_weight_decay(variable) == (len(variable.shape) > 1)
+        # The authors' gain is a matrix of one column, so that it is decayed with the matrices.
+        decayed = len(variable.shape) > 1 or variable is gain
+        assert model.optimizer._use_weight_decay(variable) == decayed
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("student_temperature", 0.0),
+        ("teacher_temperature", -0.1),
+        ("teacher_momentum", 1.5),
+        ("center_momentum", 2.0),
+        ("negative_weight", -1.0),
+        ("negative_weight", float("nan")),
+        ("weight_decay", -0.1),
+        ("gradient_clip_norm", 0),
+        ("frozen_last_layer_steps", -1),
+        ("frozen_last_layer_steps", True),
+        ("seed", 1.5),
+        ("std", (0.2, 0.0, 0.2)),
+        ("mean", (0.5, 0.5)),
+    ],
+)
+def test_numbers_that_cannot_train_are_refused(name, value):
+    with pytest.raises(ValueError, match=rf"`{name}` must be .*Received: {name}="):
+        tiny_model(**{name: value})
+
+
+def test_a_save_that_fails_leaves_what_was_there(images, tmp_path):
+    with pytest.warns(UserWarning, match=r"'<lambda>' cannot be saved.*register_keras_serial"):
+        shift = Negatives(lambda images, seed: images, source="in_distribution")
+    path = tmp_path / "model.keras"
+    tiny_model().save(path)
+    before = path.read_bytes()
+    with pytest.raises(Exception):  # noqa: B017 (whatever Keras raises)
+        tiny_model(negatives=shift, views=Unsavable(16)).save(path)
+    assert path.read_bytes() == before
+    assert [one.name for one in tmp_path.iterdir()] == ["model.keras"]
+
+
+class Unsavable(MultiCrop):
+    """Views whose configuration cannot be had."""
+
+    def get_config(self):
+        raise RuntimeError("no configuration")
+
+
+class Scaled:
+    """A shift with a number of its own, not registered with Keras."""
+
+    def __call__(self, images, seed):
+        return images * 0.5
+
+
+@pytest.mark.parametrize(
+    "shift", [lambda images, seed: images, functools.partial(upside_down), Scaled(), upside_down]
+)
+def test_a_shift_that_cannot_be_saved_is_said_when_it_is_made(shift):
+    with pytest.warns(UserWarning, match=r"cannot be saved.*register_keras_serializable.*Received"):
+        Negatives(shift, source="in_distribution")
+
+
+def test_shifts_that_can_be_saved_are_not_warned_of(recwarn):
+    Negatives("rot90")
+    Negatives(shifts.rot90)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("shift", "received"),
+    [
+        (lambda images, seed: tf.cast(images, tf.uint8), "uint8 of shape"),
+        (lambda images, seed: images[..., :1], r"float32 of shape \(\d+, 16, 16, 1\)"),
+        (lambda images, seed: images[:, ::2, ::2], r"float32 of shape \(\d+, 8, 8, 3\)"),
+        (lambda images, seed: images[1:], "float32 of shape"),
+        (lambda images, seed: None, "NoneType"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The shift")
+def test_a_shift_that_changes_shape_or_type_is_named(images, shift, received):
+    model = tiny_model(negatives=Negatives(shift, source="in_distribution"))
+    model.compile("adam")
+    with pytest.raises(ValueError, match=rf"'<lambda>' must return images.*Received: {received}"):
+        model.fit(images, batch_size=len(images), verbose=0)
 
 
 def test_weight_decay_asked_for_twice_is_refused():
