@@ -50,7 +50,8 @@ class Parser(argparse_flags.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         """Options of a list of strings."""
-        self.add_argument("-h", "--help", action="help", help="Show this and exit.")
+        group = self.group("help")
+        group.add_argument("-h", "--help", action="help", help="Show this and exit.")
         return super().parse_args(args, namespace)
 
     def error(self, message):

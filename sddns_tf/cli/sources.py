@@ -103,7 +103,7 @@ def stream(option, source, **options):
     from sddns_tf import data
 
     with user_input(option):
-        return data.load(source.location, split=source.split, **options)
+        return data.load(source.location, split=source.split, **_known(data.load, options))
 
 
 def read(option, source, **options):
@@ -123,7 +123,9 @@ def read(option, source, **options):
     from sddns_tf import data
 
     with user_input(option):
-        return data.load_arrays(source.location, split=source.split, **options)
+        return data.load_arrays(
+            source.location, split=source.split, **_known(data.load_arrays, options)
+        )
 
 
 def read_labeled(option, source, **options):
@@ -136,8 +138,35 @@ def read_labeled(option, source, **options):
         return read(option, source, **options), None
 
 
+def seen_by(detector):
+    """Options of `read` and `stream` that bring images to how a detector sees them.
+
+    Args:
+        detector: `Detector`.
+
+    Returns:
+        Dictionary of `image_size` and `resize`.
+    """
+    extractor = detector.extractor
+    size = extractor.resolution or extractor.image_size
+    return {"image_size": tuple(size), "resize": extractor.resize}
+
+
 def read_class_names(path):
     """Names of classes in a text file: the first word of each line that is no comment."""
     with user_input("auxiliary_exclude"):
         lines = pathlib.Path(path).expanduser().read_text(encoding="utf-8").splitlines()
     return [line.split()[0] for line in lines if line.strip() and line[0] != "#"]
+
+
+def _known(function, options):
+    """Until `data` takes `resize` and rectangles: squares, squashed."""
+    import inspect
+
+    if "resize" in inspect.signature(function).parameters:
+        return options
+    options = {key: value for key, value in options.items() if key != "resize"}
+    size = options.get("image_size")
+    if isinstance(size, tuple):
+        options["image_size"] = int(size[0])
+    return options
