@@ -66,7 +66,8 @@ def score_histograms(id_scores, ood_scores, threshold=None):
         id_scores: Scores of in-distribution images, `(N,)`, higher meaning more
             out-of-distribution.
         ood_scores: Dict from the name of a set to its scores, `(M,)`.
-        threshold: Score from which images are flagged. Adds a line and the share flagged.
+        threshold: Score above which images are flagged, as of `Detector`. Adds a line and the
+            share flagged.
 
     Returns:
         A `matplotlib.figure.Figure`.
@@ -99,7 +100,7 @@ def score_histograms(id_scores, ood_scores, threshold=None):
             axes.stairs(counts / counts.max(), bins, color=color, linewidth=1.2, label=label)
         facts = f"AUROC {ood_metrics(id_scores, scores)['auroc']:.3f}"
         if threshold is not None:
-            facts += f", {np.mean(scores >= threshold):.0%} flagged"
+            facts += f", {np.mean(scores > threshold):.0%} flagged"
             if low <= threshold <= high:
                 axes.axvline(threshold, color=BLACK, linewidth=1, linestyle="--", label="threshold")
         axes.set_title(_wrapped(f"{name}  ({facts})", 88), loc="left", fontsize=9)
@@ -117,7 +118,7 @@ def score_histograms(id_scores, ood_scores, threshold=None):
             "and are counted in its outermost bins."
         )
     if threshold is not None:
-        share = f"{np.mean(id_scores >= threshold):.1%} of in-distribution images"
+        share = f"{np.mean(id_scores > threshold):.1%} of in-distribution images"
         notes.append(f"The threshold {threshold:.4g} flags {share}.")
         if not low <= threshold <= high:
             notes.append(f"It lies {'left' if threshold < low else 'right'} of the axis.")
