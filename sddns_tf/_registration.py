@@ -15,6 +15,7 @@ _REGISTERED = (
     "callbacks",
     "detector",
     "self_distillation",
+    "views",
     "vit",
 )
 

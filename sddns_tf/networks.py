@@ -119,6 +119,7 @@ def check_backbone(backbone: keras.Model, sizes: tuple) -> int:
             f"copy. Received: quantized layers {quantized[:3]}"
         )
     fixed = getattr(backbone, "input_shape", None)
+    dimension = 0
     for size in sizes:
         if fixed is not None and any(side not in (None, size) for side in tuple(fixed)[1:3]):
             raise ValueError(
@@ -142,7 +143,8 @@ def check_backbone(backbone: keras.Model, sizes: tuple) -> int:
                 "keras.layers.GlobalAveragePooling2D() to one that gives feature maps. "
                 f"Received: output shape {shape} for images of {size} px"
             )
-    return shape[-1]
+        dimension = shape[-1]
+    return dimension
 
 
 def check_names(network: keras.Layer) -> None:

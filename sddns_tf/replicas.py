@@ -16,7 +16,7 @@ class Part(NamedTuple):
     Attributes:
         first: Place of its first image in the global batch, int or scalar int32.
         total: Images of the global batch, likewise.
-        count: Images that the replica computes with, at least one, likewise.
+        held: Images that the replica computes with, at least one, likewise.
         weight: What the replica's mean over its images counts for in a mean over the replicas:
             its number of images, relative to the average. Float or scalar float32; 0 for a replica
             that got none and computes with a stand-in.
@@ -24,7 +24,7 @@ class Part(NamedTuple):
 
     first: tf.Tensor | int
     total: tf.Tensor | int
-    count: tf.Tensor | int
+    held: tf.Tensor | int
     weight: tf.Tensor | float
 
 
@@ -32,7 +32,7 @@ _current = threading.local()
 
 # Further than any model counts its collectives.
 _KEYS_OF_ONE = 100_000
-_numbered = weakref.WeakSet()
+_numbered: weakref.WeakSet = weakref.WeakSet()
 _strategies = itertools.count(1)
 
 
@@ -146,7 +146,7 @@ def uniform(shape, seed, **kwargs) -> tf.Tensor:
     if part is None:  # Outside of a training step all replicas hold equally many images.
         first, total = context.replica_id_in_sync_group * count, replicas * count
     else:
-        views = count // part.count
+        views = count // part.held
         first, total = part.first * views, part.total * views
     everyone = tf.random.stateless_uniform([*outer, total], seed, **kwargs)
     return everyone[..., first : first + count]

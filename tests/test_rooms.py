@@ -1,0 +1,135 @@
+"""Who may import whom, what `import sddns_tf` may cost, and what it shows."""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import sddns_tf
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PACKAGE = pathlib.Path(sddns_tf.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def rooms():
+    spec = importlib.util.spec_from_file_location("rooms", ROOT / "tools" / "rooms.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def lint(folder):
+    pytest.importorskip("importlinter")
+    from importlinter.cli import lint_imports
+
+    here = os.getcwd()
+    os.chdir(folder)
+    try:
+        return lint_imports(config_filename=str(folder / ".importlinter"), no_cache=True)
+    finally:
+        os.chdir(here)
+
+
+def test_rooms_import_lower_rooms_only(capsys):
+    assert lint(ROOT) == 0, capsys.readouterr().out
+
+
+def test_contracts_and_table_are_those_of_the_code(rooms):
+    assert (ROOT / ".importlinter").read_text() == rooms.contracts()
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert rooms.contributing(text) == text
+
+
+def test_every_room_says_what_it_holds(rooms):
+    listed = {room for level in rooms.LEVELS for room in level}
+    there = {room for level in rooms.existing() for room in level}
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert modules | packages == there <= listed
+    assert all(len(rooms.first_line(room)) > 10 for room in there)
+
+
+def run(code, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *arguments, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_importing_the_package_imports_neither_tensorflow_nor_keras():
+    result = run("import sddns_tf, sys; print({'tensorflow', 'keras'} & set(sys.modules))")
+    assert result.stdout.strip() == "set()", result.stderr[-2000:]
+
+
+@pytest.mark.parametrize("order", ["import sddns_tf, keras", "import keras, sddns_tf"])
+def test_importing_the_package_is_enough_for_keras_to_know_its_classes(order):
+    code = f"""
+{order}
+for name in ("Detector", "FeatureExtractor", "SelfDistillation", "MultiCrop", "OODProbe", "rot90"):
+    assert keras.saving.get_registered_object(f"sddns_tf>{{name}}"), name
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_only_public_names_are_shown():
+    assert set(dir(sddns_tf)) == set(sddns_tf.__all__)
+    for name in sddns_tf.__all__:
+        assert getattr(sddns_tf, name) is not None
+        assert name == "__version__" or not name.startswith("_")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = sddns_tf.nothing
+
+
+OPTIONAL = ("matplotlib", "sklearn", "tensorflow_datasets", "PIL", "keras_cv", "torch", "skimage")
+
+
+def test_the_package_can_be_imported_where_these_libraries_cannot():
+    # Keras itself imports some of them where it finds them, so that `sys.modules` tells nothing.
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({OPTIONAL}))
+import importlib, pkgutil, sddns_tf
+for module in pkgutil.walk_packages(sddns_tf.__path__, "sddns_tf."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def assert_says_what_to_do(result, backend):
+    assert result.returncode == 1
+    last_line = result.stderr.strip().splitlines()[-1]
+    assert last_line.startswith("ImportError: sddns_tf needs Keras' TensorFlow backend: set ")
+    assert 'KERAS_BACKEND="tensorflow"' in last_line
+    assert last_line.endswith(f'Received: KERAS_BACKEND="{backend}"')
+
+
+# A stand-in for Keras, since its other backends are not installed with the package.
+OTHER_BACKEND = """
+import sys, types
+keras = types.ModuleType("keras")
+keras.backend = types.SimpleNamespace(backend=lambda: "jax")
+sys.modules["keras"] = keras
+import sddns_tf
+"""
+
+
+def test_another_backend_is_refused_in_one_line():
+    assert_says_what_to_do(run(OTHER_BACKEND), "jax")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+@pytest.mark.parametrize("code", ["import sddns_tf; sddns_tf.Detector", "import sddns_tf, keras"])
+def test_an_installed_other_backend_is_refused_in_one_line(backend, code):
+    if importlib.util.find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    assert_says_what_to_do(run(code, KERAS_BACKEND=backend), backend)

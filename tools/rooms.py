@@ -1,0 +1,105 @@
+"""The levels of the package: who may import whom, from one list.
+
+    python tools/rooms.py
+
+writes `.importlinter`, the contracts that `lint-imports` holds the code to, and the table of rooms
+in CONTRIBUTING.md, whose descriptions are the first lines of the modules' docstrings.
+"""
+
+import ast
+import pathlib
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "sddns_tf"
+
+# From the ground up. Rooms of one level do not import each other; a room imports lower ones only.
+LEVELS = (
+    ("version", "keras_private", "files", "validation", "replicas", "image_ops"),
+    ("networks", "losses", "schedules", "metrics", "calibration"),
+    ("vit", "convnet", "heads", "shifts", "bank"),
+    ("dino_weights", "views", "features", "data"),
+    ("self_distillation", "detector"),
+    ("evaluation", "plots"),
+    ("callbacks", "report", "sensitivity", "export"),
+    ("_registration", "cli"),
+)
+# Training code never reaches a served graph.
+SERVED = ("bank", "calibration", "features", "detector", "export")
+TRAINING = ("views", "shifts", "losses", "schedules", "self_distillation", "callbacks")
+
+BEGIN, END = "<!-- rooms: made by tools/rooms.py -->", "<!-- end of rooms -->"
+
+
+def existing():
+    """The levels, without rooms that are not there."""
+    there = {path.stem for path in PACKAGE.glob("*.py")} | {
+        path.parent.name for path in PACKAGE.glob("*/__init__.py")
+    }
+    return [[room for room in level if room in there] for level in LEVELS]
+
+
+def contracts():
+    """Text of `.importlinter`."""
+    layers = "\n".join(f"    {' | '.join(level)}" for level in reversed(existing()))
+    there = {room for level in existing() for room in level}
+
+    def listed(rooms):
+        return "\n".join(f"    sddns_tf.{room}" for room in rooms if room in there)
+
+    return f"""# Made by tools/rooms.py; change the list there.
+[importlinter]
+root_package = sddns_tf
+
+[importlinter:contract:levels]
+name = Rooms import lower rooms only
+type = layers
+containers = sddns_tf
+exhaustive = true
+layers =
+{layers}
+
+[importlinter:contract:served]
+name = Training code never reaches a served graph
+type = forbidden
+source_modules =
+{listed(SERVED)}
+forbidden_modules =
+{listed(TRAINING)}
+"""
+
+
+def first_line(room):
+    """The first sentence of a room's docstring."""
+    path = PACKAGE / f"{room}.py"
+    path = path if path.is_file() else PACKAGE / room / "__init__.py"
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    line = docstring.partition("\n\n")[0].replace("\n", " ")
+    return line.replace("|", "\\|").removesuffix(".")
+
+
+def table():
+    """The rooms as Markdown, from the ground up."""
+    lines = ["| level | room | holds |", "|---|---|---|"]
+    for number, level in enumerate(existing()):
+        for room in level:
+            is_package = (PACKAGE / room).is_dir()
+            name = f"`{room}/`" if is_package else f"`{room}`"
+            lines.append(f"| {number} | {name} | {first_line(room)} |")
+    return "\n".join(lines)
+
+
+def contributing(text):
+    """The text of CONTRIBUTING.md with the table of today."""
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
+
+
+def main():
+    """Write both files."""
+    (ROOT / ".importlinter").write_text(contracts(), encoding="utf-8")
+    path = ROOT / "CONTRIBUTING.md"
+    path.write_text(contributing(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
