@@ -30,6 +30,7 @@ _MODULES = (
     "shifts",
 )
 _NAMES = {
+    "ConvNet": "convnet",
     "Detector": "detector",
     "FeatureExtractor": "features",
     "MultiCrop": "views",

@@ -13,6 +13,7 @@ import sys
 
 _REGISTERED = (
     "callbacks",
+    "convnet",
     "detector",
     "self_distillation",
     "views",

@@ -111,3 +111,60 @@ def served(grass_detector, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served") / "models" / "grass"
     images = _grass_and_person(8, 3)
     return export.saved_model(grass_detector, folder, images=images, training_data="grass")
+
+
+TINY = (
+    "--set=backbone.stages=[8,16]", "--set=views.local_views=1", "--set=head.num_prototypes=16",
+    "--set=head.hidden_dim=16", "--set=head.bottleneck_dim=8", "--batch_size=16", "--epochs=2",
+    "--steps_per_epoch=2", "--calibration_share=0.2",
+)  # fmt: skip
+
+
+def _tiles(photograph, count, side=32):
+    """Squares of a photograph, in rows."""
+    columns = photograph.shape[1] // side
+    corners = [(side * (i // columns), side * (i % columns)) for i in range(count)]
+    squares = np.stack([photograph[y : y + side, x : x + side] for y, x in corners])
+    return squares if squares.ndim == 4 else np.repeat(squares[..., None], 3, axis=-1)
+
+
+@pytest.fixture(scope="session")
+def image_sets(tmp_path_factory):
+    """Folder of `.npz` files: grass (120 images), fresh (40), coffee (60), brick (30)."""
+    folder = tmp_path_factory.mktemp("image_sets")
+    sets = {
+        "grass": _tiles(skimage.data.grass(), 120),
+        "fresh": _tiles(skimage.data.grass()[256:], 40),
+        "coffee": _tiles(skimage.data.coffee(), 60),
+        "brick": _tiles(skimage.data.brick(), 30),
+    }
+    for name, images in sets.items():
+        np.savez(folder / name, images=images, labels=np.arange(len(images)) % 2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def train_on(image_sets):
+    """A function that runs `sddns train` on grass, tiny, with further options."""
+    from sddns_tf.cli import train
+
+    def run(output_dir, *arguments):
+        train.main(
+            [
+                f"--data=npz:{image_sets}/grass.npz",
+                f"--auxiliary=npz:{image_sets}/coffee.npz",
+                f"--output_dir={output_dir}",
+                *TINY,
+                *map(str, arguments),
+            ]
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(train_on, tmp_path_factory):
+    """Folder of a finished `sddns train` on grass."""
+    folder = tmp_path_factory.mktemp("trained")
+    train_on(folder)
+    return folder

@@ -3,8 +3,21 @@
 Either carries everything: resizing, normalization, backbone, bank, score and calibration.
 """
 
-from sddns_tf.export import metadata
-from sddns_tf.export.to_saved_model import saved_model
-from sddns_tf.export.to_tflite import tflite
+import importlib
+
+# Imported when they are asked for: what reads a `.tflite` file needs `metadata`, no TensorFlow.
+_MODULES = {"saved_model": "to_saved_model", "tflite": "to_tflite"}
 
 __all__ = ["metadata", "saved_model", "tflite"]
+
+
+def __getattr__(name):
+    if name == "metadata":
+        return importlib.import_module("sddns_tf.export.metadata")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'sddns_tf.export' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"sddns_tf.export.{_MODULES[name]}"), name)
+
+
+def __dir__():
+    return __all__

@@ -205,6 +205,7 @@ def _converted(detector, folder, quantization, images, batch_size, room):
     description = {
         "outputs": _LABELS,
         "image_size": list(size),
+        "resize": detector.extractor.resize,
         "batch_size": batch_size,
         "quantization": quantization,
         "bank_rows": detector.bank.shape[0],

@@ -1,7 +1,6 @@
-r"""Converts a DINO checkpoint of PyTorch to Keras weights.
+r"""Convert a DINO checkpoint of PyTorch to Keras weights.
 
-    python tools/convert_dino_checkpoint.py --checkpoint=dino_deitsmall16_pretrain.pth \
-        --output=dino_vits16.weights.h5
+    sddns convert-dino --checkpoint=dino_deitsmall16_pretrain.pth --output=dino_vits16.weights.h5
 
 prints the constructor whose `load_weights` takes the file. Needs PyTorch, which is used to read the
 checkpoint only. The sizes come from the parameters' shapes; those that shapes leave open, the
@@ -9,31 +8,35 @@ aspect of the images and the number of heads, can be given.
 """
 
 import argparse
-import os
 import pickle
-import sys
-import tempfile
 
-from absl import app, flags
+from sddns_tf import files
+from sddns_tf.cli import quiet
+from sddns_tf.cli.console import Parser, positive_int, require, size
+from sddns_tf.cli.errors import UsageError, user_input
 
-FLAGS = flags.FLAGS
 
-
-def define_flags():
-    flags.DEFINE_string("checkpoint", None, "Checkpoint to read (.pth).", required=True)
-    flags.DEFINE_string("output", None, "Backbone's weights to write (.weights.h5).", required=True)
-    flags.DEFINE_string("head_output", None, "Projection head's weights to write (.weights.h5).")
-    flags.DEFINE_string(
-        "key",
-        "teacher",
-        "Entry to take of a checkpoint that holds several networks, such as student.",
+def parser():
+    """The options of the command."""
+    parser = Parser("convert-dino", __doc__)
+    group = parser.group("what most people need")
+    group.add_argument("--checkpoint", help="Checkpoint to read (.pth).")
+    group.add_argument("--output", help="Backbone's weights to write (.weights.h5).")
+    group.add_argument("--head_output", help="Projection head's weights to write (.weights.h5).")
+    group.add_argument(
+        "--key",
+        default="teacher",
+        help="Entry to take of a checkpoint that holds several networks, such as student.",
     )
-    flags.DEFINE_list(
-        "image_size", None, "Side, or height,width, in pixels of the images it was trained on."
+    group.add_argument(
+        "--image_size",
+        type=size,
+        help="SIDE or HEIGHT,WIDTH in pixels of the images it was trained on.",
     )
-    flags.DEFINE_integer(
-        "num_heads", None, "Number of attention heads; by default hidden_dim / 64."
+    group.add_argument(
+        "--num_heads", type=positive_int, help="Attention heads; by default hidden_dim / 64."
     )
+    return parser
 
 
 def read_state(path, key):
@@ -49,23 +52,23 @@ def read_state(path, key):
     try:
         import torch
     except ImportError as e:
-        raise ValueError(f"Reading {path} needs PyTorch: pip install torch") from e
+        raise UsageError(f"Reading {path} needs PyTorch: pip install torch") from e
 
     try:
         # DINO's training checkpoints hold their command line beside the parameters.
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as e:
-        raise ValueError(f"--checkpoint: no such file: {path}") from e
+        raise UsageError(f"--checkpoint: no such file: {path}") from e
     except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
-        raise ValueError(f"--checkpoint: {path} is not a PyTorch checkpoint: {e}") from e
+        raise UsageError(f"--checkpoint: {path} is not a PyTorch checkpoint: {e}") from e
     if not isinstance(checkpoint, dict):
-        raise ValueError(
+        raise UsageError(
             f"--checkpoint: expected a dictionary. Received: {type(checkpoint).__name__}"
         )
     if not any(isinstance(value, torch.Tensor) for value in checkpoint.values()):
         if not isinstance(checkpoint.get(key), dict):
-            raise ValueError(
+            raise UsageError(
                 f"--key: the checkpoint has no network {key!r}. It has: {sorted(checkpoint)}"
             )
         checkpoint = checkpoint[key]
@@ -81,7 +84,7 @@ def infer_backbone(shapes, image_size=None, num_heads=None):
 
     Args:
         shapes: Dictionary of DINO's parameter names, without prefixes, to shapes.
-        image_size: `(height, width)` in pixels, or None to take the grid of patches for a square.
+        image_size: Side or (height, width) in pixels; None takes the patches for a square.
         num_heads: Number of attention heads, or None for `hidden_dim / 64`.
 
     Returns:
@@ -90,7 +93,7 @@ def infer_backbone(shapes, image_size=None, num_heads=None):
     needed = ("pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     missing = [name for name in needed if name not in shapes]
     if missing:
-        raise ValueError(
+        raise UsageError(
             f"--checkpoint: not a DINO vision transformer: no {', '.join(missing)}. "
             f"It has: {', '.join(sorted(shapes)[:10])} ..."
         )
@@ -99,13 +102,13 @@ def infer_backbone(shapes, image_size=None, num_heads=None):
     if image_size is None:
         side = round(patches**0.5)
         if side * side != patches:
-            raise ValueError(
+            raise UsageError(
                 f"--image_size: give height,width; {patches} patches do not make a square."
             )
         image_size = side * patch_size
     if num_heads is None:
         if hidden_dim % 64:
-            raise ValueError(f"--num_heads: give it: {hidden_dim} is no multiple of 64.")
+            raise UsageError(f"--num_heads: give it: {hidden_dim} is no multiple of 64.")
         num_heads = hidden_dim // 64
     depth = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
     return {
@@ -130,7 +133,7 @@ def infer_head(shapes):
     """
     kernels = [name for name in shapes if name.startswith("mlp.") and name.endswith("weight")]
     if "last_layer.weight_v" not in shapes or not kernels:
-        raise ValueError("--head_output: the checkpoint has no projection head.")
+        raise UsageError("--head_output: the checkpoint has no projection head.")
     num_prototypes, bottleneck_dim = shapes["last_layer.weight_v"]
     return {
         "num_prototypes": num_prototypes,
@@ -141,30 +144,21 @@ def infer_head(shapes):
     }
 
 
-def save_weights(model, path):
-    """Writes a model's weights whole or not at all."""
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        written = os.path.join(temporary, os.path.basename(path))
-        model.save_weights(written)
-        os.replace(written, path)
-
-
 def convert(checkpoint, key, output, head_output=None, image_size=None, num_heads=None):
-    """Reads a checkpoint and writes the weights of its backbone and, on request, of its head.
+    """Read a checkpoint and write the weights of its backbone and, on request, of its head.
 
     Args:
         checkpoint: Path of a `.pth` file.
         key: Entry to take where the file holds several networks.
         output: Path of the backbone's weights.
         head_output: Path of the head's weights, or None to leave the head.
-        image_size: `(height, width)` in pixels, or None to infer it.
+        image_size: Side or (height, width) in pixels, or None to infer it.
         num_heads: Number of attention heads, or None to infer it.
     """
     state = read_state(checkpoint, key)
 
     # After the checkpoint, for a wrong one should fail at once.
+    quiet.import_tensorflow()
     from sddns_tf import dino_weights, heads, vit
 
     shapes = {"backbone": {}, "head": {}}
@@ -173,7 +167,8 @@ def convert(checkpoint, key, output, head_output=None, image_size=None, num_head
         for wanted in shapes if part is None else [part]:
             shapes[wanted][name] = value.shape
     config = infer_backbone(shapes["backbone"], image_size, num_heads)
-    backbone = dino_weights.load_backbone(vit.VisionTransformer(**config), state)
+    with user_input("checkpoint"):
+        backbone = dino_weights.load_backbone(vit.VisionTransformer(**config), state)
     converted = [(backbone, config, output)]
     if head_output:
         config = infer_head(shapes["head"])
@@ -181,38 +176,25 @@ def convert(checkpoint, key, output, head_output=None, image_size=None, num_head
         head.build((None, backbone.hidden_dim))
         converted.append((dino_weights.load_head(head, state), config, head_output))
     for model, config, path in converted:
-        save_weights(model, path)
+        with user_input("output"), files.replacing(path) as unfinished:
+            model.save_weights(unfinished)
         arguments = ", ".join(f"{name}={value!r}" for name, value in config.items())
         print(f"{path}: sddns_tf.{type(model).__name__}({arguments})")
 
 
 def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
+    """Convert what the options name."""
+    options = parser().parse_args(argv)
+    require(options, "checkpoint", "output")
     for name in ("output", "head_output"):
-        path = FLAGS[name].value
+        path = getattr(options, name)
         if path and not path.endswith(".weights.h5"):
-            raise app.UsageError(f"--{name} must end in .weights.h5. Received: {path}")
-    image_size = FLAGS.image_size
-    if image_size is not None:
-        if len(image_size) not in (1, 2) or not all(side.isdigit() for side in image_size):
-            raise app.UsageError(
-                f"--image_size: expected SIDE or HEIGHT,WIDTH. Received: {','.join(image_size)}"
-            )
-        image_size = (int(image_size[0]), int(image_size[-1]))
-    try:
-        convert(
-            FLAGS.checkpoint,
-            FLAGS.key,
-            FLAGS.output,
-            FLAGS.head_output,
-            image_size,
-            FLAGS.num_heads,
-        )
-    except ValueError as e:
-        sys.exit(f"ERROR: {e}")
-
-
-if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+            raise UsageError(f"--{name} must end in .weights.h5. Received: {path}")
+    convert(
+        options.checkpoint,
+        options.key,
+        options.output,
+        options.head_output,
+        tuple(options.image_size) if isinstance(options.image_size, list) else options.image_size,
+        options.num_heads,
+    )

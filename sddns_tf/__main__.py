@@ -1,0 +1,5 @@
+"""`python -m sddns_tf`: the command `sddns`."""
+
+from sddns_tf.cli.main import run
+
+run()

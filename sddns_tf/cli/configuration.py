@@ -1,0 +1,338 @@
+"""What a run is made of: a recipe, and what the command line changes in it.
+
+A recipe is a JSON file that names the constructor arguments which differ from their defaults:
+
+    {"about": "What this is, what it costs.",
+     "data": {"source": "folder:parts/good", "resize": "crop"},
+     "backbone": {"type": "convnet", "stages": [32, 64]},
+     "views": {"local_views": 2},
+     "negatives": {"shift": "rot90"},
+     "head": {"num_prototypes": 1024},
+     "model": {"teacher_temperature": {"linear": [0.04, 0.01]}},
+     "optimizer": {"type": "Adam", "learning_rate": {"cosine": [0.004, 1e-6]}},
+     "detector": {"false_positive_rate": 0.01},
+     "epochs": 20}
+
+Sections hold the arguments of `DataOptions`, the backbone, `MultiCrop`, `Negatives` (null: none),
+`ProjectionHead`, `SelfDistillation`, the Keras optimizer and `Detector.from_images`; `RunOptions`
+stand beside them. `schedule_forms` says how to write what changes in the course of a run.
+
+The resolved configuration is the same with every default filled in, and is a recipe itself.
+"""
+
+import dataclasses
+import importlib.resources
+import inspect
+import json
+import pathlib
+
+from sddns_tf.cli.errors import UsageError, user_input
+
+SECTIONS = (
+    "data", "backbone", "views", "negatives", "head", "model", "optimizer", "detector",
+)  # fmt: skip
+BACKBONES = ("convnet", "vit_tiny", "vit_small", "vit_base")
+# Arguments that another section, or the run, gives.
+_GIVEN = {
+    "backbone": ("name", "image_size"),
+    "optimizer": ("name",),
+    "model": ("backbone", "views", "negatives", "head", "seed"),
+    "detector": (
+        "backbone", "bank_images", "calibration_images", "image_size", "resolution", "resize",
+        "mean", "std", "batch_size", "seed", "verbose",
+    ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """Where images come from, and how they are read.
+
+    Attributes:
+        source: Source of the normal images to train on (split: train).
+        auxiliary: Source of unrelated images that make negatives (split: train), or None.
+        auxiliary_exclude: File of class names, one a line, to leave out of a TFDS set, or None.
+        calibration: Source of normal images that are not trained on, which set the threshold
+            (split: test), or None to hold some of `source` out.
+        calibration_share: Share of `source` to hold out where there is no `calibration`.
+        limit: Use at most so many images of `source`, or None.
+        resolution: Side, or height and width, at which images are read. None: as they are.
+        resize: How an image of another shape is brought to it: `"squash"` or `"crop"`.
+        in_memory: Whether images are held in memory, or read in each epoch.
+    """
+
+    source: str | None = None
+    auxiliary: str | None = None
+    auxiliary_exclude: str | None = None
+    calibration: str | None = None
+    calibration_share: float = 0.1
+    limit: int | None = None
+    resolution: int | list | None = None
+    resize: str = "squash"
+    in_memory: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """How long a run is, and what fixes its numbers.
+
+    Attributes:
+        epochs: Epochs.
+        steps_per_epoch: Steps of an epoch, or None for once through the images.
+        batch_size: Images of a step, over all devices.
+        seed: Fixes all that is random.
+        precision: Keras' dtype policy.
+    """
+
+    epochs: int = 100
+    steps_per_epoch: int | None = None
+    batch_size: int = 64
+    seed: int = 0
+    precision: str = "float32"
+
+
+def recipe_names():
+    """Names of the recipes that come with the package."""
+    folder = importlib.resources.files("sddns_tf.cli") / "recipes"
+    return sorted(file.name[:-5] for file in folder.iterdir() if file.name.endswith(".json"))
+
+
+def read_recipe(name):
+    """A recipe of the package by its name, or the one of a JSON file.
+
+    Args:
+        name: Name or path.
+
+    Returns:
+        Dictionary.
+
+    Raises:
+        UsageError: If there is none of that name, or it is no JSON object.
+    """
+    path = pathlib.Path(name).expanduser()
+    if name in recipe_names():
+        path = importlib.resources.files("sddns_tf.cli") / "recipes" / f"{name}.json"
+    elif not (path.suffix == ".json" and path.is_file()):
+        raise UsageError(
+            f"--recipe must be one of {recipe_names()} or a JSON file. Received: {name}"
+        )
+    with user_input("recipe"):
+        try:
+            recipe = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise UsageError(f"--recipe: {path} is no JSON: {error}") from error
+    if not isinstance(recipe, dict):
+        raise UsageError(f"--recipe: {path} must hold a JSON object. Received: {recipe!r}")
+    recipe.pop("derived", None)  # what a written configuration says about its run
+    return recipe
+
+
+def parse_setting(text):
+    """Key and value of `--set KEY=VALUE`, the value read as JSON, else taken as a string."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UsageError(f"--set must be KEY=VALUE, such as views.hue=0.2. Received: {text}")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def resolve(recipe, settings):
+    """The whole configuration of a run, checked, with all defaults.
+
+    Args:
+        recipe: Dictionary of a recipe.
+        settings: List of pairs of a key, such as `"views.hue"` or `"epochs"`, and its value, which
+            come before what the recipe says.
+
+    Returns:
+        Dictionary of all sections and options, as JSON takes it.
+
+    Raises:
+        UsageError: If a key is none, or a value has a wrong type.
+    """
+    config = {
+        key: dict(value) if isinstance(value, dict) else value for key, value in recipe.items()
+    }
+    for key, value in settings:
+        _put(config, key, value)
+    about = config.pop("about", None)
+    options = {field.name: field.default for field in dataclasses.fields(RunOptions)}
+    _check_keys("", config, {*options, *SECTIONS}, "a run")
+    resolved = {} if about is None else {"about": about}
+    for section in SECTIONS:
+        resolved[section] = _resolved_section(section, config)
+    for key, default in options.items():
+        resolved[key] = _checked(key, config.get(key, default), default)
+    return resolved
+
+
+def differences(one, other):
+    """Keys at which two configurations differ, with both values: a list of triples."""
+    flat = [_flat(config) for config in (one, other)]
+    keys = dict.fromkeys([*flat[0], *flat[1]])
+    return [
+        (key, *(f.get(key) for f in flat)) for key in keys if flat[0].get(key) != flat[1].get(key)
+    ]
+
+
+def flat(config):
+    """A configuration as one dictionary, its keys such as `"views.hue"`, without its text."""
+    return _flat(config)
+
+
+def _flat(config):
+    found = {}
+    for key, value in config.items():
+        if key in SECTIONS and isinstance(value, dict):
+            found.update({f"{key}.{name}": inner for name, inner in value.items()})
+        elif key != "about":
+            found[key] = value
+    return found
+
+
+def _put(config, key, value):
+    section, dot, name = key.partition(".")
+    if not dot:
+        config[key] = value
+        return
+    if section not in SECTIONS:
+        raise UsageError(
+            f"There is no {key}: sections are {', '.join(SECTIONS)}. Received: {value!r}"
+        )
+    if not isinstance(config.get(section), dict):
+        config[section] = {}
+    config[section][name] = value
+
+
+def _resolved_section(section, config):
+    given = config.get(section, {})
+    if section == "negatives" and given is None:
+        return None
+    if not isinstance(given, dict):
+        raise UsageError(f"{section} must be an object of arguments. Received: {given!r}")
+    if section == "negatives" and "source" not in given:
+        auxiliary = (config.get("data") or {}).get("auxiliary")
+        given = {**given, "source": "auxiliary" if auxiliary else "in_distribution"}
+    constructor, fixed = _constructor(section, given)
+    defaults = {**fixed, **_defaults(section, constructor)}
+    _check_keys(f"{section}.", given, defaults, constructor.__name__)
+    return {
+        key: _checked(f"{section}.{key}", given.get(key, default), default)
+        for key, default in defaults.items()
+    }
+
+
+def constructor(section, type_name=None):
+    """The class or function whose arguments a section holds.
+
+    Args:
+        section: One of `SECTIONS`.
+        type_name: For a backbone or an optimizer, which.
+
+    Returns:
+        A callable.
+    """
+    import keras
+
+    import sddns_tf
+
+    if section == "data":
+        return DataOptions
+    if section == "backbone":
+        return sddns_tf.ConvNet if type_name == "convnet" else getattr(sddns_tf, type_name)
+    if section == "optimizer":
+        found = getattr(keras.optimizers, str(type_name), None)
+        if not (inspect.isclass(found) and issubclass(found, keras.optimizers.Optimizer)):
+            raise UsageError(
+                "optimizer.type must be the name of a Keras optimizer, such as Adam. "
+                f"Received: {type_name!r}"
+            )
+        return found
+    return {
+        "views": sddns_tf.MultiCrop,
+        "negatives": sddns_tf.Negatives,
+        "head": sddns_tf.ProjectionHead,
+        "model": sddns_tf.SelfDistillation,
+        "detector": sddns_tf.Detector.from_images,
+    }[section]
+
+
+def _constructor(section, given):
+    """The constructor of a section, and which it is, with that key's default."""
+    if section == "optimizer":
+        name = given.get("type", "Adam")
+        return constructor(section, name), {"type": name}
+    if section != "backbone":
+        return constructor(section), {}
+    name = given.get("type", "convnet")
+    if str(name).endswith(".keras"):
+        return (lambda: None), {"type": name}
+    if name not in BACKBONES:
+        raise UsageError(
+            f"backbone.type must be one of {', '.join(BACKBONES)} or a .keras file. "
+            f"Received: {name!r}"
+        )
+    return constructor(section, name), {"type": name, "weights": None}
+
+
+def _defaults(section, constructor):
+    """Arguments of a constructor that a section may hold, and their defaults."""
+    parameters = dict(inspect.signature(constructor).parameters)
+    if any(one.kind == one.VAR_KEYWORD for one in parameters.values()) and section == "backbone":
+        import sddns_tf
+
+        if constructor is not sddns_tf.ConvNet:  # the presets hand theirs on
+            parent = inspect.signature(sddns_tf.VisionTransformer).parameters
+            parameters = {**_without_preset_defaults(parent), **parameters}
+    return {
+        name: None if one.default is one.empty else _as_json(one.default)
+        for name, one in parameters.items()
+        if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
+        and name not in _GIVEN.get(section, ())
+    }
+
+
+def _without_preset_defaults(parameters):
+    """A preset has widths and depths of its own: None leaves them to it."""
+    sizes = ("hidden_dim", "depth", "num_heads")
+    return {
+        name: one.replace(default=None) if name in sizes else one
+        for name, one in parameters.items()
+    }
+
+
+def _as_json(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _check_keys(prefix, given, known, owner):
+    for key in given:
+        if key not in known:
+            raise UsageError(
+                f"{prefix}{key} is no option of {owner}. Received: {given[key]!r}. There are: "
+                f"{', '.join(prefix + name for name in sorted(known))}"
+            )
+
+
+def _checked(key, value, default):
+    """The value, if it is of the type of the default; what the constructor checks is left to it."""
+    section = key.partition(".")[0]
+    if isinstance(value, dict) and section in ("model", "optimizer"):
+        return value  # a form of `schedule_forms`
+    expected = None
+    if isinstance(default, bool):
+        expected = None if isinstance(value, bool) else "true or false"
+    elif isinstance(default, (int, float)):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        expected = None if is_number else "a number"
+        if isinstance(default, int) and is_number and value != int(value):
+            expected = "an int"
+    elif isinstance(default, str):
+        expected = None if isinstance(value, str) else "a string"
+    elif isinstance(default, list):
+        expected = None if isinstance(value, list) else "a list, such as " + json.dumps(default)
+    if expected:
+        raise UsageError(f"{key} must be {expected}. Received: {json.dumps(value)}")
+    return value

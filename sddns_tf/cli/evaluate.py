@@ -1,0 +1,220 @@
+r"""Measure how well a detector tells normal images from others.
+
+    sddns evaluate --model=parts/detector.keras --test=folder:parts/fresh \
+        --ood=scratched=folder:parts/scratched,npz:photos.npz --output_dir=parts/evaluation
+
+AUROC, AUPR, FPR95 and the share flagged at the calibrated threshold of every set, each with a 95 %
+interval; with --data, whose images have labels, the k-NN accuracy of the features too. --test must
+be images that were neither trained nor calibrated on.
+
+A training model or a backbone (model.keras, backbone.keras) will do for --model as well: give
+--data and --calibration then, from which a detector is made.
+
+Prints the table as Markdown. Writes to --output_dir: table.md, table.csv, results.json and
+report.html, one page that needs no network: charts, galleries, the configuration.
+"""
+
+import json
+import pathlib
+
+from sddns_tf import files
+from sddns_tf.cli import configuration, quiet, sources
+from sddns_tf.cli.console import Parser, positive_int, require, say, share, verbose
+from sddns_tf.cli.errors import user_input
+from sddns_tf.cli.scorers import load_keras
+
+
+def parser():
+    """The options of the command."""
+    parser = Parser("evaluate", __doc__)
+    group = parser.group("what most people need")
+    group.add_argument("--model", help="Detector, training model or backbone (.keras).")
+    group.add_argument("--test", help="Source of fresh normal images (split: test).")
+    group.add_argument(
+        "--ood",
+        action="append",
+        help="Sources of OOD images, with commas between, each perhaps as NAME=SOURCE (split: "
+        "test). May be repeated.",
+    )
+    group.add_argument(
+        "--data",
+        help="Source of the normal images trained on (split: train): the bank, where --model is "
+        "no detector, and the neighbors of the k-NN accuracy.",
+    )
+    group.add_argument("--output_dir", help="Folder to write to.")
+    group = parser.group("images")
+    group.add_argument("--data_dir", help="Folder of prepared TFDS sets; default: $TFDS_DATA_DIR.")
+    group.add_argument(
+        "--limit", type=positive_int, help="Score at most so many images of each set."
+    )
+    group = parser.group("detector")
+    group.add_argument(
+        "--calibration",
+        help="Source of in-distribution images that are not trained on, to set the threshold anew "
+        "(split: test).",
+    )
+    group.add_argument(
+        "--false_positive_rate", type=share, help="Largest share of normal images to flag."
+    )
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="detector.KEY=VALUE",
+        help="An argument of `Detector.from_images`, such as detector.k=10, where --model is no "
+        "detector. May be repeated.",
+    )
+    group.add_argument(
+        "--resize",
+        choices=("squash", "crop"),
+        default="squash",
+        help="How it brings images of another shape to the resolution, where --model is none.",
+    )
+    group.add_argument("--seed", type=int, default=0, help="Fixes all that is random.")
+    group = parser.group("report")
+    group.add_argument(
+        "--resamples", type=positive_int, default=1000, help="Draws of the bootstrap."
+    )
+    group.add_argument(
+        "--gallery_size", type=positive_int, default=12, help="Images in a gallery, about."
+    )
+    group.add_argument("--title", help="Title of the report.")
+    return parser
+
+
+def load_detector(options):
+    """The detector that --model is, or one made of the backbone that it is."""
+    import sddns_tf
+
+    model = load_keras("model", options.model)
+    if not isinstance(model, sddns_tf.Detector):
+        require(options, "data", "calibration")
+        return make_detector(model, options)
+    if options.calibration:
+        source = sources.parse("calibration", options.calibration, "test")
+        images = sources.read(
+            "calibration", source, data_dir=options.data_dir, **sources.seen_by(model)
+        )
+        with user_input("calibration"):
+            model.recalibrate(images, options.false_positive_rate, verbose=verbose())
+    elif options.false_positive_rate is not None:
+        with user_input("false_positive_rate"):
+            model.recalibrate(false_positive_rate=options.false_positive_rate)
+    return model
+
+
+def make_detector(model, options):
+    """A detector of a training model or a backbone."""
+    import sddns_tf
+
+    given = {}
+    if isinstance(model, sddns_tf.SelfDistillation):
+        given = {"mean": model.mean, "std": model.std, "image_size": model.views.image_size}
+        model = model.teacher_backbone
+    settings = [configuration.parse_setting(text) for text in options.set]
+    if options.false_positive_rate is not None:
+        settings.append(("detector.false_positive_rate", options.false_positive_rate))
+    config = configuration.resolve({}, settings)
+    reading = {"data_dir": options.data_dir, "resize": options.resize}
+    source = sources.parse("data", options.data, "train")
+    bank = sources.read("data", source, **reading)
+    source = sources.parse("calibration", options.calibration, "test")
+    calibration = sources.read("calibration", source, image_size=bank.shape[1:3], **reading)
+    with user_input():
+        return sddns_tf.Detector.from_images(
+            model,
+            bank_images=bank,
+            calibration_images=calibration,
+            resize=options.resize,
+            seed=options.seed,
+            verbose=verbose(),
+            **given,
+            **config["detector"],
+        )
+
+
+def read_sets(options, reading):
+    """Normal images and OOD images by name, and what is known of classes."""
+    limited = {**reading, "limit": options.limit}
+    source = sources.parse("test", options.test, "test")
+    normal, labels = sources.read_labeled("test", source, **limited)
+    ood = {
+        each.name: sources.read("ood", each, **limited)
+        for each in sources.parse_list("ood", options.ood, "test")
+    }
+    if not options.data:
+        return normal, ood, None, None
+    source = sources.parse("data", options.data, "train")
+    labeled = sources.read_labeled("data", source, **reading)
+    if labels is None or labeled[1] is None:
+        say("No k-NN accuracy: --data or --test has no labels.")
+        return normal, ood, None, None
+    return normal, ood, labels, labeled
+
+
+def settings_of(detector, options):
+    """What the report lists: what was asked for, and the detector's own settings."""
+    extractor = detector.extractor
+    settings = {
+        "model": options.model,
+        "test": options.test,
+        "ood": ", ".join(options.ood),
+        "backbone": f"{extractor.backbone.name}, {extractor.backbone.count_params():,} parameters",
+        "resolution": extractor.resolution,
+        "resize": extractor.resize,
+        "image_size": extractor.image_size,
+        "bank": detector.bank.shape[0],
+        "calibration images": detector.calibration_scores.shape[0],
+        "score_temperature": detector.temperature,
+        "score_offset": detector.offset,
+        "neighbors": detector.k,
+        "resamples": options.resamples,
+    }
+    beside = pathlib.Path(options.model).expanduser().with_name("config.json")
+    if beside.is_file():
+        with user_input():
+            trained = configuration.flat(json.loads(beside.read_text(encoding="utf-8")))
+        trained.pop("derived", None)
+        settings.update((f"training: {name}", value) for name, value in trained.items())
+    return settings
+
+
+def main(argv):
+    """Score, measure, write."""
+    options = parser().parse_args(argv)
+    require(options, "model", "test", "ood", "output_dir")
+    for option, split in (("test", "test"), ("data", "train"), ("calibration", "test")):
+        if text := getattr(options, option):
+            sources.parse(option, text, split)  # before anything slow
+    sources.parse_list("ood", options.ood, "test")
+    quiet.import_tensorflow()
+
+    import sddns_tf
+    from sddns_tf import evaluation, report
+
+    detector = load_detector(options)
+    reading = {"data_dir": options.data_dir, **sources.seen_by(detector)}
+    normal, ood, labels, labeled = read_sets(options, reading)
+    found = evaluation.evaluate(
+        detector,
+        normal,
+        ood,
+        labels,
+        labeled,
+        resamples=options.resamples,
+        seed=options.seed,
+        verbose=verbose(),
+    )
+    settings = settings_of(detector, options)
+    table = evaluation.markdown(found)
+    results = {**found.as_dict(), "version": sddns_tf.__version__, "configuration": settings}
+    title = options.title or f"Evaluation of {pathlib.Path(options.model).name}"
+    output_dir = pathlib.Path(options.output_dir).expanduser()
+    with user_input("output_dir", OSError):
+        files.write_text(output_dir / "table.md", table)
+        files.write_text(output_dir / "table.csv", evaluation.csv(found))
+        files.write_json(output_dir / "results.json", results)
+        page = output_dir / "report.html"
+        report.write(page, found, detector, title, settings, options.gallery_size)
+    print(table)
+    say(f"Report: {page.resolve()}")

@@ -1,0 +1,137 @@
+r"""Write a detector for servers (SavedModel) and for devices (TFLite).
+
+    sddns export --detector=parts/detector.keras --saved_model=exports/parts \
+        --tflite=parts.tflite --quantization=dynamic --calibration=folder:parts/held_out
+
+Either export carries everything: resizing, normalization, backbone, bank, score, calibration. It is
+run in a process of its own and compared with the detector before it gets its name; where they
+disagree nothing is left behind. Prints a line of JSON for each export.
+
+A .tflite file whose scores are not quite the detector's (quantization, a bank of more than
+--tflite_bank_size) is calibrated anew, on --calibration: name the images that the detector was
+calibrated with.
+"""
+
+import json
+import pathlib
+
+from sddns_tf.cli import quiet, sources
+from sddns_tf.cli.console import Parser, positive_int, require, say, verbose
+from sddns_tf.cli.errors import UsageError, user_input
+from sddns_tf.cli.scorers import load_keras
+
+
+def parser():
+    """The options of the command."""
+    parser = Parser("export", __doc__)
+    group = parser.group("what most people need")
+    group.add_argument("--detector", help="Detector to export (.keras).")
+    group.add_argument("--saved_model", help="Folder in which to write the SavedModel's version.")
+    group.add_argument("--tflite", help="File to write (.tflite).")
+    group.add_argument(
+        "--quantization",
+        choices=("none", "float16", "dynamic", "int8"),
+        default="none",
+        help="Of the backbone in the .tflite file.",
+    )
+    group.add_argument(
+        "--calibration",
+        help="Source of in-distribution images that are neither trained on nor in the bank, to "
+        "calibrate the .tflite file with (split: test).",
+    )
+    group = parser.group("images to compare on")
+    group.add_argument(
+        "--representative",
+        help="Source of normal images on which exports are compared, and which set the ranges of "
+        "int8 (split: train).",
+    )
+    group.add_argument(
+        "--limit", type=positive_int, default=128, help="Representative images to use, at most."
+    )
+    group.add_argument("--data_dir", help="Folder of prepared TFDS sets; default: $TFDS_DATA_DIR.")
+    group = parser.group("the exports")
+    group.add_argument(
+        "--version", type=positive_int, help="Of the SavedModel; default: one more than the last."
+    )
+    group.add_argument(
+        "--tflite_bank_size",
+        type=positive_int,
+        default=1000,
+        help="Compress the file's bank to at most so many centers.",
+    )
+    group.add_argument(
+        "--tflite_batch_size", type=positive_int, help="Images it takes at a time; default: any."
+    )
+    return parser
+
+
+def check(options):
+    """Refuse what does not fit together, before anything slow."""
+    require(options, "detector")
+    if not (options.saved_model or options.tflite):
+        raise UsageError("--saved_model or --tflite is needed. Received: neither")
+    if options.tflite and not options.tflite.endswith(".tflite"):
+        raise UsageError(f"--tflite must end in .tflite. Received: {options.tflite}")
+    if options.quantization != "none" and not options.tflite:
+        raise UsageError(f"--quantization={options.quantization} needs --tflite. Received: none")
+    if options.quantization == "int8" and not options.representative:
+        raise UsageError("--quantization=int8 needs --representative. Received: none")
+    for option, split in (("calibration", "test"), ("representative", "train")):
+        if text := getattr(options, option):
+            sources.parse(option, text, split)
+
+
+def main(argv):
+    """Export to each place that the options name."""
+    options = parser().parse_args(argv)
+    check(options)
+    quiet.import_tensorflow()
+
+    import sddns_tf
+
+    detector = load_keras("detector", options.detector, sddns_tf.Detector)
+    images = read(detector, options, "representative", "train", options.limit)
+    if options.saved_model:
+        say("Writing and checking the SavedModel")
+        with user_input("saved_model"):
+            path = sddns_tf.export.saved_model(
+                detector, options.saved_model, version=options.version, images=images
+            )
+        tell("saved_model", path)
+    if options.tflite:
+        say("Writing and checking the TFLite file")
+        calibration = read(detector, options, "calibration", "test")
+        with user_input("tflite"):
+            path = sddns_tf.export.tflite(
+                detector,
+                options.tflite,
+                quantization=None if options.quantization == "none" else options.quantization,
+                representative_images=images,
+                calibration_images=calibration,
+                bank_size=options.tflite_bank_size,
+                batch_size=options.tflite_batch_size,
+                verbose=verbose(),
+            )
+        tell("tflite", path)
+
+
+def read(detector, options, option, split, limit=None):
+    """The images that an option names, as the detector sees them, or None."""
+    text = getattr(options, option)
+    if not text:
+        return None
+    return sources.read(
+        option,
+        sources.parse(option, text, split),
+        data_dir=options.data_dir,
+        limit=limit,
+        **sources.seen_by(detector),
+    )
+
+
+def tell(kind, path):
+    """Print where an export is and how large."""
+    path = pathlib.Path(path)
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    print(json.dumps({"export": kind, "path": str(path.resolve()), "bytes": size}), flush=True)

@@ -1,0 +1,143 @@
+"""The images of a training: each source is read once, and gives batches from any step on."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from sddns_tf.cli import sources
+from sddns_tf.cli.errors import UsageError, user_input
+
+
+class Images(NamedTuple):
+    """What a training sees.
+
+    Attributes:
+        training: uint8 `(N, H, W, 3)`, or None where they are read in each epoch.
+        calibration: uint8 `(M, H, W, 3)`, images that are not trained on.
+        auxiliary: uint8 `(A, H, W, 3)`; None without, and where they are read in each epoch.
+        resolution: Height and width of all of them.
+    """
+
+    training: np.ndarray | None
+    calibration: np.ndarray
+    auxiliary: np.ndarray | None
+    resolution: tuple
+
+
+def read(config, data_options, data_dir):
+    """Read what is held in memory.
+
+    Args:
+        config: Resolved configuration.
+        data_options: `DataOptions` of it.
+        data_dir: Folder of prepared TFDS sets, or None.
+
+    Returns:
+        `Images`.
+
+    Raises:
+        UsageError: If a source cannot be read, or leaves too few images to calibrate.
+    """
+    resolution = data_options.resolution
+    if resolution is None and data_options.source.startswith("folder:"):
+        resolution = config["views"]["image_size"]
+    reading = _reading(data_options, data_dir, resolution)
+    training = None
+    if data_options.in_memory:
+        source = sources.parse("data", data_options.source, "train")
+        training = sources.read("data", source, limit=data_options.limit, **reading)
+        reading["image_size"] = training.shape[1:3]
+    if data_options.calibration:
+        source = sources.parse("calibration", data_options.calibration, "test")
+        calibration = sources.read("calibration", source, **reading)
+    else:
+        training, calibration = _held_out(config, data_options, training)
+    resolution = tuple(calibration.shape[1:3])
+    auxiliary = None
+    if needs_auxiliary(config) and data_options.in_memory:
+        reading["image_size"] = resolution
+        source = sources.parse("auxiliary", data_options.auxiliary, "train")
+        auxiliary = sources.read("auxiliary", source, **reading, **_excluded(data_options))
+    return Images(training, calibration, auxiliary, resolution)
+
+
+def batches(config, data_options, data_dir, images, first_batch=None):
+    """Shuffled batches of images, with auxiliary images where negatives need them.
+
+    Args:
+        config: Resolved configuration.
+        data_options: `DataOptions` of it.
+        data_dir: Folder of prepared TFDS sets, or None.
+        images: `Images`.
+        first_batch: None for one epoch; else the batches have no end, and begin with this one.
+
+    Returns:
+        `tf.data.Dataset` that `SelfDistillation.fit` takes.
+    """
+    from sddns_tf import data
+
+    options = {"batch_size": config["batch_size"], "shuffle": True, "first_batch": first_batch}
+    reading = _reading(data_options, data_dir, images.resolution)
+
+    def load(option, text, array, **more):
+        if array is None:
+            source = sources.parse(option, text, "train")
+            return sources.stream(option, source, **reading, **options, **more)
+        more.pop("exclude_labels", None)  # left out when it was read
+        with user_input(option):
+            return data.load(array, **options, **more)
+
+    normal = load(
+        "data", data_options.source, images.training, seed=config["seed"], drop_remainder=True
+    )
+    if not needs_auxiliary(config):
+        return normal
+    auxiliary = load(
+        "auxiliary",
+        data_options.auxiliary,
+        images.auxiliary,
+        seed=config["seed"] + 1,
+        **_excluded(data_options),
+    )
+    return data.with_auxiliary(normal, auxiliary)
+
+
+def bank(config, data_options, data_dir, images):
+    """The training images as `Detector.from_images` takes them: in memory, or in batches."""
+    if images.training is not None:
+        return images.training
+    source = sources.parse("data", data_options.source, "train")
+    reading = _reading(data_options, data_dir, images.resolution)
+    return sources.stream("data", source, batch_size=config["batch_size"], **reading)
+
+
+def needs_auxiliary(config):
+    """Whether negatives are made of auxiliary images."""
+    negatives = config["negatives"]
+    return negatives is not None and negatives["source"] != "in_distribution"
+
+
+def _reading(data_options, data_dir, resolution):
+    size = tuple(resolution) if isinstance(resolution, list) else resolution
+    return {"data_dir": data_dir, "image_size": size, "resize": data_options.resize}
+
+
+def _excluded(data_options):
+    if not data_options.auxiliary_exclude:
+        return {}
+    return {"exclude_labels": sources.read_class_names(data_options.auxiliary_exclude)}
+
+
+def _held_out(config, data_options, images):
+    """Training images without some that calibrate, and those."""
+    order = np.random.default_rng(config["seed"]).permutation(len(images))
+    count = math.ceil(data_options.calibration_share * len(images))
+    rate = config["detector"]["false_positive_rate"]
+    needed = math.ceil(1 / rate - 1e-6) - 1
+    if count < needed or count >= len(images):
+        raise UsageError(
+            f"--calibration_share={data_options.calibration_share} of {len(images)} images is "
+            f"{count}; --false_positive_rate={rate} needs at least {needed}, and some to train on."
+        )
+    return images[np.sort(order[count:])], images[np.sort(order[:count])]

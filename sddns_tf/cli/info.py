@@ -1,0 +1,204 @@
+"""Tell what a .keras file, a SavedModel or a .tflite file holds.
+
+    sddns info parts/detector.keras
+    sddns info exports/parts
+    sddns info --json parts.tflite
+
+A .tflite file is read without TensorFlow.
+"""
+
+import json
+import pathlib
+import zipfile
+
+from sddns_tf.cli import quiet
+from sddns_tf.cli.console import Parser
+from sddns_tf.cli.errors import UsageError, user_input
+from sddns_tf.cli.scorers import load_keras, saved_model_folder
+
+
+def parser():
+    """The options of the command."""
+    parser = Parser("info", __doc__)
+    parser.usage = "sddns info [--json] FILE"
+    parser.add_argument("file", metavar="FILE", help="File, or folder of a SavedModel.")
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
+    return parser
+
+
+def describe(path):
+    """What a file holds.
+
+    Args:
+        path: Path of a `.keras` or `.tflite` file or of a SavedModel's folder.
+
+    Returns:
+        Dictionary, as JSON takes it.
+
+    Raises:
+        UsageError: If it is none of them.
+    """
+    path = pathlib.Path(path).expanduser()
+    if path.suffix == ".tflite" and path.is_file():
+        return _tflite(path)
+    if path.suffix == ".keras" and path.is_file():
+        return _keras(path)
+    if (folder := saved_model_folder(path)) is not None:
+        return _saved_model(folder)
+    raise UsageError(
+        "FILE must be a .keras file, a .tflite file or a SavedModel's folder, and be there. "
+        f"Received: {path}"
+    )
+
+
+def _tflite(path):
+    file = path.read_bytes()
+    with user_input("FILE"):
+        from ai_edge_litert.interpreter import Interpreter
+
+        from sddns_tf.export import metadata
+
+        try:
+            description = metadata.description(file)
+            interpreter = Interpreter(model_content=file)
+        # Whatever reading bytes that are no such file raises.
+        except Exception as error:
+            raise UsageError(f"{path} cannot be read: {error}") from error
+    inputs = interpreter.get_input_details()[0]
+    return {
+        "file": str(path),
+        "holds": "detector (TFLite)",
+        "bytes": len(file),
+        "input": {"dtype": inputs["dtype"].__name__, "shape": inputs["shape_signature"].tolist()},
+        **{key: value for key, value in description.items() if key != "buffers"},
+        "operators": metadata.operators(file),
+    }
+
+
+def _saved_model(folder):
+    described = folder / "assets.extra" / "metadata.json"
+    if not described.is_file():
+        raise UsageError(f"{folder} must be an export of this package. Received: no {described}")
+    with user_input("FILE"):
+        found = json.loads(described.read_text(encoding="utf-8"))
+    keys = (
+        "name", "version", "training_data", "written", "false_positive_rate", "threshold",
+        "calibration_size", "bank_size", "feature_dimension", "resolution", "max_pixels",
+        "self_check", "packages",
+    )  # fmt: skip
+    extractor = found.get("configuration", {}).get("extractor", {}).get("config", {})
+    return {
+        "file": str(folder),
+        "holds": "detector (SavedModel)",
+        "bytes": sum(one["bytes"] for one in found["files"].values()),
+        **{key: found[key] for key in keys if key in found},
+        "resize": extractor.get("resize", "squash"),
+        "signatures": _signatures(folder),
+    }
+
+
+def _signatures(folder):
+    """Names and shapes of what each signature takes and gives."""
+    quiet.import_tensorflow()
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    graph = saved_model_pb2.SavedModel.FromString((folder / "saved_model.pb").read_bytes())
+    return {
+        name: {
+            "takes": sorted(signature.inputs),
+            "gives": sorted(signature.outputs),
+        }
+        for name, signature in sorted(graph.meta_graphs[0].signature_def.items())
+        if not name.startswith("__")
+    }
+
+
+def _keras(path):
+    quiet.import_tensorflow()
+    model = load_keras("FILE", path)
+    found = {"file": str(path), "holds": type(model).__name__, "bytes": path.stat().st_size}
+    with zipfile.ZipFile(path) as archive:
+        found["keras"] = json.loads(archive.read("metadata.json"))["keras_version"]
+    describers = {"Detector": _detector, "SelfDistillation": _self_distillation}
+    return {**found, **describers.get(type(model).__name__, _network)(model)}
+
+
+def _detector(detector):
+    extractor = detector.extractor
+    return {
+        "backbone": _network(extractor.backbone),
+        "resolution": extractor.resolution,
+        "resize": extractor.resize,
+        "image_size": extractor.image_size,
+        "mean": extractor.mean,
+        "std": extractor.std,
+        "bank_rows": detector.bank.shape[0],
+        "feature_dimension": extractor.feature_dim,
+        "temperature": detector.temperature,
+        "offset": detector.offset,
+        "k": detector.k,
+        "calibration_images": detector.calibration_scores.shape[0],
+        "false_positive_rate": detector.false_positive_rate,
+        "threshold": detector.threshold,
+    }
+
+
+def _self_distillation(model):
+    from sddns_tf import shifts
+
+    negatives = None
+    if model.negatives is not None:
+        negatives = {
+            "shift": shifts.name_of(model.negatives.shift),
+            "source": model.negatives.source,
+        }
+    return {
+        "steps": int(model.step),
+        "backbone": _network(model.student_backbone),
+        "head_parameters": model.student_head.count_params(),
+        "prototypes": model.center.shape[0],
+        "image_size": model.views.image_size,
+        "local_views": model.views.local_views,
+        "negatives": negatives,
+        "mean": model.mean,
+        "std": model.std,
+    }
+
+
+def _network(model):
+    size = getattr(model, "image_size", None) or tuple(model.input_shape[1:3])
+    return {
+        "class": type(model).__name__,
+        "name": model.name,
+        "parameters": model.count_params(),
+        "input": [None if side is None else int(side) for side in size],
+        "features": model.compute_output_shape((None, *size, 3))[-1],
+    }
+
+
+def lines(found, indent=""):
+    """A description as lines of text, nested ones indented.
+
+    Args:
+        found: Dictionary from `describe`.
+        indent: What each line begins with.
+
+    Yields:
+        Strings.
+    """
+    width = max(map(len, found), default=0)
+    for key, value in found.items():
+        if isinstance(value, dict) and value:
+            yield f"{indent}{key}"
+            yield from lines(value, indent + "  ")
+            continue
+        if isinstance(value, (list, tuple)):
+            value = ", ".join("any" if one is None else str(one) for one in value)
+        yield f"{indent}{key:<{width}}  {'none' if value is None else value}"
+
+
+def main(argv):
+    """Describe the file."""
+    options = parser().parse_args(argv)
+    found = describe(options.file)
+    print(json.dumps(found, indent=2) if options.json else "\n".join(lines(found)))

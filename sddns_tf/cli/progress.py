@@ -1,0 +1,75 @@
+"""What a training says where no person watches a progress bar."""
+
+import time
+
+import keras
+
+from sddns_tf.cli.console import say
+
+_SECONDS_BETWEEN_LINES = 30.0
+_FIRST_SECONDS = 5.0
+
+
+class Progress(keras.callbacks.Callback):
+    """A line every half minute: the step, seconds per step, time left.
+
+    The first line comes after a few steps, so that what a run costs is known before its first epoch
+    ends. The first step, in which the graph is made, is not counted.
+
+    Args:
+        total_steps: Steps of the whole run.
+        steps_done: Steps done before, by a run that was stopped.
+        clock: Function of no arguments to seconds.
+    """
+
+    def __init__(self, total_steps, steps_done=0, clock=time.monotonic):
+        super().__init__()
+        self.total_steps = total_steps
+        self.step = steps_done
+        self._clock = clock
+        self._first_step = self._started = self._last_line = None
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Count, and tell where it is time to."""
+        del batch
+        self.step += 1
+        now = self._clock()
+        if self._started is None:
+            self._started, self._first_step = now, self.step
+            return
+        waits = _FIRST_SECONDS if self._last_line is None else _SECONDS_BETWEEN_LINES
+        if now - (self._last_line or self._started) >= waits:
+            self._last_line = now
+            self._tell(now, logs or {})
+
+    def on_epoch_end(self, epoch, logs=None):
+        """The first epoch may be over before the first line was due."""
+        del epoch
+        now = self._clock()
+        if self._last_line is None and self.step > self._first_step:
+            self._last_line = now
+            self._tell(now, logs or {})
+
+    def _tell(self, now, logs):
+        seconds = (now - self._started) / (self.step - self._first_step)
+        left = seconds * (self.total_steps - self.step)
+        loss = f", loss {float(logs['loss']):.3f}" if "loss" in logs else ""
+        say(
+            f"Step {self.step:,} of {self.total_steps:,}: {seconds:.3g} s a step, "
+            f"{duration(left)} left of {duration(seconds * self.total_steps)}{loss}"
+        )
+
+
+def duration(seconds):
+    """Seconds as a person says them, such as `"3.5 h"`.
+
+    Args:
+        seconds: Float.
+
+    Returns:
+        String.
+    """
+    for unit, length in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,241 @@
+r"""Score image files: a row of CSV or JSON for each, as it goes.
+
+    sddns score --model=parts.tflite --images=folder:camera > scores.csv
+    find camera -name '*.png' | sddns score --model=exports/parts/1 --images=-
+
+A row has path, ood_score (higher is more out-of-distribution), p_value, is_ood and error: a file
+that cannot be read gets its error and no score, and the others are scored. Memory does not grow
+with their number. A .tflite file is run without TensorFlow.
+
+Ends with 0 if all images were scored, with 2 if some were not, with 1 if nothing could be done.
+"""
+
+import contextlib
+import csv
+import itertools
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from sddns_tf.cli.console import Parser, positive_int, require, say
+from sddns_tf.cli.errors import UsageError, user_input
+from sddns_tf.cli.scorers import open_model
+
+FIELDS = ("path", "ood_score", "p_value", "is_ood", "error")
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png")
+
+
+def parser():
+    """The options of the command."""
+    parser = Parser("score", __doc__)
+    group = parser.group("what most people need")
+    group.add_argument("--model", help="A .tflite file, a SavedModel's folder or a .keras file.")
+    group.add_argument(
+        "--images",
+        help="folder:PATH (with its subfolders), list:FILE (a path on each line) or - (such a "
+        "list on stdin).",
+    )
+    group.add_argument("--output", help="File to write; default: stdout.")
+    group.add_argument(
+        "--format", choices=("csv", "jsonl"), help="Default: as --output's name ends, else csv."
+    )
+    group = parser.group("speed")
+    group.add_argument(
+        "--batch_size", type=positive_int, default=32, help="Images read and scored at a time."
+    )
+    group.add_argument(
+        "--threads", type=positive_int, help="CPU cores to use for a .tflite; default: all."
+    )
+    return parser
+
+
+def main(argv):
+    """Score what the options name."""
+    options = parser().parse_args(argv)
+    require(options, "model", "images")
+    paths = image_paths(options.images)
+    scorer = open_model(options.model, options.threads)
+    kind = options.format or ("jsonl" if str(options.output).endswith(".jsonl") else "csv")
+    counts = {"images": 0, "flagged": 0, "failed": 0}
+    with opened_output(options.output) as output:
+        write = row_writer(output, kind)
+        last_told = started = time.monotonic()
+        for rows in scored(scorer, paths, options.batch_size):
+            for row in rows:
+                write(row)
+                counts["images"] += 1
+                counts["flagged"] += bool(row["is_ood"])
+                counts["failed"] += bool(row["error"])
+            output.flush()
+            if time.monotonic() - last_told > 2:
+                last_told = time.monotonic()
+                rate = counts["images"] / (last_told - started)
+                say(f"{counts['images']} images, {rate:.1f}/s")
+    say(
+        f"{counts['images']} images, {counts['flagged']} of them out of distribution, "
+        f"{counts['failed']} not scored"
+    )
+    return 2 if counts["failed"] else 0
+
+
+def image_paths(text):
+    """Paths of the images that `--images` names, one after another.
+
+    Args:
+        text: `folder:PATH`, `list:FILE` or `-`.
+
+    Returns:
+        Iterator of strings.
+
+    Raises:
+        UsageError: If it is none of them, or there are no images.
+    """
+    kind, _, place = text.partition(":")
+    if text == "-":
+        return _listed(sys.stdin)
+    place = pathlib.Path(place).expanduser()
+    if kind == "list" and place.is_file():
+        return _listed(place.open(encoding="utf-8", errors="surrogateescape"))
+    if kind == "folder" and place.is_dir():
+        paths = _in_folder(place)
+        first = next(paths, None)
+        if first is None:
+            raise UsageError(f"--images: {place} must hold images ({', '.join(EXTENSIONS)}).")
+        return itertools.chain([first], paths)
+    raise UsageError(
+        f"--images must be folder:PATH, list:FILE or -, of what is there. Received: {text}"
+    )
+
+
+def _listed(lines):
+    """The paths of a list, without its empty lines."""
+    return (line.rstrip("\r\n") for line in lines if line.strip())
+
+
+def _in_folder(folder):
+    """The image files of a folder and its subfolders, hidden ones left out."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+                yield os.path.join(parent, name)
+
+
+def scored(scorer, paths, batch_size):
+    """Rows of so many images at a time, in the order of the paths.
+
+    Args:
+        scorer: `Scorer`.
+        paths: Iterator of strings.
+        batch_size: Images of a batch.
+
+    Yields:
+        List of dictionaries with the keys `FIELDS`.
+    """
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        while some := list(itertools.islice(paths, batch_size)):
+            images = list(pool.map(lambda path: read_image(path, scorer), some))
+            rows = [dict.fromkeys(FIELDS) | {"path": path} for path in some]
+            by_size = {}
+            for row, image in zip(rows, images, strict=True):
+                if isinstance(image, str):
+                    row["error"] = image
+                else:
+                    by_size.setdefault(image.shape, []).append((row, image))
+            for alike in by_size.values():
+                found = scorer.answer(np.stack([image for _, image in alike]))
+                for number, (row, _) in enumerate(alike):
+                    row.update({name: values[number].item() for name, values in found.items()})
+            yield rows
+
+
+def read_image(path, scorer):
+    """An image file as the scorer takes it.
+
+    Args:
+        path: String.
+        scorer: `Scorer`.
+
+    Returns:
+        uint8 `(H, W, 3)`, or a sentence on why the file cannot be read.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                return f"more than 8 bits a channel (mode {image.mode})"
+            image = ImageOps.exif_transpose(image).convert("RGB")
+            if scorer.size is not None:
+                image = _fitted(image, *scorer.size, scorer.resize)
+            return np.asarray(image)
+    # Whatever a damaged file makes a decoder raise, the other files are to be scored.
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".replace("\n", " ")
+
+
+def _fitted(image, height, width, resize):
+    """A Pillow image at a size, as `image_ops.fit` brings it there."""
+    from PIL import Image
+
+    columns, rows = image.size
+    box = (0, 0, columns, rows)
+    if resize == "crop":
+        new_rows = min(rows, max(1, columns * height // width))
+        new_columns = min(columns, max(1, rows * width // height))
+        left, top = (columns - new_columns) // 2, (rows - new_rows) // 2
+        box = (left, top, left + new_columns, top + new_rows)
+    # Cut first: what lies outside must not be mixed in at the edges.
+    return image.crop(box).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@contextlib.contextmanager
+def opened_output(path):
+    """Stdout, or a file that gets its name when it is whole.
+
+    What was written before an interruption is kept, as `PATH.partial`.
+
+    Args:
+        path: String, or None for stdout.
+
+    Yields:
+        Text file.
+    """
+    if path is None:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="surrogateescape")
+        yield sys.stdout
+        return
+    path = pathlib.Path(path).expanduser()
+    partial = path.with_name(f"{path.name}.partial")
+    with user_input("output"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = partial.open("w", encoding="utf-8", errors="surrogateescape", newline="")
+    try:
+        with file:
+            yield file
+    except BaseException:
+        say(f"What was scored is in {partial}")
+        raise
+    os.replace(partial, path)
+
+
+def row_writer(output, kind):
+    """A function that writes one row, as `"csv"` or `"jsonl"`."""
+    if kind == "jsonl":
+        return lambda row: output.write(json.dumps(_as_json(row)) + "\n")
+    writer = csv.DictWriter(output, FIELDS, lineterminator="\n")
+    writer.writeheader()
+    return lambda row: writer.writerow(_as_json(row))
+
+
+def _as_json(row):
+    """A row in which a number that is not finite is None, as JSON has none."""
+    finite = row["ood_score"] is None or math.isfinite(row["ood_score"])
+    return row if finite else {**row, "ood_score": None}

@@ -1,0 +1,151 @@
+"""Detectors of any kind of file as a function from images to answers.
+
+Of a `.tflite` file without TensorFlow and Keras: what a device has is enough.
+"""
+
+import os
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from sddns_tf.cli import quiet
+from sddns_tf.cli.errors import UsageError, user_input
+
+
+class Scorer(NamedTuple):
+    """A detector.
+
+    Attributes:
+        answer: Function from uint8 images `(N, H, W, 3)` to a dictionary of arrays `(N,)`.
+        size: Height and width of the images that it takes, or None for any.
+        resize: How an image is brought to that size: `"squash"` or `"crop"`.
+    """
+
+    answer: Callable
+    size: tuple | None = None
+    resize: str = "squash"
+
+
+def open_model(path, threads=None):
+    """The scorer of a file or folder.
+
+    Args:
+        path: A `.tflite` file, a SavedModel's folder or that of its versions, of which the last is
+            taken, or a `.keras` file.
+        threads: CPU cores to use for a `.tflite` file, or None for all.
+
+    Returns:
+        `Scorer`.
+
+    Raises:
+        UsageError: If there is none, or it cannot be loaded.
+    """
+    path = pathlib.Path(path).expanduser()
+    if path.suffix == ".tflite" and path.is_file():
+        return _tflite(path, threads)
+    if path.suffix == ".keras" and path.is_file():
+        return _keras(path)
+    if (folder := saved_model_folder(path)) is not None:
+        return _saved_model(folder)
+    raise UsageError(
+        "--model must be a .tflite file, a SavedModel's folder or a .keras file, and be there. "
+        f"Received: {path}"
+    )
+
+
+def saved_model_folder(path):
+    """The folder of a SavedModel itself, given that or the one of its versions; None if neither."""
+    if (path / "saved_model.pb").is_file():
+        return path
+    versions = [file.parent for file in path.glob("*/saved_model.pb")]
+    versions = [folder for folder in versions if folder.name.isdecimal()]
+    return max(versions, key=lambda folder: int(folder.name), default=None)
+
+
+def load_keras(option, path, kind=None):
+    """A saved model.
+
+    Args:
+        option: Name of the option, for the error.
+        path: Path of a `.keras` file.
+        kind: Class that it must be of, or None.
+
+    Returns:
+        Keras model.
+
+    Raises:
+        UsageError: If there is none of that kind.
+    """
+    import keras
+
+    import sddns_tf  # noqa: F401  (registers the classes)
+
+    path = pathlib.Path(path).expanduser()
+    if not path.is_file() or path.suffix != ".keras":
+        raise UsageError(f"--{option} must be a .keras file. Received: {path}")
+    try:
+        model = keras.saving.load_model(path)
+    except Exception as error:  # Keras lets through whatever zipfile, json and h5py raise.
+        raise UsageError(f"--{option}: {path} cannot be loaded: {error}") from error
+    if kind is not None and not isinstance(model, kind):
+        raise UsageError(
+            f"--{option} must hold a {kind.__name__}. Received: {path}, which holds a "
+            f"{type(model).__name__}"
+        )
+    return model
+
+
+def _tflite(path, threads):
+    with user_input("model"):
+        from ai_edge_litert.interpreter import Interpreter
+
+        from sddns_tf.export import metadata
+
+    try:
+        interpreter = Interpreter(str(path), num_threads=threads or os.cpu_count())
+        runner = interpreter.get_signature_runner("serving_default")
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise UsageError(f"--model: {path} cannot be loaded: {error}") from error
+    with user_input("model"):
+        description = metadata.description(path.read_bytes())
+    batch, height, width, _ = interpreter.get_input_details()[0]["shape_signature"].tolist()
+
+    def answer(images):
+        if batch < 0:
+            return runner(images=images)
+        parts = []
+        for start in range(0, len(images), batch):
+            part = images[start : start + batch]
+            full = np.resize(part, (batch, *part.shape[1:]))
+            parts.append({k: v[: len(part)] for k, v in runner(images=full).items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    return Scorer(answer, (height, width), description.get("resize", "squash"))
+
+
+def _saved_model(folder):
+    quiet.import_tensorflow()
+    import tensorflow as tf
+
+    try:
+        signature = tf.saved_model.load(str(folder)).signatures["serving_default"]
+    except (OSError, KeyError, tf.errors.OpError) as error:
+        raise UsageError(f"--model: {folder} cannot be loaded: {error}") from error
+    return Scorer(
+        lambda images: {k: v.numpy() for k, v in signature(images=tf.constant(images)).items()}
+    )
+
+
+def _keras(path):
+    quiet.import_tensorflow()
+    import tensorflow as tf
+
+    import sddns_tf
+
+    detector = load_keras("model", path, sddns_tf.Detector)
+    # Traced once for all sizes, or memory would grow with their number.
+    spec = tf.TensorSpec([None, None, None, 3], tf.uint8)
+    call = tf.function(lambda images: detector(images), input_signature=[spec], autograph=False)
+    return Scorer(lambda images: {name: value.numpy() for name, value in call(images).items()})

@@ -1,0 +1,232 @@
+r"""Choose the shift without labels and without OOD data: train one model per strategy.
+
+    sddns sensitivity --recipe=cpu_small --data_dir=TFDS --epochs=1 \
+        --strategies=rot90:auxiliary,perm4:auxiliary,pixel_perm:auxiliary --output_dir=shifts
+
+A strategy is SHIFT:SOURCE, or none for no negatives; all other options are those of `sddns train`
+and the same for each. Every model is scored on its held-out images against those images put through
+shifts that it was not trained on: the mean AUROC is the strategy's sensitivity, the highest is
+chosen.
+
+With --ood and --test, to check the choice, true AUROCs stand beside it, and Spearman's correlation
+of both with its bootstrap interval over strategies.
+
+Prints the table as Markdown. Writes to --output_dir a folder for each strategy, as `sddns train`
+does, with its sensitivity.json; results.json and sensitivity.png. The same command goes on where it
+was stopped: strategies that are done are not trained again.
+"""
+
+import json
+import pathlib
+
+import numpy as np
+
+from sddns_tf import files
+from sddns_tf.cli import quiet, sources, train
+from sddns_tf.cli.console import Parser, positive_int, say
+from sddns_tf.cli.errors import UsageError
+
+STRATEGIES = ",".join(
+    f"{shift}:auxiliary" for shift in ("rot90", "rot360", "perm4", "perm16", "pixel_perm")
+)
+_SOURCES = ("in_distribution", "auxiliary", "both")
+
+
+def parser():
+    """The options of the comparison, and those of `sddns train`."""
+    parser = Parser("sensitivity", __doc__)
+    group = parser.group("what most people need")
+    group.add_argument("--data", help="Source of the normal images to train on (split: train).")
+    group.add_argument(
+        "--auxiliary", help="Source of unrelated images that make negatives (split: train)."
+    )
+    group.add_argument(
+        "--strategies",
+        default=STRATEGIES,
+        help=f"Strategies to compare, each SHIFT:SOURCE or none. Default: {STRATEGIES}.",
+    )
+    group.add_argument("--epochs", type=positive_int, help="Epochs of each.")
+    group.add_argument("--output_dir", help="Folder to write to.")
+    group = parser.group("check of the choice")
+    group.add_argument("--test", help="Source of fresh normal images, for --ood (split: test).")
+    group.add_argument(
+        "--ood",
+        action="append",
+        default=[],
+        help="Sources of OOD images, with commas between (split: test). May be repeated.",
+    )
+    group.add_argument(
+        "--probe_images",
+        type=positive_int,
+        default=1000,
+        help="Images to score, at most, of each set.",
+    )
+    train.add_recipe_options(parser)
+    train.add_training_options(parser)
+    group = parser.group("network")
+    group.add_argument("--image_size", type=positive_int, help="Side of the network's input.")
+    return parser
+
+
+def strategies(text):
+    """The strategies of `--strategies`.
+
+    Args:
+        text: `SHIFT:SOURCE` or `none`, with commas between.
+
+    Returns:
+        Dictionary from the name of each to its shift and source.
+
+    Raises:
+        UsageError: If they are wrong, or the same one stands twice.
+    """
+    found = {}
+    for name in text.split(","):
+        shift, _, source = name.partition(":")
+        expected = ("",) if shift == "none" else _SOURCES
+        if shift not in train.SHIFTS or source not in expected or name in found:
+            raise UsageError(
+                "--strategies must be different ones of SHIFT:SOURCE or none, with SHIFT in "
+                f"{train.SHIFTS[:-1]} and SOURCE in {_SOURCES}. Received: {text}"
+            )
+        found[name] = shift, source or "in_distribution"
+    return found
+
+
+def configuration_of(options, shift, source):
+    """The resolved configuration of one strategy."""
+    from sddns_tf.cli import configuration
+
+    config = train.configuration_of(options)
+    negatives = None if shift == "none" else {"shift": shift, "source": source}
+    return configuration.resolve(config, [("negatives", negatives)])
+
+
+def measure(name, config, place, options):
+    """Train one strategy and score it, or read what was found before."""
+    import keras
+
+    from sddns_tf import sensitivity
+    from sddns_tf.cli import training
+
+    path = pathlib.Path(place.output_dir) / "sensitivity.json"
+    asked = {"ood": options.ood, "test": options.test, "probe_images": options.probe_images}
+    if path.exists() and place.resume:
+        training.check_same_run(config, place.output_dir)
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before["asked"] == asked:
+            say(f"Strategy {name} is done")
+            return before
+    path.unlink(missing_ok=True)
+    detector, images = training.train(config, place)
+    negatives = config["negatives"]
+    found = {
+        "asked": asked,
+        "sensitivity": sensitivity.sensitivity(
+            detector,
+            images.calibration[: options.probe_images],
+            trained_on=negatives and negatives["shift"],
+            seed=config["seed"],
+        ),
+        "auroc": true_aurocs(detector, options),
+    }
+    files.write_json(path, found)
+    keras.backend.clear_session()
+    return found
+
+
+def true_aurocs(detector, options):
+    """AUROC against each OOD set, by name."""
+    from sddns_tf import metrics
+
+    reading = {
+        "data_dir": options.data_dir,
+        "limit": options.probe_images,
+        **sources.seen_by(detector),
+    }
+
+    def scores(option, source):
+        images = sources.read(option, source, **reading)
+        return detector.predict(images, batch_size=256, verbose=0)["ood_score"]
+
+    if not options.ood:
+        return {}
+    normal = scores("test", sources.parse("test", options.test, "test"))
+    return {
+        source.name: metrics.ood_metrics(normal, scores("ood", source))["auroc"]
+        for source in sources.parse_list("ood", options.ood, "test")
+    }
+
+
+def summary(found):
+    """The choice, and how well it could be told: what results.json holds."""
+    from sddns_tf import sensitivity
+
+    means = {name: one["sensitivity"]["mean"] for name, one in found.items()}
+    aurocs = {
+        name: float(np.mean(list(one["auroc"].values())))
+        for name, one in found.items()
+        if one["auroc"]
+    }
+    correlation = None
+    if len(aurocs) > 2:
+        values = sensitivity.rank_correlation(
+            list(means.values()), [aurocs[name] for name in means]
+        )
+        correlation = dict(zip(("value", "low", "high"), values, strict=True))
+    return {
+        "chosen": max(means, key=means.get),
+        "sensitivity": means,
+        "mean_auroc": aurocs,
+        "spearman": correlation,
+        "strategies": found,
+    }
+
+
+def table(results):
+    """The summary as Markdown, the most sensitive strategy first."""
+    names = sorted(results["sensitivity"], key=results["sensitivity"].get, reverse=True)
+    sets = list(next(iter(results["strategies"].values()))["auroc"])
+    head = ["strategy", "sensitivity", *(["mean AUROC"] if sets else []), *sets]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    for name in names:
+        true = results["strategies"][name]["auroc"]
+        values = [results["sensitivity"][name]]
+        values += [results["mean_auroc"][name], *true.values()] if sets else []
+        lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
+    lines += ["", f"Chosen: {results['chosen']}"]
+    if correlation := results["spearman"]:
+        lines.append(
+            f"Spearman's correlation of sensitivity and mean AUROC: {correlation['value']:.2f} "
+            f"(95 % interval over strategies {correlation['low']:.2f} to {correlation['high']:.2f})"
+        )
+    return "\n".join(lines)
+
+
+def main(argv):
+    """Train and score each strategy; choose."""
+    options = parser().parse_args(argv)
+    asked = strategies(options.strategies)
+    if options.ood and not options.test:
+        raise UsageError(f"--ood needs --test. Received: --ood={','.join(options.ood)} alone")
+    sources.parse_list("ood", options.ood, "test")
+    quiet.import_tensorflow()
+
+    from sddns_tf import plots, sensitivity
+    from sddns_tf.cli import training
+
+    place = train.place_of(options)
+    configs = {name: configuration_of(options, *strategy) for name, strategy in asked.items()}
+    for config in configs.values():
+        training.check(config)  # before anything slow
+    output_dir = pathlib.Path(place.output_dir).expanduser()
+    found = {}
+    for name, config in configs.items():
+        say(f"Strategy {name} ({len(found) + 1} of {len(configs)})")
+        own = place._replace(output_dir=str(output_dir / name.replace(":", "-")))
+        found[name] = measure(name, config, own, options)
+    results = summary(found)
+    files.write_json(output_dir / "results.json", results)
+    figure = sensitivity.bar_chart(results["sensitivity"], results["mean_auroc"])
+    plots.save(figure, output_dir / "sensitivity.png")
+    print(table(results))

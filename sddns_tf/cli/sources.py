@@ -1,0 +1,172 @@
+"""Sources of images on the command line: `tfds:NAME`, `tfds:NAME@SPLIT`, `folder:PATH`, `npz:PATH`.
+
+In a list of sources, each may be given the name that tables show: `NAME=SOURCE`.
+"""
+
+import os
+import pathlib
+from typing import NamedTuple
+
+from sddns_tf.cli.errors import UsageError, user_input
+
+KINDS = ("tfds", "folder", "npz")
+
+
+class Source(NamedTuple):
+    """Where images come from.
+
+    Attributes:
+        name: What tables call the set.
+        location: `"tfds:NAME"`, `"folder:PATH"` or `"npz:PATH"`, as `sddns_tf.data.load` takes it.
+        split: TFDS split; of no effect elsewhere.
+    """
+
+    name: str
+    location: str
+    split: str
+
+
+def parse(option, text, split):
+    """The source that the text of an option names.
+
+    Args:
+        option: Name of the option, for the error.
+        text: `SOURCE` or `NAME=SOURCE`.
+        split: TFDS split where the text names none.
+
+    Returns:
+        `Source`.
+
+    Raises:
+        UsageError: If the text names none.
+
+    Example:
+    >>> parse("ood", "scratched=folder:parts/scratched", "test")
+    Source(name='scratched', location='folder:parts/scratched', split='test')
+    """
+    start, equals, rest = text.partition("=")
+    name, location = (start, rest) if equals and ":" not in start else (None, text)
+    kind, _, place = location.partition(":")
+    if kind not in KINDS or not place or name == "":
+        hint = f" Is it folder:{location}?" if os.path.isdir(os.path.expanduser(location)) else ""
+        raise UsageError(
+            f"--{option} must be tfds:NAME, tfds:NAME@SPLIT, folder:PATH or npz:PATH. "
+            f"Received: {text}.{hint}"
+        )
+    if kind == "tfds":
+        place, at, given = place.partition("@")
+        split = given if at else split
+    default_name = place if kind == "tfds" else pathlib.Path(place).expanduser().resolve().stem
+    return Source(name or default_name, f"{kind}:{place}", split)
+
+
+def parse_list(option, texts, split):
+    """The sources of an option that takes several, each with a name of its own.
+
+    Args:
+        option: Name of the option, for the error.
+        texts: List of strings, each one source or several with commas between.
+        split: TFDS split where a text names none.
+
+    Returns:
+        List of `Source`.
+
+    Raises:
+        UsageError: If a text names no source, or two sources have the same name.
+    """
+    texts = [text for several in texts for text in several.split(",") if text]
+    found = [parse(option, text, split) for text in texts]
+    names = [source.name for source in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(
+                f"--{option} has two sets named {name}: name them, as in NAME=SOURCE. "
+                f"Received: {','.join(texts)}"
+            )
+    return found
+
+
+def stream(option, source, **options):
+    """Batches of the images of a source, read as they are needed.
+
+    Args:
+        option: Name of the option, for the error.
+        source: `Source`.
+        **options: Of `sddns_tf.data.load`: `batch_size`, `data_dir`, `image_size`, `resize`, ...
+
+    Returns:
+        `tf.data.Dataset` of uint8 `(B, H, W, 3)`.
+
+    Raises:
+        UsageError: If the source cannot be read.
+    """
+    from sddns_tf import data
+
+    with user_input(option):
+        return data.load(source.location, split=source.split, **_known(data.load, options))
+
+
+def read(option, source, **options):
+    """All images of a source in memory.
+
+    Args:
+        option: Name of the option, for the error.
+        source: `Source`.
+        **options: Of `sddns_tf.data.load_arrays`: `data_dir`, `image_size`, `resize`, `limit`, ...
+
+    Returns:
+        uint8 `(N, H, W, 3)`; with `with_labels=True` a pair of that and int64 `(N,)`.
+
+    Raises:
+        UsageError: If the source cannot be read.
+    """
+    from sddns_tf import data
+
+    with user_input(option):
+        return data.load_arrays(
+            source.location, split=source.split, **_known(data.load_arrays, options)
+        )
+
+
+def read_labeled(option, source, **options):
+    """As `read`, with the labels of the images, int64 `(N,)`, or None where they have none."""
+    try:
+        return read(option, source, with_labels=True, **options)
+    except UsageError as error:
+        if "with_labels" not in str(error):
+            raise
+        return read(option, source, **options), None
+
+
+def seen_by(detector):
+    """Options of `read` and `stream` that bring images to how a detector sees them.
+
+    Args:
+        detector: `Detector`.
+
+    Returns:
+        Dictionary of `image_size` and `resize`.
+    """
+    extractor = detector.extractor
+    size = extractor.resolution or extractor.image_size
+    return {"image_size": tuple(size), "resize": extractor.resize}
+
+
+def read_class_names(path):
+    """Names of classes in a text file: the first word of each line that is no comment."""
+    with user_input("auxiliary_exclude"):
+        lines = pathlib.Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    return [line.split()[0] for line in lines if line.strip() and line[0] != "#"]
+
+
+def _known(function, options):
+    """Until `data` takes `resize` and rectangles: squares, squashed."""
+    import inspect
+
+    if "resize" in inspect.signature(function).parameters:
+        return options
+    options = {key: value for key, value in options.items() if key != "resize"}
+    size = options.get("image_size")
+    if isinstance(size, tuple):
+        options["image_size"] = int(size[0])
+    return options

@@ -1,0 +1,330 @@
+"""A training run: from a resolved configuration to a calibrated detector on disk."""
+
+import contextlib
+import importlib.util
+import json
+import math
+import pathlib
+import shutil
+from typing import NamedTuple
+
+from sddns_tf import files
+from sddns_tf.cli import configuration, devices, images, sources
+from sddns_tf.cli.configuration import DataOptions
+from sddns_tf.cli.console import say, verbose
+from sddns_tf.cli.errors import UsageError, user_input
+from sddns_tf.cli.schedule_forms import Length, value_of
+
+
+class Place(NamedTuple):
+    """Where and how a run takes place; none of it changes what comes out.
+
+    Attributes:
+        output_dir: Folder to write to.
+        data_dir: Folder of prepared TFDS sets, or None.
+        resume: Whether to go on with a run that is there.
+        strategy: One of `devices.STRATEGIES`.
+        logical_devices: None, or into how many devices to divide the CPU.
+        checkpoint_every: Steps between two checkpoints.
+        rollbacks: How often to go back where a number is not finite, before giving up.
+        pictures_every: Epochs between histograms in TensorBoard.
+    """
+
+    output_dir: str
+    data_dir: str | None = None
+    resume: bool = True
+    strategy: str = "auto"
+    logical_devices: int | None = None
+    checkpoint_every: int = 500
+    rollbacks: int = 0
+    pictures_every: int = 5
+
+
+def train(config, place):
+    """Train, or go on training, and write everything.
+
+    Args:
+        config: Resolved configuration: see `configuration.resolve`.
+        place: `Place`.
+
+    Returns:
+        The `Detector` and its `Images`; the detector is None on all machines but the first.
+
+    Raises:
+        UsageError: For what a user can put right.
+    """
+    import sddns_tf
+    from sddns_tf.callbacks import training_state
+    from sddns_tf.cli.progress import Progress
+
+    strategy = devices.strategy(place.strategy, place.logical_devices)
+    data_options = check(config)
+    index = devices.worker_index(place.strategy)
+    checkpoint_dir = pathlib.Path(place.output_dir).expanduser() / "checkpoint"  # of all machines
+    output_dir = checkpoint_dir.parent / f"worker-{index}" if index else checkpoint_dir.parent
+    with user_input("output_dir"):
+        output_dir.mkdir(parents=True, exist_ok=True)
+    if not place.resume:
+        forget(output_dir)
+    check_same_run(config, output_dir)
+    found = images.read(config, data_options, place.data_dir)
+    one_epoch = images.batches(config, data_options, place.data_dir, found)
+    length = _length(config, one_epoch)
+    _write_config(config, output_dir, found, length)
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        model = make_model(config, found.resolution, length)
+    checkpoint = sddns_tf.callbacks.Checkpoint(checkpoint_dir, place.checkpoint_every)
+    step = checkpoint.restore(model)
+    say(
+        f"Training {model.student_backbone.name} on {_number_of(found.training)} images: "
+        f"{length.epochs} epochs of {length.steps_per_epoch} steps, from step {step}"
+    )
+    watching = callbacks(config, place, output_dir, checkpoint, one_epoch, found)
+    if not verbose():
+        watching.append(Progress(length.steps, step))
+    for first_batch, part in training_state.parts_left(step, length.steps_per_epoch, length.epochs):
+        batches = images.batches(config, data_options, place.data_dir, found, first_batch)
+        model.fit(batches, callbacks=watching, verbose=verbose(), shuffle=False, **part)
+    if index:
+        return None, found
+    bank = images.bank(config, data_options, place.data_dir, found)
+    return write_results(config, model, bank, found, output_dir), found
+
+
+def check(config):
+    """Look at a configuration before anything slow.
+
+    Args:
+        config: Resolved configuration.
+
+    Returns:
+        Its `DataOptions`.
+
+    Raises:
+        UsageError: If something is missing or does not fit together.
+    """
+    from sddns_tf import validation
+
+    data_options = DataOptions(**config["data"])
+    if not data_options.source:
+        raise UsageError("--data is needed. Received: none")
+    with user_input():
+        for name in ("epochs", "batch_size"):
+            validation.check_int(name, config[name])
+        validation.check_choice("resize", data_options.resize, ("squash", "crop"))
+        validation.check_number("calibration_share", data_options.calibration_share, 0.0, 0.9)
+        make_negatives(config)
+    for name in ("source", "auxiliary", "calibration"):
+        if text := getattr(data_options, name):
+            sources.parse("data" if name == "source" else name, text, "train")
+    if images.needs_auxiliary(config) and not data_options.auxiliary:
+        raise UsageError(
+            f"negatives.source={config['negatives']['source']} needs --auxiliary. Received: none"
+        )
+    if not data_options.in_memory and not data_options.calibration:
+        raise UsageError("--noin_memory needs --calibration. Received: none")
+    return data_options
+
+
+# --- The model ---------------------------------------------------------------------------------
+
+
+def make_negatives(config):
+    """`Negatives` of a configuration, or None."""
+    import sddns_tf
+
+    options = config["negatives"]
+    return None if options is None else sddns_tf.Negatives(**options)
+
+
+def make_backbone(config, image_size):
+    """The network to start from."""
+    import keras
+
+    options = dict(config["backbone"])
+    name = options.pop("type")
+    if name.endswith(".keras"):
+        with user_input("backbone"):
+            backbone = keras.saving.load_model(pathlib.Path(name).expanduser())
+        return getattr(backbone, "teacher_backbone", backbone)
+    weights = options.pop("weights")
+    options = {key: value for key, value in options.items() if value is not None}
+    if name != "convnet":
+        options["image_size"] = image_size
+    backbone = configuration.constructor("backbone", name)(**options)
+    if weights:
+        with user_input("backbone.weights"):
+            backbone.load_weights(pathlib.Path(weights).expanduser())
+    return backbone
+
+
+def make_optimizer(config, length):
+    """The Keras optimizer."""
+    options = dict(config["optimizer"])
+    name = options.pop("type")
+    options = {key: value_of(f"optimizer.{key}", form, length) for key, form in options.items()}
+    return configuration.constructor("optimizer", name)(**options)
+
+
+def make_model(config, resolution, length):
+    """The compiled `SelfDistillation`.
+
+    Args:
+        config: Resolved configuration.
+        resolution: Height and width of the images.
+        length: `Length` of the run.
+
+    Returns:
+        `SelfDistillation`.
+
+    Raises:
+        UsageError: If a constructor refuses its arguments.
+    """
+    import keras
+
+    import sddns_tf
+
+    keras.utils.set_random_seed(config["seed"])
+    options = {key: value_of(f"model.{key}", form, length) for key, form in config["model"].items()}
+    # A TypeError, too, comes of a value of a wrong type in the recipe.
+    with user_input(kinds=(ValueError, TypeError)):
+        keras.config.set_dtype_policy(config["precision"])
+        image_size = config["views"]["image_size"] or round(math.sqrt(math.prod(resolution)))
+        model = sddns_tf.SelfDistillation(
+            backbone=make_backbone(config, image_size),
+            views=sddns_tf.MultiCrop(**{**config["views"], "image_size": image_size}),
+            negatives=make_negatives(config),
+            head=sddns_tf.ProjectionHead(**config["head"]),
+            seed=config["seed"],
+            **options,
+        )
+        model.compile(make_optimizer(config, length))
+    return model
+
+
+# --- The run -----------------------------------------------------------------------------------
+
+
+def check_same_run(config, output_dir):
+    """Refuse to go on with a run that was begun with another configuration.
+
+    Args:
+        config: Resolved configuration.
+        output_dir: Folder of the run.
+
+    Raises:
+        UsageError: If a run of another configuration is there.
+    """
+    path = pathlib.Path(output_dir) / "config.json"
+    if not path.exists():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    before.pop("derived", None)
+    for key, old, new in configuration.differences(before, json.loads(json.dumps(config))):
+        raise UsageError(
+            f"--output_dir={output_dir} holds a run with {key}={json.dumps(old)}. Received: "
+            f"{key}={json.dumps(new)}. Choose another folder, or --noresume to start anew."
+        )
+
+
+def forget(output_dir):
+    """Remove what a run would go on from."""
+    for name in ("checkpoint", "tensorboard"):
+        shutil.rmtree(pathlib.Path(output_dir) / name, ignore_errors=True)
+    for name in ("config.json", "log.csv"):
+        (pathlib.Path(output_dir) / name).unlink(missing_ok=True)
+
+
+def _length(config, one_epoch):
+    steps = config["steps_per_epoch"] or int(one_epoch.cardinality())
+    if steps < 1:
+        raise UsageError("--steps_per_epoch is needed: the number of images is not known.")
+    return Length(config["epochs"], steps, config["batch_size"])
+
+
+def _write_config(config, output_dir, found, length):
+    import keras
+
+    from sddns_tf.version import __version__
+
+    derived = {
+        "resolution": found.resolution,
+        "steps_per_epoch": length.steps_per_epoch,
+        "training_images": None if found.training is None else len(found.training),
+        "calibration_images": len(found.calibration),
+        "sddns_tf": __version__,
+        "keras": keras.__version__,
+    }
+    files.write_json(output_dir / "config.json", {**config, "derived": derived})
+
+
+def callbacks(config, place, output_dir, checkpoint, one_epoch, found):
+    """What watches, logs and keeps the training: a list of Keras callbacks."""
+    import keras
+
+    import sddns_tf
+
+    watching = [
+        sddns_tf.callbacks.CollapseMonitor(),
+        sddns_tf.callbacks.NotFinite(checkpoint, place.rollbacks),
+        checkpoint,
+    ]
+    if importlib.util.find_spec("tensorboard"):
+        from sddns_tf.callbacks.pictures import TrainingPictures
+
+        folder = str(output_dir / "tensorboard")
+        sample = found.calibration if found.training is None else found.training
+        auxiliary = found.auxiliary
+        if auxiliary is None and images.needs_auxiliary(config):
+            auxiliary = next(iter(one_epoch.take(1)))["auxiliary"]
+        watching += [
+            TrainingPictures(
+                folder,
+                sample[:1000],
+                found.calibration[:500],
+                None if auxiliary is None else auxiliary[:8],
+                place.pictures_every,
+            ),
+            keras.callbacks.TensorBoard(folder, write_graph=False),
+        ]
+    return [*watching, keras.callbacks.CSVLogger(output_dir / "log.csv", append=True)]
+
+
+def write_results(config, model, bank, found, output_dir):
+    """Write the model, its backbone and the detector, which is returned."""
+    import sddns_tf
+
+    with user_input():
+        detector = sddns_tf.Detector.from_images(
+            model.teacher_backbone,
+            bank_images=bank,
+            calibration_images=found.calibration,
+            image_size=input_size(model, found.resolution),
+            resolution=found.resolution,
+            resize=config["data"]["resize"],
+            mean=model.mean,
+            std=model.std,
+            seed=config["seed"],
+            verbose=verbose(),
+            **config["detector"],
+        )
+    for name, value in (
+        ("model", model), ("backbone", model.teacher_backbone), ("detector", detector)
+    ):  # fmt: skip
+        with files.replacing(output_dir / f"{name}.keras") as unfinished:
+            value.save(unfinished)
+    return detector
+
+
+def input_size(model, resolution):
+    """Input size of the detector: the views' area, in the proportions of the images."""
+    side = model.views.image_size
+    if resolution[0] == resolution[1]:
+        return side, side
+    unit = getattr(model.teacher_backbone, "patch_size", 1)
+    scale = side / math.sqrt(math.prod(resolution))
+    return tuple(max(unit, round(scale * length / unit) * unit) for length in resolution)
+
+
+def _number_of(images):
+    return "streamed" if images is None else f"{len(images):,}"

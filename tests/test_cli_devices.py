@@ -1,0 +1,132 @@
+"""Training on several devices, as the commands that the documentation gives."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+
+import sddns_tf
+
+pytestmark = pytest.mark.slow
+ROOT = pathlib.Path(sddns_tf.__file__).parents[1]
+OPTIONS = (
+    "--set=backbone.stages=[8]", "--set=views.local_views=0", "--set=head.num_prototypes=16",
+    "--set=head.hidden_dim=16", "--set=head.bottleneck_dim=8", "--batch_size=16",
+    "--set=optimizer.type=SGD", "--calibration_share=0.2", "--checkpoint_every=1",
+)  # fmt: skip
+
+
+@pytest.fixture
+def start(image_sets):
+    """A function that starts `sddns train` in a process; those left are killed in the end."""
+    processes = []
+
+    def start(output_dir, *arguments, **environment):
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("TF_")}
+        process = subprocess.Popen(
+            [
+                sys.executable, "-m", "sddns_tf", "train",
+                f"--data=npz:{image_sets}/grass.npz", f"--auxiliary=npz:{image_sets}/coffee.npz",
+                f"--output_dir={output_dir}", *OPTIONS, *arguments,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**inherited, "PYTHONPATH": str(ROOT), **environment},
+        )  # fmt: skip
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def finish(process):
+    out, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors[-4000:]
+    return out, errors
+
+
+def weights(folder):
+    return keras.saving.load_model(folder / "model.keras").get_weights()
+
+
+def assert_equal_runs(one, other, tolerance):
+    for old, new in zip(weights(one), weights(other), strict=True):
+        np.testing.assert_allclose(old, new, rtol=0, atol=tolerance)
+
+
+def steps_saved(folder):
+    return {path.name for path in (folder / "checkpoint").glob("step-*.npz")}
+
+
+def wait_for_step(folder, process, step, seconds=300):
+    limit = time.monotonic() + seconds
+    while not any(name >= f"step-{step:08d}.npz" for name in steps_saved(folder)):
+        assert process.poll() is None, process.communicate()[1][-4000:]
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+def test_two_devices_of_one_machine_equal_one(start, tmp_path):
+    length = ("--epochs=2", "--steps_per_epoch=2")
+    out, errors = finish(start(tmp_path / "two", "--logical_devices=2", *length))
+    assert "detector.keras" in out
+    assert "Traceback" not in errors and "absl::InitializeLog" not in errors
+    finish(start(tmp_path / "one", "--strategy=none", *length))
+    assert_equal_runs(tmp_path / "one", tmp_path / "two", 1e-4)
+
+
+def test_two_devices_killed_and_resumed_end_as_an_unbroken_run(start, tmp_path):
+    length = ("--epochs=4", "--steps_per_epoch=3", "--logical_devices=2")
+    process = start(tmp_path / "run", *length)
+    wait_for_step(tmp_path / "run", process, 4)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _, errors = finish(start(tmp_path / "run", *length))
+    assert "from step 0" not in errors and "from step" in errors
+    finish(start(tmp_path / "unbroken", *length))
+    assert_equal_runs(tmp_path / "unbroken", tmp_path / "run", 0)
+    log = (tmp_path / "run" / "log.csv").read_text().splitlines()
+    assert len(log) >= 5
+
+
+def workers(start, folder, *arguments):
+    """Two processes that train together."""
+    sockets = [socket.socket() for _ in range(2)]
+    for one in sockets:
+        one.bind(("localhost", 0))
+    addresses = [f"localhost:{one.getsockname()[1]}" for one in sockets]
+    for one in sockets:
+        one.close()
+    started = []
+    for index in range(2):
+        task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+        environment = {"TF_CONFIG": json.dumps(task)}
+        started.append(start(folder, "--strategy=multi_worker", *arguments, **environment))
+    return started
+
+
+def test_two_processes_killed_and_resumed_equal_one(start, tmp_path):
+    length = ("--epochs=4", "--steps_per_epoch=3")
+    first, second = workers(start, tmp_path / "two", *length)
+    wait_for_step(tmp_path / "two", first, 2)
+    for process in (first, second):
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "two" / "detector.keras").exists()
+    for process in workers(start, tmp_path / "two", *length):
+        finish(process)
+    finish(start(tmp_path / "one", "--strategy=none", *length))
+    assert_equal_runs(tmp_path / "one", tmp_path / "two", 1e-4)
+    assert (tmp_path / "two" / "detector.keras").is_file()

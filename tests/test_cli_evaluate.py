@@ -1,0 +1,115 @@
+"""`sddns evaluate` and `sddns sensitivity`: tables that agree with the detector."""
+
+import csv
+import json
+
+import keras
+import numpy as np
+import pytest
+
+from sddns_tf.cli import evaluate, sensitivity
+from sddns_tf.cli.errors import UsageError
+
+
+@pytest.fixture
+def run(trained, image_sets, tmp_path):
+    """A function that evaluates a model of the finished training, and gives the results."""
+
+    def run(model, *arguments):
+        evaluate.main(
+            [
+                f"--model={trained}/{model}.keras",
+                f"--test=npz:{image_sets}/fresh.npz",
+                f"--ood=npz:{image_sets}/brick.npz,a|b=npz:{image_sets}/coffee.npz",
+                f"--output_dir={tmp_path}",
+                "--resamples=50",
+                "--gallery_size=4",
+                *arguments,
+            ]
+        )
+        return json.loads((tmp_path / "results.json").read_text())
+
+    return run
+
+
+def test_it_agrees_with_the_detector(run, trained, image_sets, tmp_path, capsys):
+    results = run("detector", f"--data=npz:{image_sets}/grass.npz")
+    printed = capsys.readouterr().out
+    detector = keras.saving.load_model(trained / "detector.keras")
+    images = {name: np.load(image_sets / f"{name}.npz")["images"] for name in ("fresh", "brick")}
+    scores = {name: detector.predict(x, verbose=0)["ood_score"] for name, x in images.items()}
+    greater = scores["brick"][:, None] > scores["fresh"][None]
+    brick = results["sets"]["brick"]
+    assert brick["auroc"]["value"] == pytest.approx(greater.mean())
+    assert brick["auroc"]["low"] <= brick["auroc"]["value"] <= brick["auroc"]["high"]
+    assert brick["flagged"]["value"] == np.mean(scores["brick"] > detector.threshold)
+    assert results["sets"]["fresh normal images"]["images"] == 40
+    assert 0 <= results["knn_accuracy"]["value"] <= 1
+    assert f"| brick | 30 | {brick['auroc']['value']:.3f} (" in printed
+    assert r"| a\|b | 60 |" in printed
+    assert printed.strip() == (tmp_path / "table.md").read_text().strip()
+    rows = {row["set"]: row for row in csv.DictReader((tmp_path / "table.csv").open())}
+    assert float(rows["brick"]["fpr95_high"]) == brick["fpr95"]["high"]
+    assert rows["fresh normal images"]["auroc"] == ""
+    page = (tmp_path / "report.html").read_text()
+    assert "a|b" in page
+    assert "training: backbone.stages" in page
+
+
+@pytest.mark.parametrize("model", ["model", "backbone"])
+def test_it_makes_a_detector(run, image_sets, model):
+    arguments = (
+        f"--data=npz:{image_sets}/grass.npz",
+        f"--calibration=npz:{image_sets}/coffee.npz",
+        "--set=detector.k=3",
+    )
+    results = run(model, *arguments, "--false_positive_rate=0.1")
+    assert results["false_positive_rate"] == 0.1
+    assert results["configuration"]["bank"] == 120
+    assert results["configuration"]["neighbors"] == 3
+    with pytest.raises(UsageError, match="--data is needed"):
+        run(model)
+
+
+def test_it_recalibrates(run, image_sets):
+    results = run("detector", "--false_positive_rate=0.25")
+    assert results["false_positive_rate"] == 0.25
+    results = run("detector", f"--calibration=npz:{image_sets}/coffee.npz")
+    assert results["configuration"]["calibration images"] == 60
+    with pytest.raises(UsageError, match="--false_positive_rate"):
+        run("detector", "--false_positive_rate=0.001")
+
+
+def test_sensitivity_chooses_and_goes_on(image_sets, tmp_path, capsys):
+    arguments = [
+        f"--data=npz:{image_sets}/grass.npz",
+        "--calibration_share=0.2",
+        f"--output_dir={tmp_path}",
+        f"--test=npz:{image_sets}/fresh.npz",
+        f"--ood=npz:{image_sets}/brick.npz",
+        "--set=backbone.stages=[8]",
+        "--set=views.local_views=0",
+        "--set=head.num_prototypes=16",
+        "--set=head.hidden_dim=16",
+        "--set=head.bottleneck_dim=8",
+        "--batch_size=16",
+        "--epochs=1",
+        "--steps_per_epoch=1",
+        "--strategies=rot90:in_distribution,none",
+    ]
+    sensitivity.main(arguments)
+    table = capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["sensitivity"]) == {"rot90:in_distribution", "none"}
+    assert results["chosen"] == max(results["sensitivity"], key=results["sensitivity"].get)
+    assert "rot90" not in results["strategies"]["rot90:in_distribution"]["sensitivity"]
+    assert f"Chosen: {results['chosen']}" in table
+    assert "| strategy | sensitivity | mean AUROC | brick |" in table
+    assert (tmp_path / "sensitivity.png").stat().st_size > 1000
+
+    found = tmp_path / "none" / "sensitivity.json"
+    known = json.loads(found.read_text())
+    known["sensitivity"]["mean"] = 0.999
+    found.write_text(json.dumps(known))
+    sensitivity.main(arguments)  # read, not trained again
+    assert "| none | 0.999 |" in capsys.readouterr().out

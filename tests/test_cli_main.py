@@ -1,0 +1,143 @@
+"""The command as a whole: its help, its exit codes, what its processes import and say."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import sddns_tf
+from sddns_tf.cli import main as cli
+from sddns_tf.cli.errors import UsageError, user_input
+
+ROOT = pathlib.Path(sddns_tf.__file__).parents[1]
+
+
+def apart(*arguments, program=None, **environment):
+    """Python in a process of its own; the command, if no program is given."""
+    start = ["-m", "sddns_tf"] if program is None else ["-c", program]
+    environment = {"PYTHONPATH": str(ROOT), **environment}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("TF_")}
+    return subprocess.run(
+        [sys.executable, *start, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**inherited, **environment},
+        timeout=300,
+    )
+
+
+def test_help_names_each_command_in_a_line(capsys):
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for name, text in cli.COMMANDS.items():
+        assert f"  {name}" in shown and text in shown
+    assert max(map(len, shown.splitlines())) <= 100
+    assert cli.main([]) == 0
+    assert cli.main(["--version"]) == 0
+    assert sddns_tf.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_each_command_has_its_help(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([name, "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"sddns {name}" in shown
+    if name != "info":
+        first = shown.partition("what most people need:")[2].partition("\n\n")[0]
+        assert 3 <= first.count("\n  --") <= 6
+        assert "help:" in shown
+
+
+def test_no_help_needs_tensorflow():
+    program = f"""
+import sys
+sys.modules.update(dict.fromkeys(("tensorflow", "keras")))
+from sddns_tf.cli.main import main
+for name in {list(cli.COMMANDS)}:
+    try:
+        main([name, "--help"])
+    except SystemExit as ended:
+        assert ended.code == 0
+"""
+    result = apart(program=program)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_script_is_installed_with_the_package():
+    import configparser
+
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    scripts = setup["options.entry_points"]["console_scripts"].strip().splitlines()
+    assert scripts == ["sddns = sddns_tf.cli.main:run"]
+    assert "recipes/*.json" in setup["options.package_data"]["sddns_tf.cli"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tain"], "sddns: Expected one of train, evaluate"),
+        (["train", "--dat=x"], "sddns train: unrecognized arguments: --dat=x"),
+        (["train", "--data=npz:x.npz"], "sddns train: --output_dir is needed"),
+        (["evaluate", "--model=m.keras"], "sddns evaluate: --test is needed"),
+        (
+            ["evaluate", "--model=m", "--test=npz:a.npz", "--output_dir=o", "--ood=npz:a,npz:b/a"],
+            "sddns evaluate: --ood has two sets named a",
+        ),
+        (["export"], "sddns export: --detector is needed"),
+        (["export", "--detector=d.keras"], "--saved_model or --tflite is needed"),
+        (["export", "--detector=d.keras", "--tflite=x.lite"], "--tflite must end in .tflite"),
+        (["export", "--detector=d.keras", "--quantization=int4"], "--quantization"),
+        (["export", "--detector=d.keras", "--tflite=x.tflite"], "--detector must be a .keras file"),
+        (["sensitivity", "--strategies=rot90", "--output_dir=o"], "--strategies must be"),
+        (["sensitivity", "--ood=npz:x.npz", "--output_dir=o"], "--ood needs --test"),
+        (["convert-dino", "--checkpoint=x.pth"], "--output is needed"),
+        (["convert-dino", "--checkpoint=x.pth", "--output=x.h5"], "must end in .weights.h5"),
+        (["info", "nothing.keras"], "FILE must be a .keras file"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_exit_code_1(arguments, message, capsys):
+    assert cli.main(arguments) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    (line,) = told.err.splitlines()
+    assert line.startswith("sddns") and message in line
+
+
+def test_only_expected_errors_are_a_users_mistake():
+    with pytest.raises(UsageError, match="--data: no such set"), user_input("data"):
+        raise ValueError("no such set")
+    with pytest.raises(KeyError), user_input("data"):
+        raise KeyError("a bug")
+
+
+def test_a_process_says_nothing_of_tensorflow(trained):
+    """The smoke test: a process as a user starts it, with TensorFlow and without a setting."""
+    result = apart("info", trained / "detector.keras", "--json")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert json.loads(result.stdout)["bank_rows"] == 96
+
+
+def test_a_mistake_ends_a_process_with_one_line(tmp_path):
+    result = apart("train", "--data=npz:x.npz", f"--output_dir={tmp_path}", "--set=views.hu=1")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("sddns train: views.hu is no option of MultiCrop")
+
+
+def test_an_import_of_tensorflow_that_fails_is_shown(tmp_path):
+    (tmp_path / "tensorflow.py").write_text(
+        "import os\nos.write(2, b'what it said')\nraise ImportError('broken')\n"
+    )
+    program = "from sddns_tf.cli import quiet; quiet.import_tensorflow()"
+    result = apart(program=program, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert result.returncode == 1
+    assert "what it said" in result.stderr and "broken" in result.stderr

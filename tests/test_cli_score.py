@@ -1,0 +1,309 @@
+"""`sddns score`: rows for files, whatever the model and however many, bad ones reported."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import NamedTuple
+from unittest import mock
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+from sddns_tf import export, image_ops
+from sddns_tf.cli import score as command
+from sddns_tf.cli.main import main
+from sddns_tf.cli.scorers import Scorer, open_model
+from sddns_tf.detector import Detector
+from sddns_tf.vit import VisionTransformer
+
+pytest.importorskip("ai_edge_litert")
+ROOT = pathlib.Path(__file__).parents[1]
+KINDS = ("model.tflite", "one.tflite", "served", "model.keras")
+BAD = ("b/cut.png", "empty.jpg")
+
+
+@pytest.fixture(scope="module")
+def detector(normal):
+    keras.utils.set_random_seed(0)
+    backbone = VisionTransformer(32, patch_size=8, hidden_dim=32, depth=1, num_heads=2)
+    return Detector.from_images(backbone, normal[:13], normal[13:], 0.2, verbose=0)
+
+
+@pytest.fixture(scope="module")
+def models(detector, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    detector.save(folder / "model.keras")
+    export.tflite(detector, folder / "model.tflite")
+    export.tflite(detector, folder / "one.tflite", batch_size=1)
+    export.saved_model(detector, folder / "served")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos_folder(normal, auxiliary, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for name in ("b", ".hidden", "c, d"):
+        (folder / name).mkdir()
+    for number in range(4):
+        Image.fromarray(normal[number]).save(folder / f"a{number}.png")
+        Image.fromarray(auxiliary[number, :32, :32]).save(folder / "c, d" / f"ü{number}.PNG")
+    Image.fromarray(normal[5]).save(folder / ".hidden" / "x.png")
+    Image.fromarray(normal[6][..., 0]).save(folder / "b" / "grey.png")
+    (folder / "b" / "cut.png").write_bytes((folder / "a1.png").read_bytes()[:300])
+    (folder / "empty.jpg").touch()
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def score(*arguments, stdin=""):
+    """The command in this process."""
+    out, errors = io.StringIO(), io.StringIO()
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(errors),
+        mock.patch("sys.stdin", io.StringIO(stdin)),
+    ):
+        code = main(["score", *map(str, arguments)])
+    return Done(code, out.getvalue(), errors.getvalue())
+
+
+def score_without_tensorflow(*arguments):
+    """The command in a process in which TensorFlow and Keras cannot be imported."""
+    program = """
+import sys
+sys.modules.update(dict.fromkeys(("tensorflow", "keras")))
+from sddns_tf.cli.main import run
+sys.argv[0] = "sddns"
+sys.argv.insert(1, "score")
+run()
+"""
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        cwd=ROOT,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model_gives_the_detectors_answers(
+    kind, models, photos_folder, detector, normal, auxiliary
+):
+    run = score_without_tensorflow if kind == "model.tflite" else score
+    done = run(f"--model={models / kind}", f"--images=folder:{photos_folder}", "--batch_size=5")
+    assert done.returncode == 2, done.stderr
+    rows = {
+        str(pathlib.Path(row["path"]).relative_to(photos_folder)): row
+        for row in csv.DictReader(io.StringIO(done.stdout))
+    }
+    inner = [f"c, d/ü{number}.PNG" for number in range(4)]
+    names = [f"a{number}.png" for number in range(4)] + inner + ["b/grey.png"]
+    assert set(rows) == {*names, *BAD}
+    images = [*normal[:4], *auxiliary[:4, :32, :32], np.repeat(normal[6][..., :1], 3, axis=-1)]
+    expected = detector.predict(np.stack(images), verbose=0)
+    scores = [float(rows[name]["ood_score"]) for name in names]
+    np.testing.assert_allclose(scores, expected["ood_score"], rtol=0, atol=1e-3)
+    decisions = [rows[name]["is_ood"] for name in names]
+    assert decisions == [str(value) for value in expected["is_ood"]]
+    assert set(decisions) == {"True", "False"}
+    assert not any(rows[name]["error"] for name in names)
+    for name in BAD:
+        assert rows[name]["error"] and not rows[name]["ood_score"] and not rows[name]["is_ood"]
+    assert done.stderr.splitlines()[-1].endswith(", 2 not scored")
+
+
+def test_stdin_and_lists_give_rows_in_their_order_as_json(models, photos_folder, tmp_path):
+    paths = [str(photos_folder / name) for name in ("a2.png", "missing.png", "a0.png")]
+    listing = "\n".join([*paths, "", paths[0]]) + "\n"
+    (tmp_path / "list.txt").write_text(listing)
+    model = f"--model={models / 'model.tflite'}"
+    done = score(model, "--images=-", "--format=jsonl", stdin=listing)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 2
+    assert [row["path"] for row in rows] == [*paths, paths[0]]
+    assert "FileNotFoundError" in rows[1]["error"] and rows[1]["ood_score"] is None
+    assert rows[0] == rows[3] and rows[0]["error"] is None
+    assert set(rows[0]) == {"path", "ood_score", "p_value", "is_ood", "error"}
+    output = tmp_path / "new" / "scores.jsonl"
+    done = score(model, f"--images=list:{tmp_path}/list.txt", f"--output={output}")
+    assert done.returncode == 2 and done.stdout == ""
+    assert [json.loads(line) for line in output.read_text().splitlines()] == rows
+    assert os.listdir(output.parent) == ["scores.jsonl"]
+    assert score(model, "--images=-", stdin=paths[0]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--images=-"], "--model is needed"),
+        (["--model=no.tflite", "--images=-"], "--model must be a .tflite file"),
+        (["--model={here}", "--images=-"], "--model must be a .tflite file"),
+        (["--model={models}/model.tflite", "--images=there"], "--images must be folder:PATH"),
+        (["--model={models}/model.tflite", "--images=folder:{here}"], "must hold images"),
+        (["--model={here}/broken.tflite", "--images=-"], "cannot be loaded"),
+        (["--model={here}/broken.tflite", "--images=-", "more"], "unrecognized arguments: more"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(arguments, message, models, tmp_path):
+    (tmp_path / "broken.tflite").write_bytes(b"no model")
+    filled = [argument.format(models=models, here=tmp_path) for argument in arguments]
+    done = score(*filled, f"--output={tmp_path / 'out' / 'x.csv'}")
+    assert done.returncode == 1
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_memory_does_not_grow_with_the_number_of_images(models, normal, tmp_path):
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("reads /proc")
+    for number in range(200):
+        Image.fromarray(normal[number % 32]).save(tmp_path / f"{number}.png")
+    paths = [str(path) for path in sorted(tmp_path.glob("*.png"))]
+    program = f"""
+from sddns_tf.cli import score, scorers
+paths = {paths!r} * 40
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+scorer = scorers.open_model({str(models / "model.tflite")!r})
+count = 0
+for rows in score.scored(scorer, iter(paths), 32):
+    count += len(rows)
+    assert not any(row["error"] for row in rows)
+    if count == 1600:
+        before = resident()
+print(count, resident() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    count, growth = map(int, done.stdout.split())
+    assert count == 8000
+    assert growth < 2_000_000
+
+
+def test_what_was_scored_survives_an_interruption(models, photos_folder, tmp_path):
+    paths = [str(photos_folder / f"a{number}.png") for number in range(4)]
+
+    def interrupted():
+        yield from paths[:3]
+        raise KeyboardInterrupt
+
+    output = tmp_path / "scores.csv"
+    with mock.patch.object(command, "image_paths", lambda text: interrupted()):
+        done = score(
+            f"--model={models / 'model.tflite'}",
+            "--images=-",
+            f"--output={output}",
+            "--batch_size=1",
+        )
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1] == "sddns score: interrupted"
+    assert not output.exists()
+    partial = tmp_path / "scores.csv.partial"
+    rows = list(csv.DictReader(partial.open()))
+    assert [row["path"] for row in rows] == paths[:3]
+    assert all(row["ood_score"] for row in rows)
+
+
+# --- Images of another shape --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resize", ["squash", "crop"])
+@pytest.mark.parametrize("shape", [(60, 100), (100, 61), (31, 33), (17, 90)])
+def test_a_file_is_brought_to_the_size_as_the_detector_does_it(resize, shape, auxiliary, tmp_path):
+    image = np.tile(auxiliary[0], (3, 3, 1))[: shape[0], : shape[1]]
+    Image.fromarray(image).save(tmp_path / "image.png")
+    read = command.read_image(tmp_path / "image.png", Scorer(None, (24, 32), resize))
+    expected = np.clip(image_ops.fit(image[None], 24, 32, resize)[0], 0, 255)
+    difference = np.abs(read - expected)
+    # Pillow computes with fixed-point weights, and rounds between the two directions.
+    assert difference.max() <= 2 and difference.mean() < 0.4
+
+
+def test_a_turned_photograph_is_turned_back(normal, tmp_path):
+    tags = Image.Exif()
+    tags[0x0112] = 6  # to be turned clockwise
+    Image.fromarray(normal[0]).save(tmp_path / "turned.png", exif=tags)
+    read = command.read_image(tmp_path / "turned.png", Scorer(None))
+    np.testing.assert_array_equal(read, np.rot90(normal[0], -1))
+
+
+@pytest.fixture(scope="module")
+def wide_photographs(tmp_path_factory):
+    """Folder of fresh crops of a photograph that are twice as wide as high."""
+    import skimage.data
+
+    folder = tmp_path_factory.mktemp("wide")
+    grass = np.repeat(skimage.data.grass()[..., None], 3, axis=-1)
+    generator = np.random.default_rng(5)
+    for name, count in (("normal", 80), ("fresh", 60)):
+        (folder / name).mkdir()
+        for number in range(count):
+            top, left = generator.integers(0, 512 - 64), generator.integers(0, 512 - 128)
+            crop = grass[top : top + 64, left : left + 128]
+            Image.fromarray(crop).save(folder / name / f"{number:02}.png")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["detector.keras", "parts.tflite", "exports/1"])
+def test_after_a_training_on_crops_fresh_images_are_cropped(kind, cropped, wide_photographs):
+    """Fresh images of what was trained on: at most about the share that was asked for."""
+    done = score(f"--model={cropped / kind}", f"--images=folder:{wide_photographs / 'fresh'}")
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))
+    flagged = np.mean([row["is_ood"] == "True" for row in rows])
+    assert flagged < 0.35  # 0.1 was asked; squashed, all are flagged
+    found = [float(row["ood_score"]) for row in rows]
+    images = [np.asarray(Image.open(row["path"])) for row in rows]
+    detector = keras.saving.load_model(cropped / "detector.keras")
+    expected = detector.predict(np.stack(images), verbose=0)["ood_score"]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0.1)
+
+
+@pytest.fixture(scope="module")
+def cropped(wide_photographs, tmp_path_factory):
+    """A training with `--resize=crop` on wide photographs, and its exports."""
+    folder = tmp_path_factory.mktemp("cropped")
+    code = main(
+        [
+            "train",
+            f"--data=folder:{wide_photographs / 'normal'}",
+            "--image_size=32",
+            "--resize=crop",
+            "--calibration_share=0.5",
+            "--false_positive_rate=0.1",
+            f"--output_dir={folder}",
+            "--set=backbone.stages=[8,16]",
+            "--set=views.local_views=0",
+            "--set=head.num_prototypes=16",
+            "--set=head.hidden_dim=16",
+            "--set=head.bottleneck_dim=8",
+            "--batch_size=16",
+            "--epochs=1",
+            "--steps_per_epoch=2",
+        ]
+    )
+    assert code == 0
+    detector = keras.saving.load_model(folder / "detector.keras")
+    export.tflite(detector, folder / "parts.tflite")
+    export.saved_model(detector, folder / "exports")
+    return folder
+
+
+def test_a_detector_that_crops_is_one_when_loaded(cropped):
+    assert open_model(cropped / "parts.tflite").resize == "crop"

@@ -1,0 +1,200 @@
+"""`sddns train`: what it writes, how it goes on, what it refuses."""
+
+import csv
+import json
+
+import keras
+import numpy as np
+import pytest
+import skimage.data
+import tensorflow as tf
+
+import sddns_tf
+from sddns_tf import image_ops
+from sddns_tf.cli import train
+from sddns_tf.cli.errors import UsageError
+from sddns_tf.cli.progress import Progress
+
+
+def test_it_writes_what_it_says(trained):
+    model, backbone, detector = (
+        keras.saving.load_model(trained / f"{name}.keras")
+        for name in ("model", "backbone", "detector")
+    )
+    assert int(model.step) == 4
+    assert model.negatives.source == "auxiliary"
+    # 24 of the 120 images are held out.
+    assert detector.calibration_scores.shape == (24,)
+    assert detector.bank.shape == (96, 16)
+    image = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype("float32")
+    np.testing.assert_allclose(model.teacher_backbone(image), backbone(image), atol=1e-6)
+    np.testing.assert_allclose(detector.extractor.backbone(image), backbone(image), atol=1e-6)
+    config = json.loads((trained / "config.json").read_text())
+    assert config["backbone"]["stages"] == [8, 16]
+    assert config["negatives"]["source"] == "auxiliary"
+    assert config["views"]["hue"] == sddns_tf.MultiCrop(8).hue
+    derived = config["derived"]
+    assert (derived["training_images"], derived["resolution"]) == (96, [32, 32])
+    assert len(list(csv.DictReader((trained / "log.csv").open()))) == 2
+
+
+def test_it_logs_to_tensorboard(trained):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing import event_accumulator
+
+    events = event_accumulator.EventAccumulator(str(trained / "tensorboard" / "pictures"))
+    tags = events.Reload().Tags()["tensors"]
+    shown = {tag.removesuffix("/image_0") for tag in tags}
+    assert {"views of 32 px", "views of 16 px", "negatives of 32 px", "separation"} <= shown
+    assert {"scores/held_out", "scores/rot90"} <= shown
+
+
+def test_it_goes_on_and_refuses_another_run(train_on, trained):
+    before = keras.saving.load_model(trained / "model.keras").get_weights()
+    train_on(trained)  # nothing is left to do, but everything is written again
+    assert len((trained / "log.csv").read_text().splitlines()) == 3
+    after = keras.saving.load_model(trained / "model.keras").get_weights()
+    for old, new in zip(before, after, strict=True):
+        np.testing.assert_array_equal(old, new)
+    with pytest.raises(UsageError, match=r'negatives.shift="rot90". Received: .*="perm4"'):
+        train_on(trained, "--shift=perm4")
+
+
+def test_a_written_configuration_is_a_recipe(trained, tmp_path):
+    train.main([f"--recipe={trained}/config.json", f"--output_dir={tmp_path}"])
+    one, other = (
+        keras.saving.load_model(folder / "model.keras").get_weights()
+        for folder in (trained, tmp_path)
+    )
+    for old, new in zip(one, other, strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_each_source_is_read_once(train_on, tmp_path, monkeypatch):
+    read = []
+    load_arrays = sddns_tf.data.load_arrays
+
+    def counted(source, **options):
+        read.append(source)
+        return load_arrays(source, **options)
+
+    monkeypatch.setattr(sddns_tf.data, "load_arrays", counted)
+    train_on(tmp_path, "--steps_per_epoch=1", "--epochs=1")
+    assert [source.rpartition("/")[2] for source in read] == ["grass.npz", "coffee.npz"]
+
+
+def test_images_can_be_read_in_each_epoch(train_on, image_sets, tmp_path):
+    train_on(
+        tmp_path,
+        "--noin_memory",
+        f"--calibration=npz:{image_sets}/fresh.npz",
+        "--steps_per_epoch=1",
+        "--epochs=1",
+    )
+    detector = keras.saving.load_model(tmp_path / "detector.keras")
+    assert detector.bank.shape[0] == 120
+    assert detector.calibration_scores.shape == (40,)
+
+
+def write_rectangles(folder, count):
+    """Pictures of a cat whose middle is what counts, of several sizes."""
+    cat = skimage.data.chelsea()
+    for index in range(count):
+        side = 60 + index
+        keras.utils.save_img(folder / f"{index:02}.png", cat[:side, index : index + 2 * side])
+
+
+@pytest.mark.parametrize("resolution", ["16,48"])
+def test_rectangles_and_mixed_sizes(tmp_path, resolution):
+    write_rectangles(tmp_path, 30)
+    train.main(
+        [
+            f"--data=folder:{tmp_path}",
+            f"--resolution={resolution}",
+            "--resize=crop",
+            "--shift=none",
+            "--calibration_share=0.7",
+            f"--output_dir={tmp_path}/run",
+            "--backbone=vit_tiny",
+            "--set=backbone.patch_size=8",
+            "--set=backbone.hidden_dim=16",
+            "--set=backbone.depth=1",
+            "--set=backbone.num_heads=2",
+            "--set=views.local_views=1",
+            "--set=head.num_prototypes=16",
+            "--set=head.hidden_dim=16",
+            "--set=head.bottleneck_dim=8",
+            "--batch_size=4",
+            "--image_size=32",
+            "--epochs=1",
+            "--steps_per_epoch=1",
+        ]
+    )
+    extractor = keras.saving.load_model(tmp_path / "run" / "detector.keras").extractor
+    assert extractor.resolution == (16, 48)
+    assert extractor.image_size == (16, 56)  # about 32 x 32 pixels, in patches of 8
+    assert extractor.resize == "crop"
+    image = np.zeros((1, 40, 200, 3), np.uint8)
+    image[:, :, 40:160] = 200  # all that a crop of that aspect sees
+    assert np.all(np.asarray(extractor.at_resolution(image)) > 199)
+
+
+def test_numbers_are_told_before_the_first_epoch_ends(capsys):
+    now = iter(np.arange(0.0, 4000.0, 10.0))
+    progress = Progress(100, steps_done=2, clock=lambda: next(now))
+    for batch in range(9):
+        progress.on_train_batch_end(batch, {"loss": 1.5})
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "Step 4 of 100: 10 s a step, 16.0 min left of 16.7 min, loss 1.500"
+    assert [line.split()[1] for line in told] == ["4", "7", "10"]  # every 30 s
+
+
+WRONG = [
+    (["--data=cifar10"], "--data must be tfds:NAME.*Received: cifar10"),
+    (["--data="], "--data is needed"),
+    (["--output_dir="], "--output_dir is needed"),
+    (["--shift=rot45"], "--shift.*rot45"),
+    (["--epochs=0"], "--epochs: expected a positive int. Received: 0"),
+    (["--set=views.local_area=[0.1,2]"], "local_area.*2"),
+    (["--backbone=resnet"], "backbone.type must be one of .*Received: 'resnet'"),
+    (["--source=both"], "negatives.source=both needs --auxiliary"),
+    (["--recipe=mine"], "--recipe must be one of .*Received: mine"),
+    (["--resolution=1,2,3"], "--resolution: expected SIDE or HEIGHT,WIDTH. Received: 1,2,3"),
+    (["left"], "left"),
+    (["--noin_memory"], "--noin_memory needs --calibration"),
+    (["--data=npz:x.npz"], "--data: .*x.npz"),
+    (["--batch_size=400", "--steps_per_epoch="], "steps_per_epoch"),
+    (["--set=negatives.shift=rot45"], "rot45"),
+    (["--set=optimizer.learning_rate=fast"], "learning_rate must be a number"),
+    (["--set=optimizer.type=Adan"], "optimizer.type must be the name of a Keras optimizer"),
+    (["--limit=20", "--false_positive_rate=0.01"], "needs at least 99"),
+    (["--limit=20", "--calibration_share=0.95"], "calibration_share"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=lambda value: str(value)[:40])
+def test_what_is_wrong_is_said(image_sets, tmp_path, arguments, message):
+    needed = [f"--data=npz:{image_sets}/grass.npz", f"--output_dir={tmp_path}/run"]
+    with pytest.raises(UsageError, match=message):
+        train.main([*needed, *arguments])
+    assert not list(tmp_path.glob("run/*.keras"))
+
+
+def test_a_bug_keeps_its_traceback(train_on, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(sddns_tf.SelfDistillation, "train_step", broken)
+    tf.keras.backend.clear_session()
+    with pytest.raises(ValueError, match="a bug"):
+        train_on(tmp_path)
+
+
+def test_the_reader_cuts_as_the_detector_does(image_sets, tmp_path):
+    """What the training sees is what the detector makes of the files."""
+    write_rectangles(tmp_path, 3)
+    seen = sddns_tf.data.load_arrays(f"folder:{tmp_path}", image_size=(16, 20), resize="crop")
+    for path, image in zip(sorted(tmp_path.glob("*.png")), seen, strict=True):
+        whole = keras.utils.img_to_array(keras.utils.load_img(path))[None]
+        expected = image_ops.fit(whole, 16, 20, "crop")[0]
+        assert np.abs(np.clip(expected, 0, 255) - image).max() <= 0.51
