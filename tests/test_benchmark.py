@@ -1,88 +1,85 @@
 """The benchmark tool's door: names, records, and the arithmetic of ratios."""
 
-import contextlib
-import importlib.util
 import json
-import pathlib
 
 import pytest
-from absl import app, flags
 
-TOOL = pathlib.Path(__file__).parents[1] / "tools" / "benchmark.py"
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_tool", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    # A module of flags may be loaded once a process; other tools share some of their names.
-    own = flags.FlagValues()
-    shared, flags.FLAGS = flags.FLAGS, own
-    define = {name: getattr(flags, name) for name in dir(flags) if name.startswith("DEFINE_")}
-    for name, function in define.items():
-        setattr(flags, name, _defining_in(function, own))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        flags.FLAGS = shared
-        for name, function in define.items():
-            setattr(flags, name, function)
-    own(["benchmark"])
-    module.pin_threads = lambda: None  # TensorFlow takes it before its first operation only
-    return module
+from tools.benchmark import harness, models, score
 
 
-@contextlib.contextmanager
-def quick(benchmark):
-    benchmark.FLAGS.quick = True
-    yield
-    benchmark.FLAGS.quick = False
+@pytest.fixture(autouse=True)
+def threads_as_they_are(monkeypatch):
+    """TensorFlow takes their number before its first operation only."""
+    monkeypatch.setattr(harness, "pin_threads", lambda threads: None)
 
 
-def _defining_in(define, values):
-    return lambda *args, **kwargs: define(*args, **kwargs, flag_values=values)
-
-
-def test_a_record_compares_rates_and_gives_quartiles_of_rounds(benchmark):
-    found = benchmark.record("x", "other", "images/s", 10, [1.0, 2.0, 2.0], [4.0, 4.0, 6.0])
+def test_a_record_compares_rates_and_gives_quartiles_of_rounds():
+    found = harness.rates("x", "other", ([1.0, 2.0, 2.0], [4.0, 4.0, 6.0]), 10)
     assert (found["ours"], found["theirs"], found["ratio"]) == (5.0, 2.5, 2.0)
     assert found["spread"] == [2.0, 4.0]
-    assert {"name", "partner", "unit", "machine"} < set(found)
-    assert found["machine"]["threads"] == 1
+    assert harness.rates("x", "other", ([1.0] * 3, [1.0] * 3), 10, 5)["ratio"] == 2.0
 
 
-def test_both_sides_take_turns_after_a_round_that_does_not_count(benchmark):
+def test_a_record_of_seconds_is_better_where_they_are_fewer():
+    found = harness.durations("x", "other", ([1.0, 2.0, 2.0], [4.0, 4.0, 6.0]))
+    assert (found["ours"], found["theirs"], found["ratio"]) == (2.0, 4.0, 2.0)
+
+
+def test_both_sides_take_turns_after_a_round_that_does_not_count():
     calls = []
-    with quick(benchmark):
-        ours, theirs = benchmark.take_turns(lambda: calls.append("o"), lambda: calls.append("t"))
+    times = harness.take_turns(lambda: calls.append("o"), lambda: calls.append("t"), rounds=3)
     assert "".join(calls) == "ot" + "to" + "ot" + "to"
-    assert len(ours) == len(theirs) == 3
+    assert [len(side) for side in times] == [3, 3]
 
 
-def test_views_are_measured_and_written(benchmark, tmp_path, capsys):
+def test_the_fastest_is_found_and_what_fails_is_left_out(capsys):
+    def fails():
+        raise RuntimeError("no such mode")
+
+    slow = [0] * 1_000_000
+    name, function = harness.fastest(
+        {"fails": fails, "quick": lambda: "quick", "slow": lambda: sorted(slow)}
+    )
+    assert (name, function()) == ("quick", "quick")
+    assert "fails: left out. RuntimeError: no such mode" in capsys.readouterr().out
+
+
+def test_the_score_is_measured_and_written(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(models, "scoring_shape", lambda settings: (16, 8, 16, 1, 1))
     path = tmp_path / "records.json"
-    with quick(benchmark):
-        benchmark.FLAGS.benchmarks, benchmark.FLAGS.json = ["views"], str(path)
-        benchmark.main(["benchmark"])
+    harness.main(["--quick", "--benchmarks=score", f"--json={path}"])
     (record,) = json.loads(path.read_text())
-    assert record["name"] == "views"
+    assert (record["name"], record["partner"]) == ("score", "features alone")
     assert record["ratio"] == pytest.approx(record["ours"] / record["theirs"])
-    assert "image pairs/s" in capsys.readouterr().out
+    assert record["machine"]["threads"] == 1
+    assert "images/s" in capsys.readouterr().out
     assert [file.name for file in tmp_path.iterdir()] == ["records.json"]
 
 
-def test_a_missing_partner_is_said_and_an_unknown_benchmark_is_an_error(benchmark, capsys):
-    def without():
-        raise benchmark.NoPartnerError("PyTorch is not installed: pip install torch")
+def test_a_missing_partner_is_said_and_leaves_what_was_measured(monkeypatch, tmp_path, capsys):
+    def without(settings):
+        yield harness.durations("startup", "import tensorflow", ([1.0] * 3, [1.0] * 3))
+        raise harness.NoPartnerError("PyTorch is not installed: pip install torch")
 
-    benchmark.FLAGS.json = None
-    benchmark.FLAGS.benchmarks = ["features"]
-    original, benchmark.BENCHMARKS["features"] = benchmark.BENCHMARKS["features"], without
-    try:
-        benchmark.main(["benchmark"])
-    finally:
-        benchmark.BENCHMARKS["features"] = original
-    assert "features: left out. PyTorch is not installed" in capsys.readouterr().out
-    benchmark.FLAGS.benchmarks = ["speed"]
-    with pytest.raises(app.UsageError, match="Received: speed"):
-        benchmark.main(["benchmark"])
+    monkeypatch.setattr(score, "run", without)
+    harness.main(["--benchmarks=score", f"--json={tmp_path / 'records.json'}"])
+    assert "score: left out. PyTorch is not installed" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "records.json").read_text())) == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "received"),
+    [("--benchmarks=speed", "Received: speed"), ("--rounds=2", "--rounds=2")],
+)
+def test_a_wrong_argument_is_told(argument, received, capsys):
+    with pytest.raises(SystemExit):
+        harness.main([argument])
+    assert received in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", harness.BENCHMARKS)
+def test_each_benchmark_is_measured(name, tmp_path):
+    path = tmp_path / "records.json"
+    harness.main(["--quick", f"--benchmarks={name}", f"--json={path}"])
+    assert all(record["ours"] > 0 for record in json.loads(path.read_text()))

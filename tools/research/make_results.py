@@ -1,26 +1,22 @@
 r"""Tables and a figure of the runs of `reproduce_cifar10.py` and `baselines_cifar10.py`.
 
-    python tools/make_results.py --results=docs/results --figure=docs/images/results.svg
+    python -m tools.research.make_results --results=docs/results --figure=docs/images/results.svg
 
 Prints Markdown: AUROC by OOD set and its mean, FPR at 95 %, of each strategy, mean over its seeds
 with the 95 % interval of the mean (Student's t) where there are several; then the sensitivities,
 and the rank correlation of each probe, and of their mean, with the mean AUROC.
 """
 
+import argparse
 import json
 import pathlib
 
-import command_line
-from absl import flags
-from reproduce_cifar10 import STRATEGIES
+import matplotlib.pyplot as plt
+import numpy as np
+from scipy import stats
 
-FLAGS = flags.FLAGS
-
-
-def define_flags():
-    """All flags of the program."""
-    flags.DEFINE_string("results", "results", "Folder of JSON files.")
-    flags.DEFINE_string("figure", None, "Bar chart of the mean AUROCs to write (.png, .svg).")
+from sddns_tf import plots, sensitivity
+from tools.research.reproduce_cifar10 import STRATEGIES
 
 
 def read_runs(folder):
@@ -39,14 +35,10 @@ def read_runs(folder):
 
 def with_interval(values):
     """`mean` of several seeds with half of the width of its 95 % interval."""
-    import numpy as np
-    from scipy import stats
-
-    mean = float(np.mean(values))
     if len(values) < 2:
-        return f"{mean:.3f}"
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{mean:.3f} ± {half:.3f}"
+        return f"{np.mean(values):.3f}"
+    half = stats.t.interval(0.95, len(values) - 1)[1] * stats.sem(values)
+    return f"{np.mean(values):.3f} ± {half:.3f}"
 
 
 def mean_of(record, metric):
@@ -71,10 +63,6 @@ def print_ood_table(runs):
 
 def print_sensitivities(runs):
     """Sensitivity of each strategy to each probe, and how it ranks them."""
-    import numpy as np
-
-    from sddns_tf import sensitivity
-
     print("\n| | " + " | ".join([*sensitivity.PROBES, "mean"]) + " |")
     print("|---|" + "---|" * (len(sensitivity.PROBES) + 1))
     for strategy, records in runs.items():
@@ -101,10 +89,6 @@ def print_sensitivities(runs):
 
 def draw(runs, path):
     """Bars of the mean AUROC, one for each strategy."""
-    import matplotlib.pyplot as plt
-
-    from sddns_tf import plots
-
     means = {
         name: sum(mean_of(r, "auroc") for r in records) / len(records)
         for name, records in runs.items()
@@ -117,15 +101,18 @@ def draw(runs, path):
     plots.save(figure, pathlib.Path(path))
 
 
-def main():
+def main(argv=None):
     """Print both tables, and draw if asked to."""
-    runs = read_runs(FLAGS.results)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", default="results", help="folder of JSON files")
+    parser.add_argument("--figure", help="bar chart of the mean AUROCs to write (.png, .svg)")
+    settings = parser.parse_args(argv)
+    runs = read_runs(settings.results)
     print_ood_table(runs)
     print_sensitivities(runs)
-    if FLAGS.figure:
-        draw(runs, FLAGS.figure)
+    if settings.figure:
+        draw(runs, settings.figure)
 
 
 if __name__ == "__main__":
-    define_flags()
-    command_line.run(main)
+    main()

@@ -1,35 +1,28 @@
 r"""Draws the documentation's pictures of views and shifts, from photographs inside scikit-image.
 
-    python tools/make_figures.py --growth=docs/results/speed/growth.json --output_dir=docs/images
+    python -m tools.research.make_figures --growth=docs/results/speed/growth.json \
+        --output_dir=docs/images
 
 Writes shifts.png (what each shift makes of photographs), views.png (global and local views) and,
-of the records that `tools/benchmark.py --benchmarks=growth --json=PATH` wrote, growth.svg.
+of the records that `tools.benchmark --benchmarks=growth --json=PATH` wrote, growth.svg.
 """
 
+import argparse
 import json
 import pathlib
 
-import command_line
-from absl import flags
+import numpy as np
+import skimage.data
+import tensorflow as tf
+from matplotlib.figure import Figure
 
-FLAGS = flags.FLAGS
+from sddns_tf import MultiCrop, image_ops, plots, shifts
+
 SIDE = 96
-
-
-def define_flags():
-    """All flags of the program."""
-    flags.DEFINE_string("output_dir", "docs/images", "Folder to write to.")
-    flags.DEFINE_string("growth", None, "JSON of the benchmark `growth`.")
-    flags.DEFINE_integer("seed", 0, "Fixes the draws.")
 
 
 def photographs():
     """Four photographs, uint8 `(4, SIDE, SIDE, 3)`."""
-    import numpy as np
-    import skimage.data
-
-    from sddns_tf import image_ops
-
     found = [skimage.data.astronaut(), skimage.data.chelsea(), skimage.data.coffee()]
     found.append(np.repeat(skimage.data.brick()[:256, :256, np.newaxis], 3, axis=-1))
     squares = []
@@ -41,31 +34,21 @@ def photographs():
     return np.concatenate(squares).round().astype(np.uint8)
 
 
-def shifted(images):
+def shifted(images, seed):
     """Images and titles: the photographs, then each shift of them."""
-    import numpy as np
-    import tensorflow as tf
-
-    from sddns_tf import shifts
-
     rows, titles = [], []
     for index, name in enumerate(shifts.NAMES):
         shift = shifts.get(name)
-        rows.append(np.asarray(shift(tf.constant(images), [FLAGS.seed, index])))
+        rows.append(np.asarray(shift(tf.constant(images), [seed, index])))
         titles += [name] * len(images)
     return np.concatenate(rows), titles
 
 
-def views(image):
+def views(image, seed):
     """Images and titles: a photograph and the views that training sees of it."""
-    import numpy as np
-    import tensorflow as tf
-
-    from sddns_tf import MultiCrop, image_ops
-
     crops = MultiCrop(SIDE, local_views=4)
     batch = tf.constant(image[np.newaxis])
-    drawn = [crops(batch, seed=[FLAGS.seed, step]) for step in range(2)]
+    drawn = [crops(batch, seed=[seed, step]) for step in range(2)]
     found, titles = [image], ["photograph"]
     for one in drawn:
         for kind, group in zip(("global", "local"), one, strict=True):
@@ -77,8 +60,6 @@ def views(image):
 
 def growth(records):
     """Seconds per step against what the multiplications would make of the smallest, by setting."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 2.8), dpi=150, layout="constrained")
     settings = [dict(part.rsplit(" ", 1) for part in r["name"].split(", ")[1:]) for r in records]
     names = list(settings[0])
@@ -96,23 +77,24 @@ def growth(records):
     return figure
 
 
-def main():
+def main(argv=None):
     """Draw them."""
-    from sddns_tf import plots
-
-    folder = pathlib.Path(FLAGS.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", default="docs/images", help="folder to write to")
+    parser.add_argument("--growth", help="JSON of the benchmark `growth`")
+    parser.add_argument("--seed", type=int, default=0, help="fixes the draws")
+    settings = parser.parse_args(argv)
+    folder = pathlib.Path(settings.output_dir)
     images = photographs()
-    found, titles = shifted(images)
+    found, titles = shifted(images, settings.seed)
     plots.save(plots.contact_sheet(found, titles=titles, columns=8), folder / "shifts.png")
-    found, titles = views(images[0])
+    found, titles = views(images[0], settings.seed)
     plots.save(plots.contact_sheet(found, titles=titles, columns=7), folder / "views.png")
-    if FLAGS.growth:
-        records = json.loads(pathlib.Path(FLAGS.growth).read_text())
+    if settings.growth:
+        records = json.loads(pathlib.Path(settings.growth).read_text())
         plots.save(growth(records), folder / "growth.svg")
     print(f"Written to {folder}")
 
 
 if __name__ == "__main__":
-    define_flags()
-    command_line.run(main)
+    main()

@@ -1,0 +1,214 @@
+"""The experiments of `tools/research` on toy sets: each is run, and its arithmetic looked at."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+from scipy import stats
+from toy_sets import tiles, write_tfds
+
+import sddns_tf
+from tools.research import (
+    ablate_score,
+    baselines_cifar10,
+    cifar10,
+    compare_exports,
+    make_figures,
+    make_results,
+    reproduce_cifar10,
+    shrink_detector,
+)
+
+SIDE = cifar10.SIDE
+SETS = ("--in_distribution=lawn", "--ood=wall,cup", "--auxiliary=scenes")
+TINY = (*SETS, "--steps=4", "--width=8", "--batch_size=8", "--bank_images=90")
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Toy sets under names of their own: grass is normal."""
+    pytest.importorskip("tensorflow_datasets")
+    root = tmp_path_factory.mktemp("tfds")
+    grass, scenes = tiles("grass", 180, SIDE), tiles("astronaut", 60, SIDE)
+    write_tfds(root, "lawn", SIDE, train=grass[:100], test=grass[100:])
+    write_tfds(root, "wall", SIDE, test=tiles("brick", 12, SIDE))
+    write_tfds(root, "cup", 48, test=tiles("coffee", 12, 48))
+    write_tfds(root, "scenes", SIDE, train=scenes[:40], validation=scenes[40:])
+    return f"--data_dir={root}"
+
+
+@pytest.fixture(scope="module")
+def runs(data_dir, tmp_path_factory):
+    """Folder of the records of one strategy and of each baseline."""
+    folder = tmp_path_factory.mktemp("results")
+    exclude = folder / "exclude.txt"
+    exclude.write_text("# shown by CIFAR-10 too\nodd (all of it)\n")
+    common = (data_dir, f"--auxiliary_exclude={exclude}", f"--output_dir={folder}", *TINY)
+    reproduce_cifar10.main([*common, "--num_prototypes=16"])
+    for baseline in baselines_cifar10.BASELINES:
+        baselines_cifar10.main([*common, f"--baseline={baseline}"])
+    return folder
+
+
+def record(runs, name):
+    return json.loads((runs / f"{name}.json").read_text())
+
+
+def test_a_strategy_is_trained_measured_and_kept(runs):
+    found = record(runs, "auxiliary-rot90-0")
+    assert (found["steps"], found["images"]) == (4, 32)
+    assert set(found["ood"]) == {"wall", "cup", "scenes", "noise"}
+    assert set(found["auroc_by_network"]) == {"student backbone", "teacher head", "student head"}
+    assert "rot90" not in found["sensitivity"]  # it is trained on
+    assert "perm4" in found["sensitivity"]
+    assert found["flags"]["strategy"] == "auxiliary:rot90"
+    assert not {"data_dir", "output_dir", "auxiliary_exclude"} & set(found["flags"])
+    detector = keras.models.load_model(runs / "auxiliary-rot90-0.keras")
+    assert len(detector.bank) == 90
+
+
+def test_a_run_that_is_there_is_not_repeated(runs, data_dir, capsys):
+    before = (runs / "auxiliary-rot90-0.json").read_bytes()
+    reproduce_cifar10.main([data_dir, f"--output_dir={runs}", *TINY])
+    assert "is there already" in capsys.readouterr().err
+    assert (runs / "auxiliary-rot90-0.json").read_bytes() == before
+
+
+def test_the_classes_that_are_excluded_make_no_negatives(runs, data_dir):
+    settings = reproduce_cifar10.parse(
+        [data_dir, *SETS, f"--auxiliary_exclude={runs / 'exclude.txt'}"]
+    )
+    excluded = cifar10.excluded_classes(settings)
+    assert excluded == ["odd"]
+    assert len(cifar10.read(settings, settings.auxiliary, "train", excluded)) == 20
+
+
+@pytest.mark.parametrize("baseline", baselines_cifar10.BASELINES)
+def test_a_baseline_is_measured_as_the_method_is(runs, baseline):
+    found = record(runs, f"{baseline}-0")
+    assert set(found["ood"]) == set(record(runs, "auxiliary-rot90-0")["ood"])
+    assert found["steps"] == (4 if baseline == "rotation" else 0)
+    assert set(found["sensitivity"]) == {*sddns_tf.sensitivity.PROBES, "mean"}
+
+
+def test_pixels_tell_noise_from_grass(runs):
+    assert record(runs, "pixels-0")["ood"]["noise"]["auroc"] == 1.0
+
+
+@pytest.mark.parametrize("network", ["convolutional", "convnet", "vit"])
+def test_each_network_gives_one_feature_for_each_image(network):
+    settings = reproduce_cifar10.parse([f"--network={network}", "--width=32"])
+    features = cifar10.backbone(settings)(np.zeros((2, SIDE, SIDE, 3), np.float32))
+    assert len(features.shape) == 2
+
+
+def test_minutes_are_told_in_steps():
+    settings = cifar10.parser("").parse_args(["--minutes=0.0001", "--batch_size=8", "--width=4"])
+    images = tiles("grass", 16, SIDE)
+
+    batches = cifar10.training_batches(settings, images).map(baselines_cifar10.rotated)
+    model, training = cifar10.fit(
+        settings, lambda steps: baselines_cifar10.make_rotation_model(settings, steps), batches
+    )
+    assert training["steps"] == cifar10.EPOCHS == int(model.optimizer.iterations)
+    assert len(training["history"]["loss"]) == cifar10.EPOCHS
+
+
+def test_a_rotation_is_told_by_its_quarter_turns():
+    images = tiles("coffee", 4, SIDE)
+    turned, turns = baselines_cifar10.rotated(images)
+    # Undone, each is an image or its mirror image.
+    for image, one, turn in zip(images, turned.numpy(), turns.numpy(), strict=True):
+        upright = np.rot90(one, -turn)
+        expected = sddns_tf.image_ops.normalize(image[np.newaxis])[0].numpy()
+        distances = [np.abs(upright - expected).max(), np.abs(upright[:, ::-1] - expected).max()]
+        assert min(distances) < 1e-5
+
+
+def test_tables_have_a_row_for_each_run(runs, capsys, tmp_path):
+    figure = tmp_path / "bars.svg"
+    make_results.main([f"--results={runs}", f"--figure={figure}"])
+    printed = capsys.readouterr().out
+    pixels = record(runs, "pixels-0")["ood"]
+    mean = np.mean([row["auroc"] for row in pixels.values()])
+    (line,) = [line for line in printed.splitlines() if line.startswith("| pixels | 1 | 0 |")]
+    assert f"| {mean:.3f} |" in line
+    assert printed.count("| auxiliary:rot90 |") == 2
+    assert figure.stat().st_size
+
+
+def test_an_interval_over_seeds_is_that_of_student():
+    values = [0.7, 0.75, 0.85]
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert make_results.with_interval(values) == f"{np.mean(values):.3f} ± {(high - low) / 2:.3f}"
+    assert make_results.with_interval([0.7]) == "0.700"
+    assert make_results.with_interval([1.0, 1.0]) == "1.000 ± 0.000"
+
+
+def test_the_score_is_varied_one_setting_at_a_time(runs, data_dir, capsys):
+    ablate_score.main(
+        [
+            f"--detector={runs / 'auxiliary-rot90-0.keras'}", data_dir, "--limit=20",
+            "--data=tfds:lawn@train", "--test=tfds:lawn@test[40:]",
+            "--ood=tfds:wall,tfds:cup", "--bank_sizes=5,5000", "--neighbors=1",
+            "--temperatures=0.04",
+        ]
+    )  # fmt: skip
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0].removeprefix("| ") for row in rows] == [
+        "all 100 images", "5 drawn at random", "5 by k-means, weighted", "5 by k-center, weighted",
+        "all, 1 nearest", "all, temperature 0.04",
+    ]  # fmt: skip
+    assert rows[-1][1] == rows[0][1]  # 0.04 is what the first row has too
+
+
+def test_exports_are_compared_with_the_detector(runs, data_dir, tmp_path, capsys):
+    pytest.importorskip("ai_edge_litert")
+    compare_exports.main(
+        [
+            f"--detector={runs / 'auxiliary-rot90-0.keras'}", data_dir, "--limit=20",
+            "--calibration=tfds:lawn@test[:40]", "--test=tfds:lawn@test[40:]",
+            "--ood=tfds:wall,tfds:cup", "--tflite_bank_size=20", f"--output_dir={tmp_path}",
+        ]
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    table = (tmp_path / "table.md").read_text()
+    assert table in printed
+    assert [line.split(" | ")[0] for line in table.splitlines()[3:]] == [
+        f"| {variant}" for variant in compare_exports.VARIANTS
+    ]
+    assert (tmp_path / "int8.tflite").stat().st_size < (tmp_path / "float32.tflite").stat().st_size
+
+
+def test_a_bank_is_compressed_and_calibrated_again(runs, data_dir, tmp_path, capsys):
+    path = tmp_path / "small.keras"
+    shrink_detector.main(
+        [f"--detector={runs / 'auxiliary-rot90-0.keras'}", data_dir, SETS[0], "--bank_size=10",
+         f"--output={path}"]
+    )  # fmt: skip
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    small = keras.models.load_model(path)
+    assert len(small.bank) == 10
+    assert len(small.calibration_scores) == 40
+    assert printed["bytes"] == path.stat().st_size
+    fresh = sddns_tf.data.load_arrays(
+        "tfds:lawn", split="test", data_dir=data_dir.partition("=")[2]
+    )[1::2]
+    flagged = small.predict(fresh, verbose=0)["is_ood"].mean()
+    assert printed["fresh_flagged"] == pytest.approx(flagged)
+
+
+def test_figures_are_drawn(tmp_path):
+    name = "growth, prototypes {}, local_views {}"
+    records = [
+        {"name": name.format(*setting), "ours": 1.0 + index, "theirs": 1.0}
+        for index, setting in enumerate([(1024, 0), (4096, 0), (1024, 2)])
+    ]
+    growth = tmp_path / "growth.json"
+    growth.write_text(json.dumps(records))
+    make_figures.main([f"--output_dir={tmp_path}", f"--growth={growth}"])
+    for file in ("shifts.png", "views.png", "growth.svg"):
+        assert (tmp_path / file).stat().st_size
+    panels = make_figures.growth(records).axes
+    assert [list(axes.lines[0].get_xdata()) for axes in panels] == [[1024, 4096], [0, 2]]

@@ -1,0 +1,180 @@
+"""The command: benchmarks by name, in which two sides take turns, to a JSON file of records."""
+
+import argparse
+import dataclasses
+import importlib
+import os
+import platform
+import statistics
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported
+
+# Each is a module of this package with a function `run(settings)` that yields records.
+BENCHMARKS = (
+    "views", "train_step", "features", "score", "growth", "startup", "input",
+    "saved_model", "tflite",
+)  # fmt: skip
+
+
+class NoPartnerError(Exception):
+    """The library to compare with is not installed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Attributes:
+        quick: Whether networks are small, so that a benchmark takes less than a minute.
+        threads: Threads of either side.
+        rounds: Rounds in which the two sides take turns.
+    """
+
+    quick: bool = False
+    threads: int = 1
+    rounds: int = 7
+
+
+def seconds(function):
+    """Seconds that a call takes."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def take_turns(ours, theirs, rounds, warm_up=True):
+    """Seconds of each side in each round, after one round that is not counted."""
+    if warm_up:
+        ours(), theirs()
+    pairs = []
+    for index in range(rounds):
+        order = (ours, theirs) if index % 2 else (theirs, ours)
+        times = {function: seconds(function) for function in order}
+        pairs.append((times[ours], times[theirs]))
+    return tuple(zip(*pairs, strict=True))
+
+
+def rates(name, partner, times, amount, their_amount=None, unit="images/s"):
+    """A record of rates, where more is better.
+
+    Args:
+        name: Of what was measured.
+        partner: What it was measured against.
+        times: Seconds of our rounds and of theirs, as from `take_turns`.
+        amount: What our side did in a round, in the unit's terms.
+        their_amount: What the other side did in a round; defaults to `amount`.
+        unit: Of the rates.
+
+    Returns:
+        Dict for the JSON file.
+    """
+    ours = [amount / each for each in times[0]]
+    theirs = [(their_amount or amount) / each for each in times[1]]
+    low, _, high = statistics.quantiles([a / b for a, b in zip(ours, theirs, strict=True)], n=4)
+    own, other = statistics.median(ours), statistics.median(theirs)
+    return {
+        "name": name,
+        "partner": partner,
+        "unit": unit,
+        "ours": own,
+        "theirs": other,
+        "ratio": own / other,
+        "spread": [low, high],
+    }
+
+
+def durations(name, partner, times):
+    """A record of seconds, where less is better; arguments are those of `rates`."""
+    found = rates(name, partner, times, 1, unit="s")
+    return {**found, "ours": 1 / found["ours"], "theirs": 1 / found["theirs"]}
+
+
+def fastest(candidates):
+    """Name and function of the candidate that is fastest in two of three calls; the rest go."""
+    times = {}
+    for name, function in candidates.items():
+        try:
+            times[name] = min([seconds(function) for _ in range(3)][1:])
+        except Exception as error:  # A mode that a library or processor lacks is no candidate.
+            print(f"{name}: left out. {type(error).__name__}: {str(error)[:100]}", flush=True)
+    name = min(times, key=times.get)
+    return name, candidates[name]
+
+
+def machine(threads):
+    """The processor, the threads used and the versions."""
+    import keras
+    import tensorflow as tf
+
+    processor = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as lines:
+            models = [line.partition(":")[2].strip() for line in lines if "model name" in line]
+        processor = models[0] if models else processor
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "tensorflow": tf.__version__,
+        "keras": keras.__version__,
+    }
+
+
+def pin_threads(threads):
+    """Give TensorFlow so many threads; it takes the number before its first operation only."""
+    import tensorflow as tf
+
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    tf.config.threading.set_inter_op_parallelism_threads(threads)
+
+
+def records_of(name, settings):
+    """Records of a benchmark, each with the machine; fewer, and a word, without a partner."""
+    try:
+        for record in importlib.import_module(f"tools.benchmark.{name}").run(settings):
+            print(
+                "{name}: {ours:.4g} {unit}, {partner}: {theirs:.4g}, ratio {ratio:.2f} "
+                "({spread[0]:.2f} to {spread[1]:.2f})".format(**record),
+                flush=True,
+            )
+            yield {**record, "machine": machine(settings.threads)}
+    except NoPartnerError as error:
+        print(f"{name}: left out. {error}", flush=True)
+
+
+def parse(argv):
+    """Names of the benchmarks, the file to write, and the `Settings` of a command line."""
+    parser = argparse.ArgumentParser(prog="benchmark", description=__doc__)
+    parser.add_argument(
+        "--benchmarks", default="all", help=f"all, or with commas between: {', '.join(BENCHMARKS)}"
+    )
+    parser.add_argument("--json", metavar="PATH", help="file to write the records to")
+    parser.add_argument("--quick", action="store_true", help="small networks, three rounds")
+    parser.add_argument("--threads", type=int, default=1, help="of either side")
+    parser.add_argument("--rounds", type=int, default=7, help="in which the sides take turns")
+    options = parser.parse_args(argv)
+    names = BENCHMARKS if options.benchmarks == "all" else options.benchmarks.split(",")
+    for name in names:
+        if name not in BENCHMARKS:
+            parser.error(f"--benchmarks takes all or {', '.join(BENCHMARKS)}. Received: {name}")
+    if options.rounds < 3 or options.threads < 1:
+        parser.error(
+            "--rounds must be at least 3 and --threads at least 1. "
+            f"Received: --rounds={options.rounds} --threads={options.threads}"
+        )
+    rounds = 3 if options.quick else options.rounds
+    return names, options.json, Settings(options.quick, options.threads, rounds)
+
+
+def main(argv=None):
+    """Run the benchmarks named, print a line for each record, write them all."""
+    names, path, settings = parse(argv)
+    pin_threads(settings.threads)
+    records = [record for name in names for record in records_of(name, settings)]
+    if path:
+        from sddns_tf import files
+
+        files.write_json(path, records)

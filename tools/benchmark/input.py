@@ -1,0 +1,51 @@
+"""Training steps fed by readers of files, against the same step on one batch in memory.
+
+The files are a folder of PNG images and, where `TFDS_DATA_DIR` holds it, `cifar10`.
+"""
+
+import itertools
+import os
+import pathlib
+import tempfile
+
+import numpy as np
+import tensorflow as tf
+
+import sddns_tf
+from tools.benchmark import harness, models
+
+BATCH, STEPS = 64, 3
+
+
+def run(settings):
+    """A record for each kind of file."""
+    model = models.training_model((32, 4, 96, 3, 3))
+    step = tf.function(model.train_step, autograph=False)
+
+    def fed_by(batches):
+        def steps():
+            for images in itertools.islice(batches, STEPS):
+                step({"images": images, "auxiliary": images})["loss"].numpy()
+
+        return steps
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_png_files(folder, 640 if settings.quick else 6_400)
+        sources = {"a folder of PNG files": {"source": f"folder:{folder}", "image_size": 32}}
+        if os.path.isdir(os.path.join(os.environ.get("TFDS_DATA_DIR", ""), "cifar10")):
+            sources["TFDS cifar10"] = {"source": "tfds:cifar10"}
+        for name, source in sources.items():
+            batches = sddns_tf.data.load(
+                **source, batch_size=BATCH, shuffle=True, drop_remainder=True
+            )
+            read = iter(batches.repeat())
+            sides = fed_by(read), fed_by(itertools.repeat(next(read)))
+            times = harness.take_turns(*sides, settings.rounds)
+            yield harness.rates(f"input, {name}", "a batch in memory", times, STEPS * BATCH)
+
+
+def write_png_files(folder, count):
+    """Smooth images of 32 px, which compress as photographs do."""
+    smooth = tf.image.resize(models.random_images(count, 8), (32, 32)).numpy().astype(np.uint8)
+    for index, image in enumerate(smooth):
+        (pathlib.Path(folder) / f"{index}.png").write_bytes(tf.io.encode_png(image).numpy())

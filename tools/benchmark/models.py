@@ -1,0 +1,142 @@
+"""The networks, training steps and detectors of ours that are timed, on images of noise."""
+
+import contextlib
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import sddns_tf
+from sddns_tf.features import FeatureExtractor, extract_features
+
+
+def random_images(count, size, seed=0):
+    """Images of noise, uint8 `(count, size, size, 3)`."""
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def training_shape(settings):
+    """Image size, patch, width, depth and heads of ViT-S/4 at 32 px, or of a small one."""
+    return (32, 4, 192, 6, 3) if settings.quick else (32, 4, 384, 12, 6)
+
+
+def scoring_shape(settings):
+    """The same of ViT-S/16 at 256 px, or of a small one."""
+    return (64, 16, 192, 6, 3) if settings.quick else (256, 16, 384, 12, 6)
+
+
+def vit(size, patch, dim, depth, heads):
+    """Our vision transformer of a shape."""
+    return sddns_tf.VisionTransformer(
+        image_size=size, patch_size=patch, hidden_dim=dim, depth=depth, num_heads=heads
+    )
+
+
+@contextlib.contextmanager
+def dtype_policy(name):
+    """Models made in the block compute in this precision."""
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+class ReadyViews(sddns_tf.MultiCrop):
+    """Gives views that were made beforehand."""
+
+    def __init__(self, views, images):
+        super().__init__(**views.get_config())
+        self._made = views(images, [0, 1])
+
+    def __call__(self, images, seed):
+        """The same views each time."""
+        del images, seed
+        return self._made
+
+
+class ReadyNegatives(sddns_tf.Negatives):
+    """Gives negatives that were made beforehand."""
+
+    def __init__(self, negatives, views, images):
+        super().__init__(**negatives.get_config())
+        self._made = negatives(views, images, images, [0, 2])
+
+    def __call__(self, views, images, auxiliary, seed):
+        """The same negatives each time."""
+        del views, images, auxiliary, seed
+        return self._made
+
+
+def training_model(shape, prototypes=4096, local_views=2, ready_made_for=None):
+    """Self-distillation with negatives of auxiliary images, compiled.
+
+    Args:
+        shape: Image size, patch, width, depth and heads of the backbone.
+        prototypes: Outputs of the head.
+        local_views: Number of small views.
+        ready_made_for: Images whose views are drawn once and used at every step, or None.
+
+    Returns:
+        A compiled `SelfDistillation`.
+    """
+    views = sddns_tf.MultiCrop(shape[0], local_views=local_views)
+    negatives = sddns_tf.Negatives("rot90", source="auxiliary")
+    if ready_made_for is not None:
+        negatives = ReadyNegatives(negatives, views, ready_made_for)
+        views = ReadyViews(views, ready_made_for)
+    model = sddns_tf.SelfDistillation(
+        backbone=vit(*shape),
+        views=views,
+        negatives=negatives,
+        head=sddns_tf.ProjectionHead(num_prototypes=prototypes),
+    )
+    model.compile(keras.optimizers.AdamW(1e-4, weight_decay=0.04))
+    return model
+
+
+def train_step(shape, batch, *, policy="float32", jit_compile=False, ready_made=False, **options):
+    """A function that does one step on one batch of images and returns the loss.
+
+    Args:
+        shape: As for `training_model`.
+        batch: Number of images.
+        policy: Precision.
+        jit_compile: Whether XLA compiles the step.
+        ready_made: Whether the views are made beforehand.
+        **options: Of `training_model`.
+    """
+    images = tf.constant(random_images(batch, shape[0]))
+    with dtype_policy(policy):
+        model = training_model(shape, ready_made_for=images if ready_made else None, **options)
+    step = tf.function(model.train_step, autograph=False, jit_compile=jit_compile)
+    data = {"images": images, "auxiliary": images}
+    return lambda: step(data)["loss"].numpy()
+
+
+def multiplications(shape, prototypes, local_views, batch):
+    """Multiplications of the matrix products of one step, forward and backward.
+
+    Teacher: 2 global views forward. Student: 3 global and twice the local views, forward and back,
+    which costs three times the forward. The last block computes one token, from keys and values of
+    all.
+    """
+    size, patch, dim, depth, _ = shape
+
+    def one(side):
+        tokens = (side // patch) ** 2 + 1
+        block = 12 * tokens * dim**2 + 2 * tokens**2 * dim
+        last_block = (2 * tokens + 10) * dim**2 + 2 * tokens * dim
+        head = dim * 2048 + 2048**2 + 2048 * 256 + 256 * prototypes
+        return (depth - 1) * block + last_block + 3 * patch**2 * dim * tokens + head
+
+    return batch * (2 * one(size) + 9 * one(size) + 6 * local_views * one(size // 2))
+
+
+def detector(shape, bank_size=50_000):
+    """A detector of random weights and a random bank: its speed does not depend on either."""
+    extractor = FeatureExtractor(vit(*shape), shape[0], shape[0])
+    bank = np.random.default_rng(0).normal(size=(bank_size, shape[2])).astype(np.float32)
+    bank /= np.linalg.norm(bank, axis=1, keepdims=True)
+    calibration = extract_features(extractor, random_images(200, shape[0], seed=2), verbose=0)
+    return sddns_tf.Detector.from_features(extractor, bank, calibration)

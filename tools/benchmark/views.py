@@ -1,0 +1,43 @@
+"""All views and negatives of pairs of 32 px images, against Pillow image by image, on one core.
+
+28 views of each pair: 2 global and 8 local ones of the image, and of each of the two images 1
+global and 8 local ones that are shifted.
+"""
+
+import tensorflow as tf
+
+import sddns_tf
+from tools.benchmark import harness, models
+from tools.benchmark.partners import pillow
+
+PILLOW_PAIRS, REPEATS = 8, 4
+
+
+def run(settings):
+    """One record."""
+    theirs = pillow.all_views()
+    crops = sddns_tf.MultiCrop(32, local_views=8)
+    negatives = sddns_tf.Negatives("rot90", source="both")
+    images, auxiliary = models.random_images(64, 32), models.random_images(64, 32, seed=1)
+
+    @tf.function(jit_compile=True)
+    def step(images, auxiliary, seed):
+        return crops(images, seed), negatives(crops, images, auxiliary, seed + 1)
+
+    arguments = tf.constant(images), tf.constant(auxiliary), tf.constant([0, 1])
+    times = harness.take_turns(
+        lambda: [
+            tf.nest.map_structure(lambda group: group.numpy(), step(*arguments))
+            for _ in range(REPEATS)
+        ],
+        lambda: [theirs(*pair) for pair in zip(images[:PILLOW_PAIRS], auxiliary, strict=False)],
+        settings.rounds,
+    )
+    yield harness.rates(
+        "views",
+        "Pillow, image by image",
+        times,
+        REPEATS * len(images),
+        PILLOW_PAIRS,
+        unit="image pairs/s",
+    )

@@ -1,0 +1,100 @@
+r"""What the method is compared with in docs/results.md, on the same images and network.
+
+    python -m tools.research.baselines_cifar10 --data_dir=TFDS --auxiliary_exclude=FILE \
+        --baseline=rotation --minutes=20 --output_dir=results
+
+- `pixels`: distance to the nearest bank image, after PCA of the pixels to 64 dimensions.
+- `untrained`: the network's features as they are drawn.
+- `rotation`: the network trained to tell by how many quarter turns an image was rotated.
+
+Writes `BASELINE-SEED.json` in the form of `reproduce_cifar10`.
+
+Reference: Gidaris et al., "Unsupervised representation learning by predicting image rotations",
+arXiv 1803.07728.
+"""
+
+import keras
+import numpy as np
+import tensorflow as tf
+from sklearn.decomposition import PCA
+from sklearn.neighbors import NearestNeighbors
+
+from sddns_tf import image_ops
+from tools.research import cifar10
+
+BASELINES = ("pixels", "untrained", "rotation")
+
+
+class PixelScorer:
+    """Scores as a detector does, by the nearest image in the first principal components."""
+
+    def __init__(self, normal, bank_images):
+        bank = normal.training[:bank_images]
+        self._pca = PCA(64, random_state=0).fit(self._pixels(bank))
+        self._bank = NearestNeighbors(n_neighbors=1).fit(self._pca.transform(self._pixels(bank)))
+        self.threshold = np.inf
+        calibration = self.predict(normal.calibration)["ood_score"]
+        self.threshold = float(np.quantile(calibration, 0.95))
+
+    def predict(self, images, batch_size=None, verbose=0):
+        """OOD score and decision of each image."""
+        del batch_size, verbose
+        scores = self._bank.kneighbors(self._pca.transform(self._pixels(images)))[0][:, 0]
+        return {"ood_score": scores, "is_ood": scores > self.threshold}
+
+    def _pixels(self, images):
+        return np.asarray(images).reshape(len(images), -1) / 255.0
+
+
+def rotated(batch):
+    """Normalized images, each mirrored or not and turned at random, and their quarter turns."""
+    turns = tf.random.uniform([tf.shape(batch)[0]], 0, 4, tf.int32)
+    batch = tf.image.random_flip_left_right(batch)
+    every = tf.stack([tf.image.rot90(batch, k) for k in range(4)], axis=1)
+    return image_ops.normalize(tf.gather(every, turns, batch_dims=1)), turns
+
+
+def make_rotation_model(settings, steps):
+    """The backbone and a layer that names the quarter turns, compiled."""
+    model = keras.Sequential([cifar10.backbone(settings), keras.layers.Dense(4)])
+    model.compile(
+        cifar10.optimizer(settings, steps),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    return model
+
+
+def main(argv=None):
+    """One baseline, if it is not there yet."""
+    parser = cifar10.parser(__doc__)
+    parser.add_argument("--baseline", default="untrained", choices=BASELINES)
+    settings = parser.parse_args(argv)
+
+    def measure():
+        normal = cifar10.read_normal(settings)
+        training = {"steps": 0, "images": 0, "seconds": 0.0, "history": {}}
+        if settings.baseline == "pixels":
+            scorer = PixelScorer(normal, settings.bank_images)
+        else:
+            keras.utils.set_random_seed(settings.seed)
+            backbone = cifar10.backbone(settings)
+            if settings.baseline == "rotation":
+                model, training = cifar10.fit(
+                    settings,
+                    lambda steps: make_rotation_model(settings, steps),
+                    cifar10.training_batches(settings, normal.training).map(rotated),
+                )
+                backbone = model.layers[0]
+            scorer = cifar10.detector_of(settings, backbone, normal)
+        return {
+            "flags": {**cifar10.flags_of(settings), "strategy": settings.baseline},
+            **training,
+            **cifar10.evaluate(scorer, normal.fresh, cifar10.read_ood(settings)),
+        }
+
+    cifar10.record_run(settings, f"{settings.baseline}-{settings.seed}", measure)
+
+
+if __name__ == "__main__":
+    main()
