@@ -14,6 +14,7 @@ from sddns_tf.features import extract_features
 
 COLUMNS = ("auroc", "aupr_in", "aupr_out", "fpr95", "flagged")
 FRESH = "fresh normal images"
+INTERVALS = "95 % interval, by bootstrap or, of shares, Wilson's"
 _ATTENTION_BATCH = 32
 
 
@@ -187,7 +188,7 @@ def markdown(evaluation):
         cells = [cell(row[column]) if column in row else "" for column in COLUMNS]
         shown = name.replace("|", "\\|")
         lines.append(f"| {shown} | {len(evaluation.images[name])} | " + " | ".join(cells) + " |")
-    lines += ["", f"In brackets: 95 % bootstrap interval. {promise(evaluation)}"]
+    lines += ["", f"In brackets: {INTERVALS}. {promise(evaluation)}"]
     if evaluation.knn_accuracy:
         lines += ["", f"k-NN accuracy of the features: {cell(evaluation.knn_accuracy)}"]
     return "\n".join(lines) + "\n"

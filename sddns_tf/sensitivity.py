@@ -87,6 +87,8 @@ def rank_correlation(sensitivities, aurocs, confidence=0.95, resamples=2000, see
             "A rank correlation takes at least 3 strategies that differ. Received: "
             f"sensitivities={pairs[0].tolist()}, aurocs={pairs[1].tolist()}"
         )
+    # By hand: a draw in which all strategies are alike has no rank correlation and is left out;
+    # of it `scipy.stats.bootstrap` would make an interval of NaN.
     generator = np.random.default_rng(seed)
     drawn = []
     for _ in range(resamples):

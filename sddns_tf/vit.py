@@ -1,4 +1,7 @@
-"""Vision transformer whose position embedding follows the size of its input."""
+"""Vision transformer whose position embedding follows the size of its input.
+
+In one file on purpose, long as it is: a reader follows an image from its patches to the feature.
+"""
 
 import math
 

@@ -75,7 +75,7 @@ def test_the_script_is_installed_with_the_package():
     setup.read(ROOT / "setup.cfg")
     scripts = setup["options.entry_points"]["console_scripts"].strip().splitlines()
     assert scripts == ["sddns = sddns_tf.cli.main:run"]
-    assert "recipes/*.json" in setup["options.package_data"]["sddns_tf.cli"]
+    assert "cli/recipes/*.json" in setup["options.package_data"]["sddns_tf"]
 
 
 @pytest.mark.parametrize(

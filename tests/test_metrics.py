@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import skimage.data
 import tensorflow as tf
 from hypothesis import given, settings
@@ -268,12 +269,30 @@ def test_interval_holds_the_truth_about_as_often_as_it_says():
     assert 87 <= hits <= 100
 
 
-def test_share_interval_is_the_bootstrap_of_hits():
-    hits = np.repeat([1.0, 0.0], [30, 170])
-    draws = np.random.default_rng(0).choice(hits, (20_000, 200)).mean(axis=1)
-    expected = np.quantile(draws, [0.025, 0.975])
-    np.testing.assert_allclose(metrics.share_interval(0.15, 200), expected, atol=0.0051)
-    assert metrics.share_interval(0.0, 10) == (0.0, 0.0)
+@pytest.mark.parametrize(("hits", "count"), [(0, 10), (10, 10), (3, 20), (50, 1000)])
+def test_share_interval_holds_the_shares_that_a_score_test_does_not_refuse(hits, count):
+    low, high = metrics.share_interval(hits / count, count)
+    assert 0 <= low < high <= 1
+    # At either limit p the share lies 1.96 standard deviations of p from it (Wilson, 1927).
+    for limit in {low, high} - {0.0, 1.0}:
+        deviations = abs(hits / count - limit) / np.sqrt(limit * (1 - limit) / count)
+        assert deviations == pytest.approx(1.959964, abs=1e-5)
+
+
+def test_intervals_of_metrics_are_those_of_scipy():
+    generator = np.random.default_rng(0)
+    normal, ood = generator.normal(size=60).round(1), generator.normal(1.0, 1.0, 40).round(1)
+    found = metrics.ood_metric_intervals(normal, ood, resamples=2000)
+    for name in ("auroc", "fpr95"):
+        expected = scipy.stats.bootstrap(
+            (normal, ood),
+            lambda a, b, name=name: metrics.ood_metrics(a, b)[name],
+            vectorized=False,
+            n_resamples=300,
+            method="percentile",
+            random_state=np.random.default_rng(1),
+        ).confidence_interval
+        np.testing.assert_allclose(found[name], expected, atol=0.04)
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def test_score_histograms_show_each_set_beside_the_normal_images():
         assert [list(line.get_xdata()) for line in lines] == [[-4.0, -4.0]]
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert legend == ["in-distribution", "out-of-distribution", "threshold"]
-    flagged = np.mean(normal >= -4.0)
+    flagged = np.mean(normal > -4.0)
     assert f"-4 flags {flagged:.1%} of in-distribution" in figure.get_supxlabel()
     assert "beyond" not in figure.get_supxlabel()  # normal distributions fit whole
     assert near.get_xlim() == (min(normal.min(), sets["near"].min()), sets["far"].max())
@@ -213,12 +213,24 @@ def test_score_histograms_of_long_tails_stop_short_and_say_so():
     assert_readable(figure)
 
 
+def test_score_histograms_flag_what_the_detector_flags(grass_detector, grass_and_person):
+    # Among them are the calibration images, one of which has the score of the threshold.
+    images = np.concatenate([grass_and_person(49, 2)[:49], grass_and_person(20, 7)])
+    found = grass_detector.predict(images, verbose=0)
+    scores, threshold = found["ood_score"], grass_detector.threshold
+    assert (scores == np.float32(threshold)).any()
+    figure = plots.score_histograms(scores, {"mixed": scores}, threshold)
+    assert f"{found['is_ood'].mean():.0%} flagged" in figure.axes[0].get_title("left")
+    assert f"flags {found['is_ood'].mean():.1%} of" in " ".join(figure.get_supxlabel().split())
+
+
 @pytest.mark.parametrize("value", [0.0, -7.25, 1e9, 1e-9])
 def test_score_histograms_of_one_value(value):
     figure = plots.score_histograms([value], {"same": [value, value]}, threshold=value)
     low, high = figure.axes[0].get_xlim()
     assert low < value < high
-    assert "AUROC 0.500, 100% flagged" in figure.axes[0].get_title("left")
+    # An image at the threshold is not flagged, as `Detector` has it.
+    assert "AUROC 0.500, 0% flagged" in figure.axes[0].get_title("left")
     assert_readable(figure)
 
 

@@ -1,7 +1,5 @@
 """Training states on disk, whole or not at all: what a broken run goes on from."""
 
-import contextlib
-import os
 import pathlib
 import zipfile
 import zlib
@@ -11,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from sddns_tf import files
 from sddns_tf.keras_private import inner, learning_rate_of
 
 _FACTOR = "learning_rate_factor"
@@ -69,19 +68,13 @@ def save(model, folder, keep=2):
     values = {name: value_of(variable) for name, variable in _variables(model).items()}
     values[_FACTOR] = np.float64(_learning_rate_factor(model))
     path = folder / f"step-{step_of(model):08d}.npz"
-    unfinished = folder / f".{path.name}.{os.getpid()}.tmp"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(unfinished, "wb") as file:
+        with files.replacing(path) as unfinished, open(unfinished, "wb") as file:
             np.savez(file, **values)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
         raise OSError(f"The training state cannot be written to {folder}: {error}") from error
-    for old in [*saved(folder)[:-keep], *folder.glob(".step-*.tmp")]:
+    # Hidden ones are what a process that was killed had not finished.
+    for old in [*saved(folder)[:-keep], *folder.glob(".*.step-*.npz")]:
         old.unlink(missing_ok=True)
     return path
 

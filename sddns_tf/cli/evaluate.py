@@ -20,7 +20,7 @@ import pathlib
 from sddns_tf import files
 from sddns_tf.cli import configuration, quiet, sources
 from sddns_tf.cli.console import Parser, positive_int, require, say, share, verbose
-from sddns_tf.cli.errors import user_input
+from sddns_tf.cli.errors import UsageError, user_input
 from sddns_tf.cli.scorers import load_keras
 
 
@@ -112,6 +112,9 @@ def make_detector(model, options):
         given = {"mean": model.mean, "std": model.std, "image_size": model.views.image_size}
         model = model.teacher_backbone
     settings = [configuration.parse_setting(text) for text in options.set]
+    for key, value in settings:
+        if not key.startswith("detector."):
+            raise UsageError(f"--set takes detector.KEY=VALUE here. Received: {key}={value}")
     if options.false_positive_rate is not None:
         settings.append(("detector.false_positive_rate", options.false_positive_rate))
     config = configuration.resolve({}, settings)

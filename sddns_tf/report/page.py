@@ -80,7 +80,7 @@ def _table(evaluation):
         )
         count = f'<td data-label="images">{len(evaluation.images[name])}</td>'
         rows.append(f"<tr><td>{escaping.escape(name)}</td>{count}{cells}</tr>")
-    notes = [found.promise(evaluation), "Below each value: its 95 % bootstrap interval."]
+    notes = [found.promise(evaluation), f"Below each value: its {found.INTERVALS}."]
     if evaluation.knn_accuracy:
         notes.append(f"k-NN accuracy of the features: {found.cell(evaluation.knn_accuracy)}.")
     meanings = " ".join(f"<b>{name}</b>: {meaning}" for name, meaning in _MEANING.items())

@@ -91,11 +91,11 @@ def main(argv=None):
     """Extract, vary, print."""
     settings = parse(argv)
     extractor = keras.models.load_model(settings.detector).extractor
-    size = extractor.resolution or extractor.image_size
+    height, _ = extractor.resolution or extractor.image_size
 
     def features_of(option, source, limit=None):
         images = sources.read(
-            option, source, data_dir=settings.data_dir, image_size=size, limit=limit
+            option, source, data_dir=settings.data_dir, image_size=height, limit=limit
         )
         return extract_features(extractor, images, verbose=0)
 

@@ -86,11 +86,11 @@ def main(argv=None):
     """Read, compare, print."""
     settings = parse(argv)
     detector = keras.models.load_model(settings.detector)
-    size = detector.extractor.resolution or detector.extractor.image_size
+    height, _ = detector.extractor.resolution or detector.extractor.image_size
 
     def read(option, source, limit=settings.limit):
         return sources.read(
-            option, source, data_dir=settings.data_dir, image_size=size, limit=limit
+            option, source, data_dir=settings.data_dir, image_size=height, limit=limit
         )
 
     calibration = read(
