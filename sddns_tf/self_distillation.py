@@ -34,8 +34,8 @@ class SelfDistillation(keras.Model):
     A student learns to say of every view of an image what a teacher, the moving average of the
     student, says of its global views; and to have no opinion on negatives.
 
-    By default the scale of everything is taken from the batch, so that any backbone trains from
-    any start: features are standardized before the heads, and the teacher's targets are
+    By default the scale of everything is taken from the batch, whatever the backbone's and
+    however alike its features: they are standardized before the heads, and the targets are
     `losses.balanced_probabilities`. With a `teacher_temperature` the features go to the heads as
     they are and the targets are centered and sharpened as in the paper, whose constants
     `SelfDistillation(backbone, views, head=ProjectionHead(), **SelfDistillation.PAPER)` has.
