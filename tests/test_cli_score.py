@@ -123,7 +123,9 @@ def test_every_kind_of_model_gives_the_detectors_answers(
     assert not any(rows[name]["error"] for name in names)
     for name in BAD:
         assert rows[name]["error"] and not rows[name]["ood_score"] and not rows[name]["is_ood"]
-    assert done.stderr.splitlines()[-1].endswith(", 2 not scored")
+    told = done.stderr.splitlines()
+    assert told[-1].endswith(", 2 not scored")
+    assert told[-2] == f"1 files of other kinds left out, such as {photos_folder / 'notes.txt'}"
 
 
 def test_stdin_and_lists_give_rows_in_their_order_as_json(models, photos_folder, tmp_path):
@@ -245,7 +247,7 @@ def test_a_turned_photograph_is_turned_back(normal, tmp_path):
 
 @pytest.fixture(scope="module")
 def wide_photographs(tmp_path_factory):
-    """Folder of fresh crops of a photograph that are twice as wide as high."""
+    """Folders of wide pictures whose middle is grass and whose sides are white."""
     import skimage.data
 
     folder = tmp_path_factory.mktemp("wide")
@@ -254,9 +256,10 @@ def wide_photographs(tmp_path_factory):
     for name, count in (("normal", 80), ("fresh", 60)):
         (folder / name).mkdir()
         for number in range(count):
-            top, left = generator.integers(0, 512 - 64), generator.integers(0, 512 - 128)
-            crop = grass[top : top + 64, left : left + 128]
-            Image.fromarray(crop).save(folder / name / f"{number:02}.png")
+            top, left = generator.integers(0, 512 - 64, 2)
+            picture = np.full((64, 128, 3), 255, np.uint8)
+            picture[:, 32:96] = grass[top : top + 64, left : left + 64]
+            Image.fromarray(picture).save(folder / name / f"{number:02}.png")
     return folder
 
 

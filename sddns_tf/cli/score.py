@@ -129,12 +129,20 @@ def _listed(lines):
 
 
 def _in_folder(folder):
-    """The image files of a folder and its subfolders, hidden ones left out."""
+    """The image files of a folder and its subfolders, hidden ones left out; others are counted."""
+    others = []
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                yield os.path.join(parent, name)
+            if name.startswith("."):
+                continue
+            path = os.path.join(parent, name)
+            if name.lower().endswith(EXTENSIONS):
+                yield path
+            else:
+                others.append(path)
+    if others:
+        say(f"{len(others)} files of other kinds left out, such as {others[0]}")
 
 
 def scored(scorer, paths, batch_size):
