@@ -145,9 +145,10 @@ def _checked_dataset(dataset, name, trains, allow_nan):
         first = element[0]
         if isinstance(first, dict):
             return {
-                key: _in_range(part, f"{name}['{key}']", allow_nan) for key, part in first.items()
+                key: in_range_later(part, f"{name}['{key}']", allow_nan)
+                for key, part in first.items()
             }
-        return _in_range(first, name, allow_nan)
+        return in_range_later(first, name, allow_nan)
 
     if not is_tuple and all(part.dtype == tf.uint8 for part in specs.values()):
         return dataset
@@ -170,8 +171,17 @@ def _check_keys(parts, name):
         )
 
 
-def _in_range(images, name, allow_nan):
-    """The range of images, checked in the graph that yields them; integers become uint8."""
+def in_range_later(images, name, allow_nan=False):
+    """As `validation.in_range`, as part of the graph that yields the images.
+
+    Args:
+        images: Tensor of integers or floats; uint8 costs nothing.
+        name: What a message calls them.
+        allow_nan: Whether floats may be not a number.
+
+    Returns:
+        The tensor; integers as uint8. It fails with a `tf.errors.InvalidArgumentError`.
+    """
     if images.dtype == tf.uint8:
         return images
     values = tf.cast(images, tf.float32)

@@ -4,6 +4,7 @@ import io
 from typing import NamedTuple
 
 import numpy as np
+import tensorflow as tf
 from PIL import Image
 
 from sddns_tf.image_ops import from_16_bits
@@ -141,19 +142,19 @@ def turned(image, orientation: int):
     """An image turned so that what its EXIF orientation calls the top is at the top.
 
     Args:
-        image: Array `(H, W, C)`.
+        image: Array or tensor `(H, W, C)`.
         orientation: Int, 1 to 8.
 
     Returns:
-        Array of the same dtype, `(H, W, C)` or `(W, H, C)`.
+        The same, of shape `(H, W, C)` or `(W, H, C)`.
 
     Reference:
         CIPA DC-008 (EXIF 2.32), tag 274.
     """
     if orientation >= 5:
-        image = np.swapaxes(image, 0, 1)
+        image = tf.transpose(image, [1, 0, 2]) if tf.is_tensor(image) else np.swapaxes(image, 0, 1)
     if orientation in _FLIPPED_LEFT_RIGHT:
         image = image[:, ::-1]
     if orientation in _FLIPPED_UP_DOWN:
         image = image[::-1]
-    return np.ascontiguousarray(image)
+    return image if tf.is_tensor(image) else np.ascontiguousarray(image)
