@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sddns_tf import export, image_ops
+from sddns_tf import data, export, image_ops
 from sddns_tf.cli import score as command
 from sddns_tf.cli.main import main
 from sddns_tf.cli.scorers import Scorer, open_model
@@ -243,6 +243,24 @@ def test_a_turned_photograph_is_turned_back(normal, tmp_path):
     Image.fromarray(normal[0]).save(tmp_path / "turned.png", exif=tags)
     read = command.read_image(tmp_path / "turned.png", Scorer(None))
     np.testing.assert_array_equal(read, np.rot90(normal[0], -1))
+
+
+def test_files_of_all_kinds_are_read_as_folders_are(photos, tmp_path):
+    image = Image.fromarray(photos[0])
+    deep = Image.fromarray(np.asarray(photos[0][..., 0], np.uint16) * 256)
+    for name, picture in {
+        "a.tif": image,
+        "b.webp": image,
+        "c.bmp": image.quantize(16),
+        "d.png": deep,
+        "e.gif": image,
+    }.items():
+        picture.save(tmp_path / name, **({"lossless": True} if name == "b.webp" else {}))
+    expected = data.load_arrays(f"folder:{tmp_path}")
+    paths = sorted(command.image_paths(f"folder:{tmp_path}"))
+    assert [path[-5:] for path in paths] == ["a.tif", ".webp", "c.bmp", "d.png", "e.gif"]
+    for path, pixels in zip(paths, expected, strict=True):
+        np.testing.assert_array_equal(command.read_image(path, Scorer(None)), pixels)
 
 
 @pytest.fixture(scope="module")

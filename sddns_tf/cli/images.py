@@ -120,7 +120,12 @@ def needs_auxiliary(config):
 
 def _reading(data_options, data_dir, resolution):
     size = tuple(resolution) if isinstance(resolution, list) else resolution
-    return {"data_dir": data_dir, "image_size": size, "resize": data_options.resize}
+    return {
+        "data_dir": data_dir,
+        "image_size": size,
+        "resize": data_options.resize,
+        "exif_orientation": data_options.exif_orientation,
+    }
 
 
 def _excluded(data_options):
