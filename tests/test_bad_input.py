@@ -2,6 +2,7 @@
 
 import io
 import struct
+import sys
 import warnings
 from unittest import mock
 

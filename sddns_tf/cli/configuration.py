@@ -58,7 +58,6 @@ class DataOptions:
         limit: Use at most so many images of `source`, or None.
         resolution: Side, or height and width, at which images are read. None: as they are.
         resize: How an image of another shape is brought to it: `"squash"` or `"crop"`.
-        exif_orientation: Whether files are turned as their EXIF data say.
         in_memory: Whether images are held in memory, or read in each epoch.
     """
 
@@ -70,7 +69,6 @@ class DataOptions:
     limit: int | None = None
     resolution: int | list | None = None
     resize: str = "squash"
-    exif_orientation: bool = True
     in_memory: bool = True
 
 

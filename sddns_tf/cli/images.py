@@ -120,12 +120,7 @@ def needs_auxiliary(config):
 
 def _reading(data_options, data_dir, resolution):
     size = tuple(resolution) if isinstance(resolution, list) else resolution
-    return {
-        "data_dir": data_dir,
-        "image_size": size,
-        "resize": data_options.resize,
-        "exif_orientation": data_options.exif_orientation,
-    }
+    return {"data_dir": data_dir, "image_size": size, "resize": data_options.resize}
 
 
 def _excluded(data_options):
