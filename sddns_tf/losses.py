@@ -7,6 +7,8 @@ Reference:
 
 import tensorflow as tf
 
+from sddns_tf.validation import check_number
+
 
 def teacher_probabilities(teacher_logits, center, teacher_temperature):
     """Centred and sharpened output of the teacher, `softmax((logits - center) / temperature)`.
@@ -19,6 +21,7 @@ def teacher_probabilities(teacher_logits, center, teacher_temperature):
     Returns:
         Float32 `(..., K)`, without gradient.
     """
+    _check_temperature("teacher_temperature", teacher_temperature)
     logits = tf.cast(teacher_logits, tf.float32)
     return tf.stop_gradient(tf.nn.softmax((logits - center) / teacher_temperature))
 
@@ -45,6 +48,7 @@ def distillation_loss(
     Reference:
         arXiv 2104.14294, equation 3.
     """
+    _check_temperature("student_temperature", student_temperature)
     targets = teacher_probabilities(teacher_logits, center, teacher_temperature)
     scaled = tf.cast(student_logits, tf.float32) / student_temperature
     num_teacher, num_student = targets.shape[0], scaled.shape[0]
@@ -83,6 +87,7 @@ def uniformity_loss(student_logits, student_temperature=0.1):
     Returns:
         Scalar, float32: the mean over all leading axes.
     """
+    _check_temperature("student_temperature", student_temperature)
     scaled = tf.cast(student_logits, tf.float32) / student_temperature
     return tf.reduce_mean(tf.reduce_logsumexp(scaled, axis=-1) - tf.reduce_mean(scaled, axis=-1))
 
@@ -101,6 +106,14 @@ def updated_center(center, teacher_logits, momentum=0.9):
     Reference:
         arXiv 2104.14294, equation 4.
     """
+    if not tf.is_tensor(momentum):
+        check_number("momentum", momentum, 0.0, 1.0)
     logits = tf.cast(teacher_logits, tf.float32)
     mean = tf.reduce_mean(logits, axis=list(range(logits.shape.rank - 1)))
     return momentum * center + (1.0 - momentum) * mean
+
+
+def _check_temperature(name, value):
+    """A number is checked; a tensor is a schedule's, whose numbers were."""
+    if not tf.is_tensor(value):
+        check_number(name, value, above=0.0)

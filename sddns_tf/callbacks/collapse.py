@@ -4,9 +4,8 @@ import keras
 import numpy as np
 from absl import logging
 
-from sddns_tf.validation import check_bool, check_int, check_number
-
 from sddns_tf.callbacks import training_state
+from sddns_tf.validation import check_bool, check_int, check_number
 
 _WATCHED = ("loss", "teacher_entropy", "mean_output_entropy")
 _ADVICE = {

@@ -1,7 +1,6 @@
 """`OODProbe`: how well scores separate, every few epochs."""
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from sddns_tf import bank, metrics, shifts
