@@ -152,11 +152,10 @@ def compress(features, size, method="kmeans", seed=0):
             f"`features` must be a finite array of shape (M, D). Received shape {features.shape}, "
             f"{np.count_nonzero(~np.isfinite(features))} values not finite."
         )
-    if not isinstance(size, (int, np.integer)) or size < 1:
-        raise ValueError(f"`size` must be a positive int. Received: {size!r}.")
+    check_int("size", size)
+    check_int("seed", seed, low=0, high=2**32 - 1)
     methods = {"kmeans": _kmeans_centers, "kcenter": _kcenter_centers}
-    if method not in methods:
-        raise ValueError(f"`method` must be one of {sorted(methods)}. Received: {method!r}.")
+    check_choice("method", method, sorted(methods))
     if size >= len(features):
         return features, np.full(len(features), 1.0 / len(features), np.float32)
     from sklearn.metrics import pairwise_distances_argmin

@@ -58,7 +58,10 @@ def validation_source(validation_data):
     """What `fit` takes as `validation_data`: as its `x`, or a tuple of that alone."""
     parts = validation_data
     is_tuple = isinstance(parts, tuple) and len(parts) in (1, 2, 3)
-    if is_tuple and (not hasattr(parts[0], "shape") or len(parts[0].shape) == 4):
+    is_image = is_tuple and (
+        isinstance(parts[0], Image.Image) or len(getattr(parts[0], "shape", ())) == 3
+    )
+    if is_tuple and not is_image:
         _check_no_labels(parts, "validation_data")
         validation_data = parts[0]
     return image_source(validation_data, "validation_data", trains=True)

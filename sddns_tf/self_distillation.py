@@ -280,6 +280,8 @@ class SelfDistillation(keras.Model):
         """
         _refuse_labels(y=y, class_weight=class_weight, sample_weight=sample_weight)
         x = image_source(x, "x", trains=True)
+        # Keras warns that it cannot shuffle these, which nobody asked it to.
+        shuffle = shuffle and not isinstance(x, (tf.data.Dataset, types.GeneratorType))
         if validation_data is not None:
             validation_data = (validation_source(validation_data),)
         try:
