@@ -3,7 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
-from sddns_tf.validation import check_int, check_number
+from sddns_tf.validation import check_choice, check_int, check_number
 
 # Above this many distances per iteration, k-means sees mini-batches instead of the whole set.
 _FULL_KMEANS_DISTANCES = 50_000_000
