@@ -128,8 +128,8 @@ class ProjectionHead(keras.Model):
         self.mlp = [
             layers.Dense(
                 units,
-                # A fresh one for each layer: one that is shared draws the same values twice.
-                kernel_initializer=keras.initializers.TruncatedNormal(stddev=0.02),
+                # As in `vit`, and fresh for each layer: a shared one draws the same values twice.
+                kernel_initializer=keras.initializers.RandomNormal(stddev=0.02),
                 dtype=self.dtype_policy,
                 name=f"mlp_{i}",
             )

@@ -1,11 +1,16 @@
-"""The two terms of the loss, and the centre, as pure functions.
+"""The two terms of the loss, the teacher's targets and the center, as pure functions.
 
 Reference:
-    Caron et al., arXiv 2104.14294, section 3.1 (distillation, centring); Rafiee et al.,
-    arXiv 2201.06378 (negative term).
+    Caron et al., arXiv 2104.14294, section 3.1 (distillation, centering); Caron et al.,
+    arXiv 2006.09882, section 3.1 (balanced targets); Rafiee et al., arXiv 2201.06378 (negative
+    term).
 """
 
 import tensorflow as tf
+
+# Logits are cosines: a spread below this is rounding, and so is a share of the batch.
+_LEAST_SPREAD = 1e-6
+_LEAST_SHARE = 1e-20
 
 
 def teacher_probabilities(teacher_logits, center, teacher_temperature):
@@ -23,14 +28,91 @@ def teacher_probabilities(teacher_logits, center, teacher_temperature):
     return tf.stop_gradient(tf.nn.softmax((logits - center) / teacher_temperature))
 
 
+def spread(values, global_mean=tf.identity):
+    """Standard deviation over the batch, the root of its mean square over the last axis.
+
+    Args:
+        values: `(..., K)`; all leading axes are the batch.
+        global_mean: Function that averages a tensor over all replicas.
+
+    Returns:
+        Scalar, float32.
+    """
+    _, variance = batch_moments(values, global_mean)
+    return tf.sqrt(tf.reduce_mean(variance))
+
+
+def batch_moments(values, global_mean=tf.identity):
+    """Mean and variance over the batch.
+
+    Args:
+        values: `(..., K)`; all leading axes are the batch.
+        global_mean: Function that averages a tensor over all replicas.
+
+    Returns:
+        Float32 `(K,)` and `(K,)`.
+    """
+    values = tf.cast(values, tf.float32)
+    axes = list(range(values.shape.rank - 1))
+    mean = global_mean(tf.reduce_mean(values, axes))
+    return mean, global_mean(tf.reduce_mean(tf.square(values - mean), axes))
+
+
+def standardized(values, moments):
+    """Values with the mean of each channel taken away, divided by its standard deviation.
+
+    What varies less than a hundredth of what channels vary on average, or less than float32's
+    rounding of the mean, is not blown up.
+
+    Args:
+        values: `(..., K)`.
+        moments: Mean and variance, `(K,)` each, as from `batch_moments`.
+
+    Returns:
+        Float32 `(..., K)`.
+    """
+    mean, variance = moments
+    floor = 1e-4 * tf.reduce_mean(variance) + 1e-12 * tf.reduce_mean(tf.square(mean)) + 1e-20
+    return (tf.cast(values, tf.float32) - mean) * tf.math.rsqrt(variance + floor)
+
+
+def balanced_probabilities(teacher_logits, temperature=0.5, iterations=3, global_mean=tf.identity):
+    """Outputs of the teacher that tell images apart and use all prototypes equally.
+
+    The logits are centered over the batch, measured by their `spread` and sharpened by a softmax;
+    then prototypes, of which each shall get the same share of the batch, and images, whose
+    probabilities shall add up to one, are scaled in turn (Sinkhorn-Knopp). Nothing depends on the
+    logits' size: a teacher whose images all look nearly alike still has an opinion, and neither
+    uniform outputs nor one prototype for all images are targets that can be reached.
+
+    Args:
+        teacher_logits: `(..., K)`: every positive teacher view of the batch.
+        temperature: Float, relative to the spread of the logits.
+        iterations: Number of times that prototypes and images are scaled.
+        global_mean: Function that averages a tensor over all replicas.
+
+    Returns:
+        Float32 `(..., K)`, without gradient.
+
+    Reference:
+        Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster
+        Assignments", arXiv 2006.09882, section 3.1 and appendix A.
+    """
+    logits = tf.cast(teacher_logits, tf.float32)
+    mean, variance = batch_moments(logits, global_mean)
+    scale = temperature * tf.maximum(tf.sqrt(tf.reduce_mean(variance)), _LEAST_SPREAD)
+    log_probabilities = tf.nn.log_softmax((logits - mean) / scale)
+    axes = list(range(logits.shape.rank - 1))
+    for _ in range(iterations):
+        share = global_mean(tf.reduce_mean(tf.exp(log_probabilities), axes))
+        log_probabilities = tf.nn.log_softmax(log_probabilities - tf.math.log(share + _LEAST_SHARE))
+    return tf.stop_gradient(tf.exp(log_probabilities))
+
+
 def distillation_loss(
     teacher_logits, student_logits, center, teacher_temperature, student_temperature=0.1
 ):
-    """Cross-entropy of student views against the teacher's other views of the same images.
-
-    The mean over all pairs (teacher view `t`, student view `s`, `s != t`) and over the batch of
-    `-sum_k P_t[k] log P_s[k]`. No pair is formed: the targets of one student view are added up
-    first, and `-sum_k P[k] log softmax(z)[k] = logsumexp(z) - sum_k P[k] z[k]`.
+    """Cross-entropy of student views against the centered teacher's other views.
 
     Args:
         teacher_logits: `(G, B, K)`, global views.
@@ -40,12 +122,33 @@ def distillation_loss(
         student_temperature: Float.
 
     Returns:
-        Scalar, float32.
+        Scalar, float32: `cross_entropy` with `teacher_probabilities` as targets.
 
     Reference:
         arXiv 2104.14294, equation 3.
     """
     targets = teacher_probabilities(teacher_logits, center, teacher_temperature)
+    return cross_entropy(targets, student_logits, student_temperature)
+
+
+def cross_entropy(targets, student_logits, student_temperature=0.1):
+    """Cross-entropy of student views against the targets of other views of the same images.
+
+    The mean over all pairs (teacher view `t`, student view `s`, `s != t`) and over the batch of
+    `-sum_k P_t[k] log P_s[k]`. No pair is formed: the targets of one student view are added up
+    first, and `-sum_k P[k] log softmax(z)[k] = logsumexp(z) - sum_k P[k] z[k]`.
+
+    Args:
+        targets: Probabilities `(G, B, K)` of the teacher's global views.
+        student_logits: `(V, B, K)`, whose first G views are the teacher's.
+        student_temperature: Float.
+
+    Returns:
+        Scalar, float32.
+
+    Reference:
+        arXiv 2104.14294, equation 3.
+    """
     scaled = tf.cast(student_logits, tf.float32) / student_temperature
     num_teacher, num_student = targets.shape[0], scaled.shape[0]
     if num_student < 2:
@@ -104,3 +207,32 @@ def updated_center(center, teacher_logits, momentum=0.9):
     logits = tf.cast(teacher_logits, tf.float32)
     mean = tf.reduce_mean(logits, axis=list(range(logits.shape.rank - 1)))
     return momentum * center + (1.0 - momentum) * mean
+
+
+def relative_entropy(probabilities):
+    """Entropy over the last axis, relative to that of the uniform distribution.
+
+    Args:
+        probabilities: `(..., K)`.
+
+    Returns:
+        Float32 `(...)`: 1 is uniform, 0 is one-hot.
+    """
+    log_probabilities = tf.math.log(tf.maximum(probabilities, 1e-30))
+    entropy = -tf.reduce_sum(probabilities * log_probabilities, axis=-1)
+    return entropy / tf.math.log(float(probabilities.shape[-1]))
+
+
+def relative_spread(features, global_mean=tf.identity):
+    """Standard deviation of L2-normalized features, relative to that of isotropic ones.
+
+    Args:
+        features: `(..., D)`; all leading axes are the batch.
+        global_mean: Function that averages a tensor over all replicas.
+
+    Returns:
+        Scalar, float32: 0 where all images look alike.
+    """
+    normalized = tf.math.l2_normalize(tf.cast(features, tf.float32), axis=-1)
+    _, variance = batch_moments(normalized, global_mean)
+    return tf.reduce_mean(tf.sqrt(variance)) * features.shape[-1] ** 0.5

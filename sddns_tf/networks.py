@@ -1,6 +1,8 @@
 """What is asked of a network, and independent copies that are held equal to it."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 
 import keras
 import numpy as np
@@ -186,9 +188,75 @@ def describe_strategy(strategy: tf.distribute.Strategy) -> str:
     return f"{type(strategy).__name__} ({strategy.num_replicas_in_sync} replicas)"
 
 
-def has_batch_statistics(network: keras.Layer) -> bool:
-    """Whether a network normalizes by statistics of the batch."""
-    return any(isinstance(one, keras.layers.BatchNormalization) for one in layers_of(network))
+def trained_batch_norms(student: keras.Layer, teacher: keras.Layer) -> list[keras.Layer]:
+    """The teacher's batch normalizations whose counterparts in the student are trained."""
+    pairs = zip(_batch_norms(student), _batch_norms(teacher), strict=True)
+    return [copy for layer, copy in pairs if layer.trainable]
+
+
+def moving_statistics(norms: list[keras.Layer]) -> list[keras.Variable]:
+    """Moving means and variances of batch normalizations."""
+    return [variable for norm in norms for variable in (norm.moving_mean, norm.moving_variance)]
+
+
+@contextlib.contextmanager
+def normalizing_by_batch(backbone: keras.Layer, norms: list, part, momentum) -> Iterator[None]:
+    """Called in training meanwhile, a frozen backbone normalizes by its batch, and drops nothing.
+
+    Its moving statistics follow those of its batches. Were they the student's, averaged twice, they
+    would fit the teacher's weights too late: the features of a deep network then become constant
+    within the first steps.
+
+    Args:
+        backbone: The teacher's.
+        norms: Its batch normalizations, from `trained_batch_norms`.
+        part: `replicas.Part` of the batch.
+        momentum: Share of the moving statistics that stays.
+    """
+    # Layers that drop something are known by their rate.
+    drops = [layer for layer in layers_of(backbone) if getattr(layer, "rate", None)]
+    rates, momenta = [drop.rate for drop in drops], [norm.momentum for norm in norms]
+    statistics = moving_statistics(norms)
+    before = [tf.identity(variable) for variable in statistics]
+    for drop in drops:
+        drop.rate = 0.0
+    for norm in norms:
+        norm.trainable, norm.momentum = True, 0.0
+    try:
+        yield
+    finally:
+        for drop, rate in zip(drops, rates, strict=True):
+            drop.rate = rate
+        for norm, own in zip(norms, momenta, strict=True):
+            norm.trainable, norm.momentum = False, own
+    for variable, old in zip(statistics, before, strict=True):
+        new = part.mean(tf.convert_to_tensor(variable))
+        variable.assign(momentum * old + (1.0 - momentum) * new)
+
+
+@contextlib.contextmanager
+def moving_statistics_of(backbone: keras.Layer, part) -> Iterator[None]:
+    """Afterwards moving statistics are as the images of a part made them, of none as before.
+
+    Replicas take the mean of theirs: one network, whichever of them is saved.
+
+    Args:
+        backbone: The student's.
+        part: `replicas.Part` of the batch, or None.
+    """
+    statistics = moving_statistics(_batch_norms(backbone))
+    before = [tf.identity(variable) for variable in statistics] if part is None else []
+    yield
+    if part is None:
+        for variable, value in zip(statistics, before, strict=True):
+            variable.assign(value)
+    elif tf.distribute.get_strategy().num_replicas_in_sync > 1:
+        for variable in statistics:
+            variable.assign(part.mean(tf.convert_to_tensor(variable)))
+
+
+def _batch_norms(network):
+    return [one for one in layers_of(network) if isinstance(one, keras.layers.BatchNormalization)]
 
 
 def _is_quantized(layer):

@@ -27,6 +27,22 @@ class Part(NamedTuple):
     held: tf.Tensor | int
     weight: tf.Tensor | float
 
+    def mean(self, values):
+        """Mean over all images of the global batch, of means over the images of each replica.
+
+        Args:
+            values: Tensor, or a structure of tensors, each a mean over this replica's images.
+
+        Returns:
+            Tensors of the same structure, the same on all replicas.
+        """
+        context = tf.distribute.get_replica_context()
+        # A tensor of no device, such as the gradient of nothing, cannot be sent to other machines.
+        values = tf.nest.map_structure(tf.identity, values)
+        if not isinstance(self.weight, float):
+            values = tf.nest.map_structure(lambda v: tf.cast(self.weight, v.dtype) * v, values)
+        return context.all_reduce(tf.distribute.ReduceOp.MEAN, values)
+
 
 _current = threading.local()
 
@@ -150,21 +166,3 @@ def uniform(shape, seed, **kwargs) -> tf.Tensor:
         first, total = part.first * views, part.total * views
     everyone = tf.random.stateless_uniform([*outer, total], seed, **kwargs)
     return everyone[..., first : first + count]
-
-
-def mean(values, weight=1.0):
-    """Mean over all images of the global batch, of means over the images of each replica.
-
-    Args:
-        values: Tensor, or a structure of tensors, each a mean over this replica's images.
-        weight: `Part.weight`.
-
-    Returns:
-        Tensors of the same structure, the same on all replicas.
-    """
-    context = tf.distribute.get_replica_context()
-    # A tensor of no device, such as the gradient of nothing, cannot be sent to other machines.
-    values = tf.nest.map_structure(tf.identity, values)
-    if not isinstance(weight, float):
-        values = tf.nest.map_structure(lambda value: tf.cast(weight, value.dtype) * value, values)
-    return context.all_reduce(tf.distribute.ReduceOp.MEAN, values)

@@ -131,6 +131,32 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
         }
 
 
+@keras.saving.register_keras_serializable("sddns_tf")
+class GrowingMomentum(keras.optimizers.schedules.LearningRateSchedule):
+    """Momentum of a moving average that remembers about the last tenth of the steps so far.
+
+    `min(end, (1 + step) / (10 + step))`: 0.1 at first, 0.92 after 100 steps, 0.996 after 2,240.
+
+    Args:
+        end: Largest value.
+
+    Reference:
+        `num_updates` of `tf.train.ExponentialMovingAverage`.
+    """
+
+    def __init__(self, end=0.996):
+        self.end = end
+
+    def __call__(self, step):
+        """Value at `step`, a float32 scalar."""
+        step = tf.cast(step, tf.float32)
+        return tf.minimum(self.end, (1.0 + step) / (10.0 + step))
+
+    def get_config(self):
+        """Constructor arguments."""
+        return {"end": self.end}
+
+
 def get(value):
     """A schedule from a number, a schedule or the serialised form of one.
 

@@ -1,6 +1,6 @@
 """`SelfDistillation`: student, EMA teacher and centre, trained on images without labels."""
 
-import contextlib
+import types
 import warnings
 
 import keras
@@ -17,7 +17,11 @@ _LOGGED = (
     "teacher_entropy",
     "mean_output_entropy",
     "feature_std",
+    "teacher_spread",
 )
+
+# Of the teacher's batch statistics.
+_STATISTICS_MOMENTUM = schedules.GrowingMomentum(0.99)
 
 # Below this, facebookresearch/dinov2 issue 298 reports that DINO does not train.
 _SMALLEST_BATCH = 32
@@ -29,6 +33,15 @@ class SelfDistillation(keras.Model):
 
     A student learns to say of every view of an image what a teacher, the moving average of the
     student, says of its global views; and to have no opinion on negatives.
+
+    By default the scale of everything is taken from the batch, so that any backbone trains from
+    any start: features are standardized before the heads, and the teacher's targets are
+    `losses.balanced_probabilities`. With a `teacher_temperature` the features go to the heads as
+    they are and the targets are centered and sharpened as in the paper, whose constants
+    `SelfDistillation(backbone, views, head=ProjectionHead(), **SelfDistillation.PAPER)` has.
+    Untrained features of different images are nearly the same vector. As they are, they need a
+    temperature, momentum and learning rate that suit the backbone, or the center cancels what
+    little tells images apart and all outputs become uniform.
 
     Calling the model gives the teacher backbone's features. Training batches are images
     `(B, H, W, 3)`, uint8 or float in 0-255, or, where `negatives` needs auxiliary images, a
@@ -48,11 +61,15 @@ class SelfDistillation(keras.Model):
             load weights to start from before.
         views: `MultiCrop`.
         negatives: `Negatives`, or `None` to train by self-distillation alone.
-        head: `ProjectionHead` of the student. Defaults to one with 4096 prototypes.
+        head: `ProjectionHead` of the student. Defaults to one that suits small data: 1024
+            prototypes, a hidden layer of 512 and a bottleneck of 128. Its own defaults are the
+            paper's.
         student_temperature: Float.
-        teacher_temperature: Schedule.
-        teacher_momentum: Schedule; the share of the teacher that stays at each step.
-        center_momentum: Float; the share of the centre that stays at each step.
+        teacher_temperature: Schedule, or `None` for balanced targets and standardized features.
+        teacher_momentum: Schedule; the share of the teacher that stays at each step. Defaults to
+            `schedules.GrowingMomentum(0.996)`.
+        center_momentum: Float; the share of the center that stays at each step. Balanced targets
+            need no center.
         negative_weight: Schedule; lambda, the weight of the negative term.
         weight_decay: Schedule of the decoupled weight decay of all tensors but biases and
             normalizations, or `None` for the optimizer's own `weight_decay`, from which those are
@@ -68,7 +85,8 @@ class SelfDistillation(keras.Model):
         teacher's outputs relative to `ln K` (1: uniform, 0: one-hot); `mean_output_entropy`, that
         of their mean over the batch (0: one prototype for all images); `feature_std`, the
         standard deviation of the teacher's normalised features over the batch, relative to that
-        of isotropic features (0: all images look alike); `learning_rate`; `teacher_momentum`.
+        of isotropic features (0: all images look alike); `teacher_spread`, the standard deviation
+        of the teacher's logits over the batch; `learning_rate`; `teacher_momentum`.
 
     Example:
         >>> model = SelfDistillation(
@@ -82,8 +100,11 @@ class SelfDistillation(keras.Model):
 
     Reference:
         Rafiee et al., "Self-Supervised Anomaly Detection by Self-Distillation and Negative
-        Sampling", arXiv 2201.06378; Caron et al., arXiv 2104.14294, algorithm 1.
+        Sampling", arXiv 2201.06378; Caron et al., arXiv 2104.14294, algorithm 1, and, for the
+        balanced targets, arXiv 2006.09882.
     """
+
+    PAPER = types.MappingProxyType({"teacher_temperature": 0.04, "teacher_momentum": 0.996})
 
     def __init__(
         self,
@@ -92,8 +113,8 @@ class SelfDistillation(keras.Model):
         negatives=None,
         head=None,
         student_temperature=0.1,
-        teacher_temperature=0.04,
-        teacher_momentum=0.996,
+        teacher_temperature=None,
+        teacher_momentum=None,
         center_momentum=0.9,
         negative_weight=1.0,
         weight_decay=None,
@@ -122,12 +143,12 @@ class SelfDistillation(keras.Model):
         self.negatives = negatives
         self.student_temperature = student_temperature
         self.teacher_temperature = _schedule("teacher_temperature", teacher_temperature, above=0.0)
+        if teacher_momentum is None:
+            teacher_momentum = schedules.GrowingMomentum(0.996)
         self.teacher_momentum = _schedule("teacher_momentum", teacher_momentum, 0.0, 1.0)
         self.center_momentum = center_momentum
         self.negative_weight = _schedule("negative_weight", negative_weight, 0.0)
-        self.weight_decay = None
-        if weight_decay is not None:
-            self.weight_decay = _schedule("weight_decay", weight_decay, 0.0)
+        self.weight_decay = _schedule("weight_decay", weight_decay, 0.0)
         self.gradient_clip_norm = gradient_clip_norm
         self.frozen_last_layer_steps = frozen_last_layer_steps
         self.mean = validation.check_numbers("mean", mean, 3)
@@ -135,7 +156,7 @@ class SelfDistillation(keras.Model):
         self.seed = seed
 
         self.student_backbone = backbone
-        self.student_head = head or ProjectionHead()
+        self.student_head = head or ProjectionHead(1024, hidden_dim=512, bottleneck_dim=128)
         if not self.student_head.built:
             self.student_head.build((None, feature_dim))
         size = views.image_size
@@ -152,7 +173,7 @@ class SelfDistillation(keras.Model):
         self.step = self.add_weight(
             shape=(), initializer="zeros", trainable=False, dtype="int32", name="step"
         )
-        self._batch_statistics = networks.has_batch_statistics(backbone)
+        self._norms = networks.trained_batch_norms(self.student_backbone, self.teacher_backbone)
         self._trackers = {name: keras.metrics.Mean(name) for name in _LOGGED}
         self.built = True
 
@@ -235,14 +256,17 @@ class SelfDistillation(keras.Model):
         images, auxiliary, part = self._unpack(data)
         views, negatives = self._draw(images, auxiliary, part)
 
-        teacher_features, teacher_logits = self._teacher_outputs(views[0])
+        teacher_features, teacher_logits = self._teacher_outputs(views[0], part, training=True)
+        targets = self._targets(teacher_logits, part)
         with tf.GradientTape() as tape:
-            positive_logits, negative_logits = self._student_logits(views, negatives, part)
-            terms = self._loss_terms(teacher_logits, positive_logits, negative_logits)
+            positive_logits, negative_logits = self._student_logits(
+                views, negatives, part, training=True
+            )
+            terms = self._loss_terms(targets, positive_logits, negative_logits)
             scaled_loss = self.optimizer.scale_loss(terms["loss"])
         student_moves = self._update_student(self._gradients(tape, scaled_loss, part))
         self._update_teacher(student_moves)
-        logs = self._update_trackers(terms, teacher_features, teacher_logits, part)
+        logs = self._update_trackers(terms, teacher_features, teacher_logits, targets, part)
         self._update_center(teacher_logits, part)
 
         logs["learning_rate"] = tf.cast(self.optimizer.learning_rate, tf.float32)
@@ -254,10 +278,13 @@ class SelfDistillation(keras.Model):
         """The same losses on held-out images, without any update."""
         images, auxiliary, part = self._unpack(data)
         views, negatives = self._draw(images, auxiliary, part)
-        teacher_features, teacher_logits = self._teacher_outputs(views[0])
-        positive_logits, negative_logits = self._student_logits(views, negatives)
-        terms = self._loss_terms(teacher_logits, positive_logits, negative_logits)
-        logs = self._update_trackers(terms, teacher_features, teacher_logits, part)
+        teacher_features, teacher_logits = self._teacher_outputs(views[0], part, training=False)
+        targets = self._targets(teacher_logits, part)
+        positive_logits, negative_logits = self._student_logits(
+            views, negatives, part, training=False
+        )
+        terms = self._loss_terms(targets, positive_logits, negative_logits)
+        logs = self._update_trackers(terms, teacher_features, teacher_logits, targets, part)
         return _as_keras_reduces(logs)
 
     def _unpack(self, data):
@@ -305,54 +332,67 @@ class SelfDistillation(keras.Model):
     def _normalize(self, images):
         return image_ops.normalize(images, self.mean, self.std)
 
-    def _teacher_outputs(self, global_views):
+    def _teacher_outputs(self, global_views, part, training):
         """Features `(G, B, D)` and logits `(G, B, K)` of the positive global views."""
-        features = self._features(self.teacher_backbone, global_views, training=False)
-        return features, self.teacher_head(features, training=False)
+        if training and self._norms:
+            # Its moving statistics follow its own batches, as DINO's teacher's do.
+            momentum = _STATISTICS_MOMENTUM(self.step)
+            with networks.normalizing_by_batch(self.teacher_backbone, self._norms, part, momentum):
+                features = self._features(self.teacher_backbone, global_views, training=True)
+        else:
+            features = self._features(self.teacher_backbone, global_views, training=False)
+        inputs = self._head_inputs(features, features, part)
+        return features, self.teacher_head(inputs, training=False)
 
-    def _student_logits(self, views, negatives, part=None):
+    def _targets(self, teacher_logits, part):
+        """What the student shall say of other views of the same images, `(G, B, K)`."""
+        if self.teacher_temperature is None:
+            return losses.balanced_probabilities(teacher_logits, global_mean=part.mean)
+        temperature = self.teacher_temperature(self.step)
+        return losses.teacher_probabilities(teacher_logits, self.center, temperature)
+
+    def _student_logits(self, views, negatives, part, training):
         """Logits of all positive views `(V, B, K)` and all negatives `(N, B, K)`.
 
         All views of one size go through the backbone in one call, all features through the head
-        in one. Where the backbone has batch statistics, negatives go apart from the positives and
-        leave the moving statistics as the positives made them. A `part` of a batch is trained on.
+        in one.
         """
-        training = part is not None
-        if self._batch_statistics:
-            with self._statistics_of(part):
-                positive_logits = self._project_student(views, training)
-            if negatives is None:
-                return positive_logits, None
-            with self._statistics_of(None):
-                return positive_logits, self._project_student(negatives, training)
         if negatives is None:
-            return self._project_student(views, training), None
-        groups = [tf.concat(pair, axis=0) for pair in zip(views, negatives, strict=True)]
-        logits = self._project_student(groups, training)
-        sizes = [group.shape[0] for pair in zip(views, negatives, strict=True) for group in pair]
-        parts = tf.split(logits, sizes)
-        return tf.concat(parts[0::2], axis=0), tf.concat(parts[1::2], axis=0)
+            features = self._student_features(views, training, part)
+            inputs = self._head_inputs(features, features, part)
+            return self.student_head(inputs, training=training), None
+        positive, negative = self._positive_and_negative_features(views, negatives, part, training)
+        inputs = self._head_inputs(tf.concat([positive, negative], axis=0), positive, part)
+        logits = self.student_head(inputs, training=training)
+        return tf.split(logits, [positive.shape[0], negative.shape[0]])
 
-    @contextlib.contextmanager
-    def _statistics_of(self, part):
-        """Afterwards moving statistics are as the images of a part made them, of none as before.
+    def _positive_and_negative_features(self, views, negatives, part, training):
+        """Features `(V, B, D)` and `(N, B, D)`.
 
-        Replicas take the mean of theirs: one network, whichever of them is saved.
+        Where the backbone has batch statistics, negatives go apart from the positives and leave
+        the moving statistics as the positives made them.
         """
-        statistics = self.student_backbone.non_trainable_weights
-        before = [tf.identity(variable) for variable in statistics]
-        yield
-        for variable, value in zip(statistics, before, strict=True):
-            if not keras.backend.is_float_dtype(variable.dtype):
-                continue
-            if part is None:
-                variable.assign(value)
-            elif tf.distribute.get_strategy().num_replicas_in_sync > 1:
-                variable.assign(replicas.mean(tf.convert_to_tensor(variable), part.weight))
+        if self._norms:
+            positive = self._student_features(views, training, part)
+            return positive, self._student_features(negatives, training, part=None)
+        pairs = []
+        for pair in zip(views, negatives, strict=True):
+            features = self._features(self.student_backbone, tf.concat(pair, axis=0), training)
+            pairs.append(tf.split(features, [group.shape[0] for group in pair]))
+        positive, negative = zip(*pairs, strict=True)
+        return tf.concat(positive, axis=0), tf.concat(negative, axis=0)
 
-    def _project_student(self, groups, training):
-        features = [self._features(self.student_backbone, group, training) for group in groups]
-        return self.student_head(tf.concat(features, axis=0), training=training)
+    def _student_features(self, groups, training, part):
+        """Features `(V, B, D)` of all views of all groups; statistics follow those of a part."""
+        with networks.moving_statistics_of(self.student_backbone, part):
+            features = [self._features(self.student_backbone, group, training) for group in groups]
+        return tf.concat(features, axis=0)
+
+    def _head_inputs(self, features, positive, part):
+        """Features as a head takes them: standardized by the moments of the positive views'."""
+        if self.teacher_temperature is not None:
+            return features
+        return losses.standardized(features, losses.batch_moments(positive, part.mean))
 
     def _features(self, backbone, group, training):
         """Features `(V, B, D)` of a group of views `(V, B, h, w, 3)`."""
@@ -360,14 +400,8 @@ class SelfDistillation(keras.Model):
         features = backbone(images, training=training)
         return tf.reshape(features, [group.shape[0], -1, features.shape[-1]])
 
-    def _loss_terms(self, teacher_logits, positive_logits, negative_logits):
-        positive = losses.distillation_loss(
-            teacher_logits,
-            positive_logits,
-            self.center,
-            self.teacher_temperature(self.step),
-            self.student_temperature,
-        )
+    def _loss_terms(self, targets, positive_logits, negative_logits):
+        positive = losses.cross_entropy(targets, positive_logits, self.student_temperature)
         if negative_logits is None:
             return {"loss": positive, "positive_loss": positive, "negative_loss": 0.0}
         negative = losses.uniformity_loss(negative_logits, self.student_temperature)
@@ -378,7 +412,7 @@ class SelfDistillation(keras.Model):
         """Of the mean over the global batch; zero for what the loss does not depend on."""
         sources = [variable.value for variable in self.trainable_variables]
         gradients = tape.gradient(loss, sources, unconnected_gradients="zero")
-        return replicas.mean(gradients, part.weight)
+        return part.mean(gradients)
 
     def _update_student(self, gradients):
         """Clip each tensor's gradient, decay, and let the optimizer move the student.
@@ -429,20 +463,26 @@ class SelfDistillation(keras.Model):
         return tf.logical_and(finite, is_last)
 
     def _update_teacher(self, student_moves):
-        """Where the student moved, move every float of the teacher towards it."""
+        """Where the student moved, move every float of the teacher towards it.
+
+        But its batch statistics: they are of its own batches, see `_teacher_outputs`.
+        """
         momentum = tf.where(student_moves, self.teacher_momentum(self.step), 1.0)
+        own = {id(variable) for variable in networks.moving_statistics(self._norms)}
         for student, teacher in (
             (self.student_backbone, self.teacher_backbone),
             (self.student_head, self.teacher_head),
         ):
             for source, target in zip(student.weights, teacher.weights, strict=True):
-                if keras.backend.is_float_dtype(source.dtype):
+                if keras.backend.is_float_dtype(source.dtype) and id(target) not in own:
                     target.assign(momentum * target + (1.0 - momentum) * source)
 
     def _update_center(self, teacher_logits, part):
         self._warn_of_a_small_batch(teacher_logits.shape[1])
+        if self.teacher_temperature is None:
+            return
         center = losses.updated_center(self.center, teacher_logits, self.center_momentum)
-        self.center.assign(replicas.mean(center, part.weight))
+        self.center.assign(part.mean(center))
 
     def _warn_of_a_small_batch(self, images):
         count = tf.distribute.get_replica_context().num_replicas_in_sync
@@ -455,17 +495,15 @@ class SelfDistillation(keras.Model):
                 stacklevel=2,
             )
 
-    def _update_trackers(self, terms, teacher_features, teacher_logits, part):
-        probabilities = losses.teacher_probabilities(
-            teacher_logits, self.center, self.teacher_temperature(self.step)
-        )
+    def _update_trackers(self, terms, teacher_features, teacher_logits, targets, part):
         values = {name: tf.convert_to_tensor(value) for name, value in terms.items()}
-        values["teacher_entropy"] = tf.reduce_mean(_relative_entropy(probabilities))
-        values = replicas.mean(values, part.weight)
-        values["mean_output_entropy"] = _relative_entropy(
-            replicas.mean(tf.reduce_mean(probabilities, axis=[0, 1]), part.weight)
+        values["teacher_entropy"] = tf.reduce_mean(losses.relative_entropy(targets))
+        values = part.mean(values)
+        values["mean_output_entropy"] = losses.relative_entropy(
+            part.mean(tf.reduce_mean(targets, axis=[0, 1]))
         )
-        values["feature_std"] = _relative_std(teacher_features, part)
+        values["feature_std"] = losses.relative_spread(teacher_features, part.mean)
+        values["teacher_spread"] = losses.spread(teacher_logits, part.mean)
         images = tf.cast(part.total, tf.float32)
         for name, tracker in self._trackers.items():
             tracker.update_state(values[name], sample_weight=images)
@@ -515,7 +553,9 @@ def _as_keras_reduces(logs):
 
 
 def _schedule(name, value, low=None, high=None, above=None):
-    """A schedule from what was passed for an argument; a number is checked."""
+    """A schedule from what was passed for an argument, or None; a number is checked."""
+    if value is None:
+        return None
     if not isinstance(value, (dict, keras.optimizers.schedules.LearningRateSchedule)):
         validation.check_number(name, value, low, high, above=above)
     return schedules.get(value)
@@ -538,18 +578,3 @@ def _describe(value):
     if isinstance(value, dict):
         return f"dict with keys {sorted(value)}"
     return f"shape {value.shape}, dtype {value.dtype}" if hasattr(value, "shape") else repr(value)
-
-
-def _relative_entropy(probabilities):
-    log_probabilities = tf.math.log(tf.maximum(probabilities, 1e-30))
-    entropy = -tf.reduce_sum(probabilities * log_probabilities, axis=-1)
-    return entropy / tf.math.log(float(probabilities.shape[-1]))
-
-
-def _relative_std(features, part):
-    dim = features.shape[-1]
-    features = tf.cast(tf.reshape(features, [-1, dim]), tf.float32)
-    normalized = tf.math.l2_normalize(features, axis=-1)
-    mean = replicas.mean(tf.reduce_mean(normalized, axis=0), part.weight)
-    variance = tf.reduce_mean(tf.square(normalized - mean), axis=0)
-    return tf.reduce_mean(tf.sqrt(replicas.mean(variance, part.weight))) * dim**0.5

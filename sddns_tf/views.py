@@ -46,8 +46,8 @@ class MultiCrop:
         hue: Largest hue shift, in turns of the colour circle.
         grayscale: Probability of a grey view.
         blur: Probability of Gaussian blur on the first global, second global and local views.
-        blur_sigma: Smallest and largest standard deviation, in pixels of a 224 px view; scaled
-            with the size of the view.
+        blur_sigma: Smallest and largest standard deviation, in pixels, where `image_size` is
+            224; scaled with `image_size`, for local views as well.
         solarize: Probability of solarisation on the first global, second global, local views.
 
     Example:
@@ -159,10 +159,10 @@ class MultiCrop:
     def _views(self, images, draws, size, area, blur, solarize):
         planes = self._crop(images, draws, size, area)
         planes = self._recolor(planes, draws)
-        low, high = self.blur_sigma
-        sigma = draws.uniform(low, high) * (size / 224)
+        low, high = (self.image_size / 224 * sigma for sigma in self.blur_sigma)
+        sigma = draws.uniform(low, high)
         sigma = tf.where(draws.happens(blur), sigma, 0.0)
-        if high * size / 224 > _LEAST_SIGMA:
+        if high > _LEAST_SIGMA:
             kernel = image_ops.gaussian_matrix(size, sigma)
             planes = image_ops.resample(planes, kernel, kernel)
         solarized = draws.happens(solarize)[..., tf.newaxis, tf.newaxis, tf.newaxis]

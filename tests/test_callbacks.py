@@ -12,8 +12,19 @@ from sddns_tf import image_ops, metrics, shifts
 from sddns_tf.callbacks import Checkpoint, CollapseMonitor, OODProbe
 from sddns_tf.heads import ProjectionHead
 from sddns_tf.self_distillation import SelfDistillation
-from sddns_tf.views import MultiCrop
+from sddns_tf.views import MultiCrop, Negatives
 from sddns_tf.vit import VisionTransformer
+
+LN_K = float(np.log(64))
+HEALTHY = {
+    "loss": 1.0,
+    "positive_loss": 0.8 * LN_K,
+    "negative_loss": 0.0,
+    "teacher_entropy": 0.5,
+    "mean_output_entropy": 0.7,
+    "feature_std": 0.3,
+    "teacher_spread": 0.1,
+}
 
 
 class Stub:
@@ -21,54 +32,75 @@ class Stub:
 
     step = keras.Variable(7, dtype="int32")
     stop_training = False
+    center = np.zeros(64)
 
 
-def watch(monitor, entropies, mean_entropies, epoch_length=10**6, loss=1.0):
+def watch(monitor, steps, epoch_length=10**6):
     """Feed per-step values as Keras does: running means since the start of the epoch."""
     monitor.set_model(Stub())
     monitor.on_train_begin()
-    values = np.stack([np.full(len(entropies), loss), entropies, mean_entropies], axis=1)
+    values = np.array([[step[name] for name in HEALTHY] for step in steps])
     for start in range(0, len(values), epoch_length):
         epoch = values[start : start + epoch_length]
         means = np.cumsum(epoch, axis=0) / np.arange(1, len(epoch) + 1)[:, np.newaxis]
         monitor.on_epoch_begin(start // epoch_length)
         for batch, row in enumerate(means):
-            names = ("loss", "teacher_entropy", "mean_output_entropy")
-            logs = dict(zip(names, row, strict=True))
+            logs = dict(zip(HEALTHY, row, strict=True))
             monitor.on_train_batch_end(batch, logs)
         monitor.on_epoch_end(start // epoch_length, logs)
     return monitor.model.stop_training
 
 
+UNIFORM = {"teacher_entropy": 0.999, "mean_output_entropy": 0.999, "positive_loss": LN_K}
+
+
 @pytest.mark.parametrize("epoch_length", [10**6, 25, 5])
 @pytest.mark.parametrize(
-    ("entropy", "mean_entropy", "loss", "collapse", "advice"),
+    ("later", "collapse", "advice"),
     [
-        (0.999, 0.999, 1.0, "uniform", "lower `teacher_temperature`"),
-        (0.001, 0.001, 1.0, "one prototype", "higher `teacher_temperature`"),
-        (0.9, 0.9, float("nan"), "not finite", "learning rate"),
-        (0.9, 0.95, 1.0, None, None),
-        (0.001, 0.6, 1.0, None, None),
+        # No negatives, so that only the center can have done it.
+        (UNIFORM, "constant features", "the center cancels it"),
+        # Negatives that the student still has an opinion on.
+        ({**UNIFORM, "negative_loss": 1.1 * LN_K}, "constant features", "the center cancels it"),
+        ({**UNIFORM, "negative_loss": LN_K}, "uniform by negatives", "lower `negative_weight`"),
+        (
+            {**UNIFORM, "negative_loss": LN_K, "feature_std": 0.1},
+            "constant features",
+            "standardizes features",
+        ),
+        # Balanced targets have an opinion whatever the student does.
+        (
+            {"positive_loss": LN_K, "negative_loss": LN_K},
+            "uniform by negatives",
+            "lower `negative_weight`",
+        ),
+        ({"positive_loss": 1.01 * LN_K, "negative_loss": 1.2 * LN_K}, None, "higher learning rate"),
+        (
+            {"teacher_entropy": 0.001, "mean_output_entropy": 0.001},
+            "one prototype",
+            "balances prototypes",
+        ),
+        ({"loss": float("nan")}, "not finite", "learning rate"),
+        ({"teacher_entropy": 0.9, "mean_output_entropy": 0.95}, None, None),
+        ({"teacher_entropy": 0.001, "mean_output_entropy": 0.6}, None, None),
     ],
 )
-def test_each_collapse_is_told_apart(
-    caplog, entropy, mean_entropy, loss, collapse, advice, epoch_length
-):
+def test_each_collapse_is_told_apart(caplog, later, collapse, advice, epoch_length):
     # Healthy steps first: a mean since the start of the epoch would hide what follows.
     monitor = CollapseMonitor(window=10, patience=3, stop_training=True)
-    entropies, means = [0.5] * 200 + [entropy] * 60, [0.7] * 200 + [mean_entropy] * 60
-    stopped = watch(monitor, entropies, means, epoch_length, loss)
+    stopped = watch(monitor, [HEALTHY] * 200 + [{**HEALTHY, **later}] * 60, epoch_length)
     assert monitor.collapse == collapse
     assert stopped == (collapse is not None)
     printed = caplog.text
     assert printed.count("Collapse (") == (collapse is not None)
     assert advice is None or advice in printed
+    assert printed.count("Not started") == (collapse is None and advice is not None)
 
 
 def test_short_visits_to_the_edge_are_no_collapse():
-    entropies = ([0.999] * 20 + [0.9] * 20) * 10
+    steps = ([{**HEALTHY, **UNIFORM}] * 20 + [HEALTHY] * 20) * 10
     monitor = CollapseMonitor(window=10, patience=3)
-    watch(monitor, entropies, entropies)
+    watch(monitor, steps)
     assert monitor.collapse is None
 
 
@@ -96,7 +128,20 @@ def test_uniform_collapse_of_a_real_run_is_caught(images):
     model.compile(keras.optimizers.Adam(5e-3))
     monitor = CollapseMonitor(window=10, patience=2, stop_training=True)
     model.fit(images, batch_size=16, epochs=60, callbacks=[monitor], verbose=0)
-    assert monitor.collapse == "uniform"
+    assert monitor.collapse == "constant features"
+    assert int(model.step) < 240
+
+
+def test_uniform_collapse_by_negatives_of_a_real_run_is_caught(images):
+    """Negatives that are the images themselves leave the student nothing to say."""
+    model = make_model(
+        negatives=Negatives(lambda batch, seed: batch, source="in_distribution"),
+        negative_weight=20.0,
+    )
+    model.compile(keras.optimizers.Adam(5e-3))
+    monitor = CollapseMonitor(window=10, patience=2, stop_training=True)
+    model.fit(images, batch_size=16, epochs=60, callbacks=[monitor], verbose=0)
+    assert monitor.collapse == "uniform by negatives"
     assert int(model.step) < 240
 
 

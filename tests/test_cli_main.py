@@ -75,7 +75,7 @@ def test_the_script_is_installed_with_the_package():
     setup.read(ROOT / "setup.cfg")
     scripts = setup["options.entry_points"]["console_scripts"].strip().splitlines()
     assert scripts == ["sddns = sddns_tf.cli.main:run"]
-    assert "recipes/*.json" in setup["options.package_data"]["sddns_tf.cli"]
+    assert "cli/recipes/*.json" in setup["options.package_data"]["sddns_tf"]
 
 
 @pytest.mark.parametrize(
@@ -141,3 +141,12 @@ def test_an_import_of_tensorflow_that_fails_is_shown(tmp_path):
     result = apart(program=program, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert result.returncode == 1
     assert "what it said" in result.stderr and "broken" in result.stderr
+
+
+def test_classes_are_known_when_tensorflow_is_imported_between():
+    """TensorFlow looks for Keras without importing it."""
+    program = """
+import sddns_tf, tensorflow, keras
+print(keras.saving.get_registered_object("sddns_tf>Detector").__name__)
+"""
+    assert apart(program=program).stdout == "Detector\n"

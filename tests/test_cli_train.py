@@ -11,6 +11,7 @@ import tensorflow as tf
 
 import sddns_tf
 from sddns_tf import image_ops
+from sddns_tf.cli import main as cli
 from sddns_tf.cli import train
 from sddns_tf.cli.errors import UsageError
 from sddns_tf.cli.progress import Progress
@@ -198,3 +199,25 @@ def test_the_reader_cuts_as_the_detector_does(image_sets, tmp_path):
         whole = keras.utils.img_to_array(keras.utils.load_img(path))[None]
         expected = image_ops.fit(whole, 16, 20, "crop")[0]
         assert np.abs(np.clip(expected, 0, 255) - image).max() <= 0.51
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data=folder:nowhere"], "nowhere"),
+        (["--data=folder:bad"], "text.png"),
+        (["--data=npz:missing.npz"], "missing.npz"),
+        (["--data=folder:good", "--batch_size=64"], "batch_size"),
+    ],
+)
+def test_images_that_cannot_be_used_are_named(tmp_path, monkeypatch, arguments, message, capsys):
+    for name in ("good", "bad"):
+        (tmp_path / name).mkdir()
+    keras.utils.save_img(tmp_path / "good" / "a.png", skimage.data.astronaut()[:32, :32])
+    (tmp_path / "bad" / "text.png").write_bytes(b"these are words")
+    monkeypatch.chdir(tmp_path)
+    more = ["--resolution=16", "--calibration=folder:good", "--output_dir=out"]
+    assert cli.main(["train", *arguments, *more]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("sddns train: --data: ")
+    assert message in told

@@ -1,11 +1,7 @@
 """DINO's parameters give DINO's outputs, whatever their prefixes, and misfits are named."""
 
 import argparse
-import importlib.util
 import os
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,9 +10,8 @@ from scipy.special import erf
 from skimage import data
 
 from sddns_tf import dino_weights, heads, vit
-
-ROOT = pathlib.Path(__file__).parents[1]
-TOOL = ROOT / "tools" / "convert_dino_checkpoint.py"
+from sddns_tf.cli import convert_dino
+from sddns_tf.cli.errors import UsageError
 
 
 def photographs(height, width):
@@ -324,24 +319,9 @@ def test_another_grid_says_how_to_build_the_backbone():
     dino_weights.load_backbone(tiny_backbone(image_size=(24, 16)), backbone_state(grid=(6, 4)))
 
 
-def load_tool():
-    spec = importlib.util.spec_from_file_location("convert_dino_checkpoint", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool
-
-
-def convert(*flags):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    return subprocess.run(
-        [sys.executable, TOOL, *map(str, flags)], capture_output=True, text=True, env=environment
-    )
-
-
 def test_sizes_are_inferred_from_shapes():
-    tool = load_tool()
     shapes = {n: v.shape for n, v in backbone_state((3, 3), dim=128, depth=2, hidden=512).items()}
-    config = tool.infer_backbone(shapes)
+    config = convert_dino.infer_backbone(shapes)
     assert config == {
         "image_size": 12,
         "patch_size": 4,
@@ -354,16 +334,16 @@ def test_sizes_are_inferred_from_shapes():
     model = vit.VisionTransformer(**config)
     assert model.count_params() == sum(np.prod(shape) for shape in shapes.values())
     oblong = {**shapes, "pos_embed": (1, 7, 128)}
-    with pytest.raises(ValueError, match="6 patches do not make a square"):
-        tool.infer_backbone(oblong)
-    assert tool.infer_backbone(oblong, image_size=(8, 12))["image_size"] == (8, 12)
-    with pytest.raises(ValueError, match="--num_heads"):
-        tool.infer_backbone({n: v.shape for n, v in backbone_state().items()})
-    with pytest.raises(ValueError, match="no pos_embed"):
-        tool.infer_backbone({"conv1.weight": (64, 3, 7, 7)})
-    with pytest.raises(ValueError, match="no projection head"):
-        tool.infer_head(shapes)
-    assert tool.infer_head({n: v.shape for n, v in head_state().items()}) == {
+    with pytest.raises(UsageError, match="6 patches do not make a square"):
+        convert_dino.infer_backbone(oblong)
+    assert convert_dino.infer_backbone(oblong, image_size=(8, 12))["image_size"] == (8, 12)
+    with pytest.raises(UsageError, match="--num_heads"):
+        convert_dino.infer_backbone({n: v.shape for n, v in backbone_state().items()})
+    with pytest.raises(UsageError, match="no pos_embed"):
+        convert_dino.infer_backbone({"conv1.weight": (64, 3, 7, 7)})
+    with pytest.raises(UsageError, match="no projection head"):
+        convert_dino.infer_head(shapes)
+    assert convert_dino.infer_head({n: v.shape for n, v in head_state().items()}) == {
         "num_prototypes": 40,
         "hidden_dim": 32,
         "bottleneck_dim": 8,
@@ -371,7 +351,7 @@ def test_sizes_are_inferred_from_shapes():
     }
 
 
-def test_converter_writes_what_keras_loads(tmp_path):
+def test_converter_writes_what_keras_loads(tmp_path, capsys):
     torch = pytest.importorskip("torch")
     network = {f"backbone.{name}": value for name, value in backbone_state().items()}
     network |= {f"head.{name}": value for name, value in head_state().items()}
@@ -386,14 +366,15 @@ def test_converter_writes_what_keras_loads(tmp_path):
     torch.save(checkpoint, path)
     written = tmp_path / "new" / "backbone.weights.h5"
     head_written = tmp_path / "head.weights.h5"
-    result = convert(
-        f"--checkpoint={path}",
-        f"--output={written}",
-        f"--head_output={head_written}",
-        "--num_heads=3",
+    convert_dino.main(
+        [
+            f"--checkpoint={path}",
+            f"--output={written}",
+            f"--head_output={head_written}",
+            "--num_heads=3",
+        ]
     )
-    assert result.returncode == 0, result.stderr
-    assert "sddns_tf.VisionTransformer(image_size=16, patch_size=4" in result.stdout
+    assert "sddns_tf.VisionTransformer(image_size=16, patch_size=4" in capsys.readouterr().out
     assert os.listdir(written.parent) == [written.name]
     backbone, head = tiny_backbone(), tiny_head()
     backbone.load_weights(written)
@@ -408,24 +389,21 @@ def test_converter_writes_what_keras_loads(tmp_path):
 
 def test_converter_names_what_is_wrong(tmp_path):
     torch = pytest.importorskip("torch")
-    tool = load_tool()
     path = tmp_path / "checkpoint.pth"
-    with pytest.raises(ValueError, match="no such file"):
-        tool.read_state(path, "teacher")
+    with pytest.raises(UsageError, match="no such file"):
+        convert_dino.read_state(path, "teacher")
     path.write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="not a PyTorch checkpoint"):
-        tool.read_state(path, "teacher")
+    with pytest.raises(UsageError, match="not a PyTorch checkpoint"):
+        convert_dino.read_state(path, "teacher")
     torch.save({"student": {"cls_token": torch.zeros(1, 1, 4)}, "epoch": 3}, path)
-    with pytest.raises(ValueError, match=r"no network 'teacher'. It has: \['epoch', 'student'\]"):
-        tool.read_state(path, "teacher")
-    assert tool.read_state(path, "student")["cls_token"].shape == (1, 1, 4)
+    with pytest.raises(UsageError, match=r"no network 'teacher'. It has: \['epoch', 'student'\]"):
+        convert_dino.read_state(path, "teacher")
+    assert convert_dino.read_state(path, "student")["cls_token"].shape == (1, 1, 4)
     torch.save(torch.zeros(3), path)
-    with pytest.raises(ValueError, match="expected a dictionary"):
-        tool.read_state(path, "teacher")
+    with pytest.raises(UsageError, match="expected a dictionary"):
+        convert_dino.read_state(path, "teacher")
 
     torch.save({"conv1.weight": torch.zeros(4, 3, 7, 7)}, path)
-    result = convert(f"--checkpoint={path}", f"--output={tmp_path / 'x.weights.h5'}")
-    assert result.returncode == 1
-    assert "ERROR: --checkpoint: not a DINO vision transformer" in result.stderr
-    assert "Traceback" not in result.stderr
+    with pytest.raises(UsageError, match="--checkpoint: not a DINO vision transformer"):
+        convert_dino.main([f"--checkpoint={path}", f"--output={tmp_path / 'x.weights.h5'}"])
     assert not (tmp_path / "x.weights.h5").exists()

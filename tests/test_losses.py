@@ -66,6 +66,51 @@ def test_distillation_loss_is_independent_of_the_own_view():
     )
 
 
+def sinkhorn(teacher, temperature, iterations):
+    """Balanced probabilities by scaling columns and rows of a matrix, in float64."""
+    x = np.float64(teacher).reshape(-1, teacher.shape[-1])
+    x = (x - x.mean(0)) / (temperature * np.sqrt(x.var(0).mean()))
+    matrix = softmax(x, axis=1)
+    for _ in range(iterations):
+        matrix = matrix / matrix.mean(0)
+        matrix = matrix / matrix.sum(1, keepdims=True)
+    return matrix.reshape(teacher.shape)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_balanced_probabilities_are_those_of_sinkhorn_and_knopp(scale, jit_compile):
+    teacher = logits(2, 16, 12, scale=scale) + scale * logits(12, seed=1, scale=3.0)
+    balance = tf.function(losses.balanced_probabilities, jit_compile=jit_compile)
+    balanced = balance(teacher, temperature=0.7, iterations=4).numpy()
+    np.testing.assert_allclose(balanced, sinkhorn(teacher, 0.7, 4), rtol=2e-3, atol=1e-6)
+    np.testing.assert_allclose(balanced.sum(-1), 1.0, rtol=1e-5)
+
+
+def test_balanced_probabilities_give_every_prototype_its_share():
+    # One prototype that wins for all images, and one that is never near.
+    teacher = logits(2, 64, 8) + np.array([9, -9, 0, 0, 0, 0, 0, 0], np.float32)
+    teacher[..., 2] *= 10
+    shares = losses.balanced_probabilities(teacher, iterations=20).numpy().mean((0, 1))
+    np.testing.assert_allclose(shares, 1 / 8, rtol=0.02)
+
+
+def test_balanced_probabilities_of_equal_images_are_uniform():
+    teacher = np.repeat(logits(1, 1, 8), 6, axis=1)
+    np.testing.assert_allclose(losses.balanced_probabilities(teacher), 1 / 8, rtol=1e-3)
+
+
+def test_standardized_has_mean_0_and_deviation_1_and_leaves_still_channels_alone():
+    values = logits(3, 50, 5) * np.array([1e-3, 1.0, 5.0, 1.0, 0.0], np.float32) + 2.0
+    found = losses.standardized(values, losses.batch_moments(values)).numpy()
+    np.testing.assert_allclose(found.mean((0, 1)), 0.0, atol=1e-3)
+    np.testing.assert_allclose(found.std((0, 1))[1:4], 1.0, rtol=1e-2)
+    assert found.std((0, 1))[0] < 0.1
+    np.testing.assert_array_equal(found[..., 4], 0.0)
+    variances = np.float64(values).var((0, 1))
+    assert float(losses.spread(values)) == pytest.approx(np.sqrt(variances.mean()), rel=1e-4)
+
+
 @given(
     scale=st.sampled_from([0.0, 1e-3, 1.0, 30.0, 1e4]),
     offset=st.sampled_from([0.0, -1e4, 1e4]),

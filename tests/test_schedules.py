@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sddns_tf import schedules
-from sddns_tf.schedules import Constant, Linear, WarmupCosine
+from sddns_tf.schedules import Constant, GrowingMomentum, Linear, WarmupCosine
 
 EXAMPLES = [
     Constant(0.3),
@@ -19,12 +19,20 @@ EXAMPLES = [
     Linear(0.0, 1.0, start_step=30, end_step=60),
     WarmupCosine(0.04, 0.4, total_steps=100),
     WarmupCosine(2e-3, 1e-6, total_steps=100, warmup_steps=10),
+    GrowingMomentum(0.9),
 ]
 STEPS = (0, 1, 5, 10, 11, 45, 55, 99, 100, 101, 10**6)
 
 
 def test_constant():
     assert [float(Constant(3)(step)) for step in STEPS] == [3.0] * len(STEPS)
+
+
+@pytest.mark.parametrize(
+    ("step", "value"), [(0, 0.1), (8, 0.5), (90, 0.91), (2_240, 0.996), (10**6, 0.996)]
+)
+def test_growing_momentum(step, value):
+    assert float(GrowingMomentum()(step)) == pytest.approx(value, abs=1e-5)
 
 
 @pytest.mark.parametrize(

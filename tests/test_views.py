@@ -242,6 +242,31 @@ def test_blur_sigma_is_uniform_and_scaled_with_the_size():
     np.testing.assert_allclose(blurred[1, 7], expected, atol=0.01)
 
 
+def test_local_views_are_blurred_as_widely_as_global_ones():
+    """In pixels: the authors scale sigma with the full size, whatever the size of the view."""
+    stripe = np.zeros((32, 32, 3), np.uint8)
+    stripe[:, 16:] = 255
+    views = MultiCrop(
+        32,
+        local_views=1,
+        local_size=16,
+        local_area=(1.0, 1.0),
+        aspect_ratio=(1.0, 1.0),
+        flip=0.0,
+        color_jitter=0.0,
+        grayscale=0.0,
+        blur=(0.0, 0.0, 1.0),
+        blur_sigma=(7.0, 7.0),
+        solarize=(0.0, 0.0, 0.0),
+    )
+    blurred = views(stripe[np.newaxis], SEED)[1][0, 0, 8, :, 0].numpy()
+    sharp = MultiCrop.from_config({**views.get_config(), "blur": (0.0, 0.0, 0.0)})
+    edge = sharp(stripe[np.newaxis], SEED)[1][0, 0, 8, :, 0].numpy()
+    expected = ndimage.gaussian_filter1d(edge.astype(float), 7.0 * 32 / 224, truncate=8.0)
+    np.testing.assert_allclose(blurred[4:12], expected[4:12], atol=0.01)
+    assert np.abs(blurred - edge).max() > 10.0
+
+
 def test_jitter_factors_are_uniform(photos):
     images = copies(photos[5, 8:16, 8:16] // 2 + np.uint8(32), 800)
     one = images[0].astype(np.float64)

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from skimage import data
 
 from sddns_tf import vit
@@ -66,6 +67,20 @@ def test_presets_have_the_published_number_of_parameters_before_any_call(
     preset, image_size, parameters
 ):
     assert preset(image_size).count_params() == parameters
+
+
+def test_initial_weights_are_drawn_as_by_pytorchs_truncated_normal():
+    """It cuts at +-2, a hundred of its deviations of 0.02: a normal."""
+    keras.utils.set_random_seed(0)
+    drawn = [
+        weight
+        for weight in vit.vit_tiny(224).weights
+        if weight.path.endswith(("kernel", "position_embedding")) and "patch" not in weight.path
+    ]
+    assert len(drawn) == 12 * 4 + 1
+    for weight in drawn:
+        np.testing.assert_allclose(np.std(weight), 0.02, rtol=0.02)
+        np.testing.assert_allclose(stats.kurtosis(weight, axis=None), 0.0, atol=0.1)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (16, 16), (16, 40)])

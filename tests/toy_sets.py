@@ -17,14 +17,14 @@ def tiles(photograph, count, side):
     )
 
 
-def write_tfds(root, name, side=None, **splits):
+def write_tfds(root, name, side=None, version="1.0.0", **splits):
     """A prepared TFDS set of two classes; with `side=None` it states no size of its images."""
     import tensorflow_datasets as tfds
 
-    folder = root / name / "1.0.0"
+    folder = root / name / version
     folder.mkdir(parents=True)
     identity = tfds.core.DatasetIdentity(
-        name=name, version=tfds.core.Version("1.0.0"), data_dir=str(folder), module_name=""
+        name=name, version=tfds.core.Version(version), data_dir=str(folder), module_name=""
     )
     features = {
         "image": tfds.features.Image(shape=(side, side, 3)),

@@ -21,7 +21,9 @@ LEVELS = (
     ("self_distillation", "detector"),
     ("evaluation", "plots"),
     ("callbacks", "report", "sensitivity", "export"),
-    ("_registration", "cli"),
+    ("_registration",),
+    ("cli",),
+    ("__main__",),
 )
 # Training code never reaches a served graph.
 SERVED = ("bank", "calibration", "features", "detector", "export")

@@ -6,15 +6,33 @@ from absl import logging
 
 from sddns_tf.callbacks import training_state
 
-_WATCHED = ("loss", "teacher_entropy", "mean_output_entropy")
+_WATCHED = (
+    "loss",
+    "positive_loss",
+    "negative_loss",
+    "teacher_entropy",
+    "mean_output_entropy",
+    "feature_std",
+    "teacher_spread",
+)
 _ADVICE = {
-    "uniform": (
-        "the teacher gives all prototypes the same probability. Try a lower "
-        "`teacher_temperature`, a `negative_weight` that ramps up later, or a lower learning rate"
+    "not started": (
+        "the student says nothing of other views that a uniform output does not. Wait, or try a "
+        "higher learning rate"
+    ),
+    "constant features": (
+        "all images look alike to the teacher, and what they have in common says nothing: the "
+        "center cancels it. Leave `teacher_temperature` at None, which standardizes features, or "
+        "try a lower one; a lower learning rate or a warm-up"
+    ),
+    "uniform by negatives": (
+        "the student gives all prototypes the same probability, for negatives as asked, and for "
+        "the images too. Try a lower `negative_weight` or one that ramps up later, or negatives "
+        "that look less like the images"
     ),
     "one prototype": (
-        "the teacher gives all images the same prototype. Try a higher `teacher_temperature`, a "
-        "lower `center_momentum`, or a lower learning rate"
+        "the teacher gives all images the same prototype. Leave `teacher_temperature` at None, "
+        "which balances prototypes, or try a higher one; a lower `center_momentum` or learning rate"
     ),
     "not finite": "the loss is not a finite number. Try a lower learning rate, or float32",
 }
@@ -24,22 +42,37 @@ _ADVICE = {
 class CollapseMonitor(keras.callbacks.Callback):
     """Says when self-distillation has collapsed, in which direction, and what to try.
 
-    Two collapses are known. *Uniform*: the teacher gives every prototype the same probability, its
-    entropy stays near ln K. *One prototype*: it gives all probability to one prototype whatever
-    the image, the entropy of its mean output is near 0. The centre works against the second and
-    for the first, the teacher temperature the other way round. A loss that is not finite is
-    reported as well.
+    Told apart are, with K prototypes:
+
+    - *not finite*: the loss is not a number.
+    - *one prototype*: the teacher gives all probability to one prototype whatever the image; the
+      entropy of its mean output is near 0.
+    - *constant features*: the teacher's outputs are uniform, their entropy ln K, since images
+      look alike and the center cancels what they have in common. The features' spread has shrunk
+      to a part of what it was, or nothing else can have done it: there are no negatives, or the
+      student has an opinion on them left.
+    - *uniform by negatives*: the student's outputs are uniform, which makes the positive loss
+      ln K, and the negatives' loss is at its floor, ln K, as well.
+    - *not started*: the teacher tells images apart, and the student does not follow: a positive
+      loss of ln K or more. That one is reported and is no collapse.
 
     Looks at means over windows of `window` steps, or over an epoch where that is shorter. The
-    first collapse is reported, once.
+    first collapse is reported, once, and so is a start that does not come.
 
     Args:
         window: Steps of a window.
         patience: Windows in a row that must look collapsed.
-        uniform_above: `teacher_entropy`, relative to ln K, above which outputs count as uniform.
+        uniform_above: `teacher_entropy` or `positive_loss`, relative to ln K, above which outputs
+            count as uniform.
         one_prototype_below: `mean_output_entropy`, likewise, below which all images have one
             prototype.
-        stop_training: Whether to end the training.
+        constant_below: `feature_std`, relative to its largest window, below which features count
+            as constant.
+        stop_training: Whether to end the training at a collapse.
+
+    Attributes:
+        state: What the last windows looked like, one of the above; None where the model learns.
+        collapse: The collapse that was reported, or None.
 
     Example:
         >>> model.fit(batches, callbacks=[CollapseMonitor(stop_training=True)])
@@ -54,6 +87,7 @@ class CollapseMonitor(keras.callbacks.Callback):
         patience=5,
         uniform_above=0.995,
         one_prototype_below=0.02,
+        constant_below=0.5,
         stop_training=False,
     ):
         super().__init__()
@@ -61,14 +95,15 @@ class CollapseMonitor(keras.callbacks.Callback):
         self.patience = patience
         self.uniform_above = uniform_above
         self.one_prototype_below = one_prototype_below
+        self.constant_below = constant_below
         self.stop_training = stop_training
-        self.collapse = None
+        self.state = self.collapse = None
 
     def on_train_begin(self, logs=None):
         """Forget what an earlier run looked like."""
         del logs
-        self.collapse = None
-        self._suspect, self._windows = None, 0
+        self.state = self.collapse = None
+        self._windows, self._reported, self._widest = 0, set(), 0.0
 
     def on_epoch_begin(self, epoch, logs=None):
         """Keras' running means start anew with each epoch."""
@@ -93,28 +128,42 @@ class CollapseMonitor(keras.callbacks.Callback):
         sums = self._seen * np.array([float(logs[name]) for name in _WATCHED])
         means = dict(zip(_WATCHED, (sums - self._sums) / (self._seen - self._start), strict=True))
         self._start, self._sums = self._seen, sums
-        suspect = self._diagnose(**means)
-        self._windows = self._windows + 1 if suspect == self._suspect else 1
-        self._suspect = suspect
-        if suspect and self._windows >= self.patience:
-            self._report(suspect, means)
+        self._widest = max(self._widest, means["feature_std"])
+        state = self._diagnose(means)
+        self._windows = self._windows + 1 if state == self.state else 1
+        self.state = state
+        if state and self._windows >= self.patience and state not in self._reported:
+            self._report(means)
 
-    def _diagnose(self, loss, teacher_entropy, mean_output_entropy):
-        if not np.isfinite([loss, teacher_entropy, mean_output_entropy]).all():
+    def _diagnose(self, means):
+        if not np.isfinite(list(means.values())).all():
             return "not finite"
-        if teacher_entropy > self.uniform_above:
-            return "uniform"
-        if mean_output_entropy < self.one_prototype_below:
+        if means["mean_output_entropy"] < self.one_prototype_below:
             return "one prototype"
-        return None
+        uniform_loss = np.log(self.model.center.shape[0])
+        teacher_is_uniform = means["teacher_entropy"] > self.uniform_above
+        student_is_uniform = means["positive_loss"] > self.uniform_above * uniform_loss
+        if not (teacher_is_uniform or student_is_uniform):
+            return None
+        features_shrank = means["feature_std"] < self.constant_below * self._widest
+        if teacher_is_uniform and features_shrank:
+            return "constant features"
+        # No negatives have a loss of 0.
+        if uniform_loss * 0.99 < means["negative_loss"] < uniform_loss * (2 - self.uniform_above):
+            return "uniform by negatives"
+        return "constant features" if teacher_is_uniform else "not started"
 
-    def _report(self, collapse, means):
-        self.collapse = collapse
+    def _report(self, means):
+        self._reported.add(self.state)
+        what = "Not started" if self.state == "not started" else f"Collapse ({self.state})"
         seen = ", ".join(f"{name}={value:.4f}" for name, value in means.items())
         logging.warning(
-            f"Collapse ({collapse}) at step {training_state.step_of(self.model)}: "
-            f"{_ADVICE[collapse]}. In the last {self.window} steps: {seen}."
+            f"{what} at step {training_state.step_of(self.model)}: {_ADVICE[self.state]}. "
+            f"In the last {self.window} steps: {seen}."
         )
+        if self.state == "not started":
+            return
+        self.collapse = self.state
         if self.stop_training:
             self.model.stop_training = True
 
@@ -125,6 +174,7 @@ class CollapseMonitor(keras.callbacks.Callback):
             "patience": self.patience,
             "uniform_above": self.uniform_above,
             "one_prototype_below": self.one_prototype_below,
+            "constant_below": self.constant_below,
             "stop_training": self.stop_training,
         }
 

@@ -168,21 +168,8 @@ def resolve(recipe, settings):
     return resolved
 
 
-def differences(one, other):
-    """Keys at which two configurations differ, with both values: a list of triples."""
-    flat = [_flat(config) for config in (one, other)]
-    keys = dict.fromkeys([*flat[0], *flat[1]])
-    return [
-        (key, *(f.get(key) for f in flat)) for key in keys if flat[0].get(key) != flat[1].get(key)
-    ]
-
-
 def flat(config):
     """A configuration as one dictionary, its keys such as `"views.hue"`, without its text."""
-    return _flat(config)
-
-
-def _flat(config):
     found = {}
     for key, value in config.items():
         if key in SECTIONS and isinstance(value, dict):
@@ -190,6 +177,16 @@ def _flat(config):
         elif key != "about":
             found[key] = value
     return found
+
+
+def differences(one, other):
+    """Where two configurations differ: a list of triples of the key and both values."""
+    one, other = flat(one), flat(other)
+    return [
+        (key, one.get(key), other.get(key))
+        for key in dict.fromkeys([*one, *other])
+        if one.get(key) != other.get(key)
+    ]
 
 
 def _put(config, key, value):

@@ -16,7 +16,7 @@ def user_input(option=None, kinds=(ValueError, OSError, ImportError)):
 
     Args:
         option: Name of the option that is looked at, or None.
-        kinds: Tuple of the classes of error to expect.
+        kinds: Class of error to expect, or a tuple of such.
 
     Raises:
         UsageError: For an error of these classes that the block raises.

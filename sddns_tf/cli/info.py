@@ -166,12 +166,13 @@ def _self_distillation(model):
 
 
 def _network(model):
-    size = getattr(model, "image_size", None) or tuple(model.input_shape[1:3])
+    size = getattr(model, "image_size", None) or model.input_shape[1:3]
+    size = (size, size) if isinstance(size, int) else tuple(size)
     return {
         "class": type(model).__name__,
         "name": model.name,
         "parameters": model.count_params(),
-        "input": [None if side is None else int(side) for side in size],
+        "input": size,
         "features": model.compute_output_shape((None, *size, 3))[-1],
     }
 

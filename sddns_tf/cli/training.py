@@ -74,7 +74,8 @@ def train(config, place):
     with strategy.scope() if strategy else contextlib.nullcontext():
         model = make_model(config, found.resolution, length)
     checkpoint = sddns_tf.callbacks.Checkpoint(checkpoint_dir, place.checkpoint_every)
-    step = checkpoint.restore(model)
+    with user_input():
+        step = checkpoint.restore(model)
     say(
         f"Training {model.student_backbone.name} on {_number_of(found.training)} images: "
         f"{length.epochs} epochs of {length.steps_per_epoch} steps, from step {step}"
@@ -84,7 +85,8 @@ def train(config, place):
         watching.append(Progress(length.steps, step))
     for first_batch, part in training_state.parts_left(step, length.steps_per_epoch, length.epochs):
         batches = images.batches(config, data_options, place.data_dir, found, first_batch)
-        model.fit(batches, callbacks=watching, verbose=verbose(), shuffle=False, **part)
+        with user_input(kinds=OSError):  # a disk that is full
+            model.fit(batches, callbacks=watching, verbose=verbose(), shuffle=False, **part)
     if index:
         return None, found
     bank = images.bank(config, data_options, place.data_dir, found)
@@ -108,12 +110,12 @@ def check(config):
     data_options = DataOptions(**config["data"])
     if not data_options.source:
         raise UsageError("--data is needed. Received: none")
-    with user_input():
+    with user_input(kinds=(ValueError, TypeError)):
         for name in ("epochs", "batch_size"):
             validation.check_int(name, config[name])
         validation.check_choice("resize", data_options.resize, ("squash", "crop"))
         validation.check_number("calibration_share", data_options.calibration_share, 0.0, 0.9)
-        make_negatives(config)
+        _check_arguments(config)
     for name in ("source", "auxiliary", "calibration"):
         if text := getattr(data_options, name):
             sources.parse("data" if name == "source" else name, text, "train")
@@ -123,7 +125,23 @@ def check(config):
         )
     if not data_options.in_memory and not data_options.calibration:
         raise UsageError("--noin_memory needs --calibration. Received: none")
+    if not data_options.in_memory and data_options.limit:
+        raise UsageError(f"--limit needs images in memory. Received: {data_options.limit}")
     return data_options
+
+
+def _check_arguments(config):
+    """Make what costs nothing to make, so that it is refused now and not after reading images."""
+    import sddns_tf
+
+    image_size = config["views"]["image_size"] or 32
+    sddns_tf.MultiCrop(**{**config["views"], "image_size": image_size})
+    sddns_tf.ProjectionHead(**config["head"])
+    make_negatives(config)
+    length = Length(config["epochs"], 1, config["batch_size"])
+    for section in ("model", "optimizer"):
+        for key, form in config[section].items():
+            value_of(f"{section}.{key}", form, length)
 
 
 # --- The model ---------------------------------------------------------------------------------

@@ -90,6 +90,8 @@ def training_model(shape, prototypes=4096, local_views=2, ready_made_for=None):
         views=views,
         negatives=negatives,
         head=sddns_tf.ProjectionHead(num_prototypes=prototypes),
+        # What the PyTorch step computes.
+        **sddns_tf.SelfDistillation.PAPER,
     )
     model.compile(keras.optimizers.AdamW(1e-4, weight_decay=0.04))
     return model

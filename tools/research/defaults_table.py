@@ -1,0 +1,347 @@
+r"""Whether `SelfDistillation` trains with its own defaults, whatever the network and the data.
+
+    python tools/defaults_table.py --data_dir=TFDS --runs_dir=defaults
+    python tools/defaults_table.py --runs_dir=defaults --only=cifar10,plain,none
+    python tools/defaults_table.py --runs_dir=defaults --table_only
+
+Trains every combination of data, backbone, negatives, settings and seed for 400 steps of 64 images
+with `keras.optimizers.AdamW(1e-3)` and two global views. Nothing else is set: `--settings=default`
+takes the constructor's defaults, `--settings=paper` the paper's constants. Each run writes
+`NAME.json` and is skipped where that file exists. In the end the table of all runs is printed in
+Markdown: k-NN accuracy (CIFAR-10) or mean AUROC (elsewhere) of the trained and of the untrained
+network, and the positive loss and the entropy of the teacher's targets relative to ln K. Outputs
+count as uniform where either is above 0.995.
+
+`cifar10` needs prepared TFDS sets (`cifar10` and, as auxiliary images, `--auxiliary`), `textures`
+needs scikit-image, `cells` the package `elpv-dataset`: 300 photographs of sound solar cells at 64
+px, with defective ones as OOD. Negatives of cells come from crops of the photographs of
+scikit-image, like those of textures.
+"""
+
+import itertools
+import json
+import math
+import pathlib
+import sys
+import time
+
+import command_line
+from absl import flags
+
+FLAGS = flags.FLAGS
+DATA = ("cifar10", "textures", "cells")
+BACKBONES = ("plain", "depthwise", "resnet", "mobilenet_v3", "vit", "vit_tiny")
+NEGATIVES = ("none", "auxiliary-rot90", "in_distribution-perm4")
+SETTINGS = ("default", "paper")
+# Above this share of ln K entropies and losses count as those of uniform outputs.
+UNIFORM = 0.995
+
+
+def define_flags():
+    """All flags of the program."""
+    flags.DEFINE_string("data_dir", None, "Prepared TFDS sets; defaults to $TFDS_DATA_DIR.")
+    flags.DEFINE_string("auxiliary", "tfds:imagenet_resized/32x32", "Auxiliary images of CIFAR-10.")
+    flags.DEFINE_string("runs_dir", None, "Folder of the runs' JSON files.", required=True)
+    flags.DEFINE_list("only", [], "Parts of the names of runs; all must occur in the name.")
+    flags.DEFINE_list("seeds", ["0", "1"], "Seeds.")
+    flags.DEFINE_integer("train_steps", 400, "Training steps of each run.", 1)
+    flags.DEFINE_integer("batch_size", 64, "Images of a step.", 1)
+    flags.DEFINE_bool("table_only", False, "Train nothing, print the table of what there is.")
+
+
+def plain(image_size):
+    """Three 3x3 convolutions with group normalization."""
+    del image_size
+    import keras
+
+    images = x = keras.Input((None, None, 3))
+    for index, width in enumerate((32, 64, 128)):
+        x = keras.layers.Conv2D(width, 3, strides=2 if index else 1, padding="same")(x)
+        x = keras.layers.Activation("relu")(keras.layers.GroupNormalization(8)(x))
+    return keras.Model(images, keras.layers.GlobalAveragePooling2D()(x))
+
+
+def depthwise(image_size):
+    """The network of `examples/quickstart.py`."""
+    del image_size
+    sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
+    import quickstart
+
+    return quickstart.make_backbone()
+
+
+def resnet(image_size):
+    """Three residual blocks with batch normalization."""
+    del image_size
+    import keras
+
+    layers = keras.layers
+
+    def convolution(x, width, size, strides=1):
+        x = layers.Conv2D(width, size, strides, padding="same", use_bias=False)(x)
+        return layers.BatchNormalization()(x)
+
+    images = keras.Input((None, None, 3))
+    x = layers.Activation("relu")(convolution(images, 32, 3, 2))
+    for index, width in enumerate((32, 64, 128)):
+        strides = 2 if index else 1
+        y = layers.Activation("relu")(convolution(x, width, 3, strides))
+        y = convolution(y, width, 3)
+        x = layers.Add()([convolution(x, width, 1, strides), y])
+        x = layers.Activation("relu")(x)
+    return keras.Model(images, layers.GlobalAveragePooling2D()(x))
+
+
+def mobilenet_v3(image_size):
+    """MobileNetV3Small of `keras.applications`, minimalistic."""
+    del image_size
+    import keras
+
+    return keras.applications.MobileNetV3Small(
+        input_shape=(None, None, 3),
+        minimalistic=True,
+        include_top=False,
+        weights=None,
+        pooling="avg",
+        include_preprocessing=False,
+    )
+
+
+def vit(image_size):
+    """Width 96, 4 blocks of 3 heads, an eighth of the side as patch."""
+    import sddns_tf
+
+    return sddns_tf.VisionTransformer(
+        image_size, patch_size=image_size // 8, hidden_dim=96, depth=4, num_heads=3
+    )
+
+
+def vit_tiny(image_size):
+    """ViT-Ti with an eighth of the side as patch."""
+    import sddns_tf
+
+    return sddns_tf.vit_tiny(image_size=image_size, patch_size=image_size // 8)
+
+
+def read_data(name):
+    """Images of a data set: training, bank, test, auxiliary; labels or OOD sets to be judged by."""
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    if name == "cifar10":
+        return read_cifar10()
+    sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
+    import quickstart
+
+    textures = quickstart.make_data(generator)
+    if name == "textures":
+        return {
+            "training": textures["training"],
+            "bank": textures["training"][:5_000],
+            "test": textures["test"],
+            "auxiliary": textures["auxiliary"],
+            "ood": textures["ood"],
+        }
+    cells, defective = read_cells(64)
+    order = generator.permutation(len(cells))
+    return {
+        "training": cells[order[:300]],
+        "bank": cells[order[:300]],
+        "test": cells[order[300:900]],
+        "auxiliary": textures["auxiliary"],
+        "ood": {"defective": defective},
+    }
+
+
+def read_cifar10():
+    """CIFAR-10 with labels, the overlapping classes of the auxiliary images left in."""
+    import os
+
+    from sddns_tf import data
+
+    data_dir = FLAGS.data_dir or os.environ.get("TFDS_DATA_DIR")
+
+    def read(source, split, count, labels=True):
+        return data.load_arrays(
+            source, split=split, data_dir=data_dir, limit=count, with_labels=labels
+        )
+
+    training, labels = read("tfds:cifar10", "train", 25_600)
+    test, test_labels = read("tfds:cifar10", "test", 2_000)
+    return {
+        "training": training,
+        "bank": training[:5_000],
+        "bank_labels": labels[:5_000],
+        "test": test,
+        "test_labels": test_labels,
+        "auxiliary": read(FLAGS.auxiliary, "train", 18_000, labels=False),
+    }
+
+
+def read_cells(size):
+    """Sound and defective solar cells, uint8 `(N, size, size, 3)`."""
+    import elpv_dataset.utils
+    import numpy as np
+
+    from sddns_tf import image_ops
+
+    images, probabilities, _ = elpv_dataset.utils.load_dataset()
+
+    def resized(images):
+        images = np.repeat(images[..., np.newaxis], 3, axis=-1)
+        return np.round(image_ops.resize(images, size, size)).astype(np.uint8)
+
+    return resized(images[probabilities == 0]), resized(images[probabilities == 1])
+
+
+def make_model(data, backbone, negatives, settings, seed):
+    """A compiled `SelfDistillation` with nothing set but what the run's name says."""
+    import keras
+
+    import sddns_tf
+
+    keras.utils.set_random_seed(seed)
+    size = data["training"].shape[1]
+    source, _, shift = negatives.partition("-")
+    constants = {}
+    if settings == "paper":
+        constants = {"head": sddns_tf.ProjectionHead(), **sddns_tf.SelfDistillation.PAPER}
+    model = sddns_tf.SelfDistillation(
+        backbone=globals()[backbone](size),
+        views=sddns_tf.MultiCrop(size, local_views=0),
+        negatives=None if negatives == "none" else sddns_tf.Negatives(shift, source),
+        seed=seed,
+        **constants,
+    )
+    model.compile(keras.optimizers.AdamW(1e-3))
+    return model
+
+
+def make_batches(data, model, seed):
+    """Endless training batches, with auxiliary images where the model needs them."""
+    import sddns_tf
+
+    def load(images):
+        return sddns_tf.data.load(
+            images, batch_size=FLAGS.batch_size, shuffle=True, seed=seed, drop_remainder=True
+        )
+
+    batches = load(data["training"]).repeat()
+    if model.negatives is not None and model.negatives.needs_auxiliary:
+        batches = sddns_tf.data.with_auxiliary(batches, load(data["auxiliary"]))
+    return batches
+
+
+def quality(model, data):
+    """k-NN accuracy where there are labels, otherwise the mean AUROC over the OOD sets."""
+    import numpy as np
+
+    from sddns_tf import bank, metrics
+
+    def features(images):
+        return model.predict(images, batch_size=256, verbose=0)
+
+    known = features(data["bank"])
+    if "ood" not in data:
+        return metrics.knn_accuracy(
+            known, data["bank_labels"], features(data["test"]), data["test_labels"]
+        )
+
+    def scores(images):
+        return bank.ood_score(features(images), known)
+
+    normal = scores(data["test"])
+    return float(
+        np.mean([metrics.ood_metrics(normal, scores(ood))["auroc"] for ood in data["ood"].values()])
+    )
+
+
+def run(data, name, backbone, negatives, settings, seed):
+    """Train and judge one network; what its row of the table needs."""
+    import numpy as np
+
+    model = make_model(data, backbone, negatives, settings, seed)
+    untrained = quality(model, data)
+    start = time.perf_counter()
+    # The last epoch's means are those of the last tenth of the steps.
+    history = model.fit(
+        make_batches(data, model, seed),
+        steps_per_epoch=FLAGS.train_steps // 10,
+        epochs=10,
+        shuffle=False,
+        verbose=0,
+    ).history
+    return {
+        "data": name,
+        "backbone": backbone,
+        "negatives": negatives,
+        "settings": settings,
+        "seed": seed,
+        "steps": FLAGS.train_steps,
+        "batch_size": FLAGS.batch_size,
+        "seconds": time.perf_counter() - start,
+        "measure": "AUROC" if "ood" in data else "k-NN",
+        "untrained": float(untrained),
+        "trained": float(quality(model, data)),
+        "prototypes": model.student_head.num_prototypes,
+        "history": {key: np.float64(values).tolist() for key, values in history.items()},
+    }
+
+
+def print_table(results):
+    """All runs in Markdown, the two settings beside each other."""
+    print("| data | backbone | negatives | seed | untrained |", end="")
+    print(" | ".join(f" {s}: trained | loss | entropy" for s in SETTINGS), "|")
+    print("|---|---|---|--:" + "|--:" * (1 + 3 * len(SETTINGS)) + "|")
+    rows = {}
+    for result in results:
+        key = tuple(result[part] for part in ("data", "backbone", "negatives", "seed"))
+        rows.setdefault(key, {})[result["settings"]] = result
+    order = (DATA, BACKBONES, NEGATIVES)
+
+    def place(key):
+        return [names.index(name) for names, name in zip(order, key[:3], strict=True)] + [key[3]]
+
+    for key in sorted(rows, key=place):
+        cells = [*map(str, key), f"{next(iter(rows[key].values()))['untrained']:.3f}"]
+        for settings in SETTINGS:
+            result = rows[key].get(settings)
+            if result is None:
+                cells += ["", "", ""]
+                continue
+            better = "" if result["trained"] > result["untrained"] else " (worse)"
+            loss = result["history"]["positive_loss"][-1] / math.log(result["prototypes"])
+            entropy = result["history"]["teacher_entropy"][-1]
+            # Not a number is not learning either.
+            uniform = "" if max(loss, entropy) <= UNIFORM else " uniform"
+            cells += [f"{result['trained']:.3f}{better}", f"{loss:.3f}", f"{entropy:.3f}{uniform}"]
+        print("|", " | ".join(cells), "|")
+
+
+def main():
+    """Make the runs that are missing, then print the table of all."""
+    runs_dir = pathlib.Path(FLAGS.runs_dir)
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    seeds = map(int, FLAGS.seeds)
+    data = {}
+    for parts in itertools.product(seeds, DATA, BACKBONES, NEGATIVES, SETTINGS):
+        seed, source, backbone, negatives, settings = parts
+        name = "-".join(map(str, (source, backbone, negatives, settings, seed)))
+        path = runs_dir / f"{name}.json"
+        # With commas around, so that `plain` or `default` is one part and not a piece of another.
+        named = (*map(str, parts), *negatives.split("-"))
+        if FLAGS.table_only or path.exists() or not all(only in named for only in FLAGS.only):
+            continue
+        command_line.say(name)
+        if source not in data:
+            data = {source: read_data(source)}
+        result = run(data[source], source, backbone, negatives, settings, seed)
+        command_line.say(f"  {result['untrained']:.3f} to {result['trained']:.3f}")
+        path.write_text(json.dumps(result, indent=1))
+    print_table([json.loads(path.read_text()) for path in sorted(runs_dir.glob("*.json"))])
+    return 0
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main)
