@@ -23,7 +23,7 @@ _REGISTERED = (
 
 def when_keras_is_imported(modules):
     """Register the classes of the package now if Keras is among `modules`, else once it is."""
-    if "keras" in modules:
+    if modules.get("keras") is not None:
         register()
     else:
         sys.meta_path.insert(0, _AfterKeras())
@@ -53,8 +53,12 @@ class _AfterKeras(importlib.abc.MetaPathFinder):
         del path, target
         if fullname != "keras":
             return None
+        # It stays in the list: who only looks for Keras, as TensorFlow does, does not use it up.
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            sys.meta_path.insert(0, self)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader)
         return spec

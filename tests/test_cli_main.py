@@ -141,3 +141,12 @@ def test_an_import_of_tensorflow_that_fails_is_shown(tmp_path):
     result = apart(program=program, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert result.returncode == 1
     assert "what it said" in result.stderr and "broken" in result.stderr
+
+
+def test_classes_are_known_when_tensorflow_is_imported_between():
+    """TensorFlow looks for Keras without importing it."""
+    program = """
+import sddns_tf, tensorflow, keras
+print(keras.saving.get_registered_object("sddns_tf>Detector").__name__)
+"""
+    assert apart(program=program).stdout == "Detector\n"

@@ -199,7 +199,7 @@ def test_a_wrong_command_fails(text, monkeypatch):
     monkeypatch.chdir(ROOT)
     commands = commands_of_markdown(text, "made up")
     assert commands
-    with pytest.raises((Exception, SystemExit)):  # noqa: PT011
+    with pytest.raises((Exception, SystemExit)):
         for command in commands:
             understand(command)
 

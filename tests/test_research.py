@@ -22,7 +22,7 @@ from tools.research import (
 
 SIDE = cifar10.SIDE
 SETS = ("--in_distribution=lawn", "--ood=wall,cup", "--auxiliary=scenes")
-TINY = (*SETS, "--steps=4", "--width=8", "--batch_size=8", "--bank_images=90")
+TINY = (*SETS, "--steps=4", "--width=8", "--batch_size=8", "--bank_images=90", "--ood_images=12")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-r"""Formulas as MathML, made while the site is built: browsers show it with no script and no network.
+r"""Formulas as MathML, made while the site is built: browsers show it with no script or network.
 
 `pymdownx.arithmatex` marks `\( ... \)` and `\[ ... \]`; what it marked is replaced here.
 """

@@ -28,7 +28,7 @@ class Parser(argparse_flags.ArgumentParser):
     Example:
         >>> parser = Parser("score", __doc__)
         >>> group = parser.group("most used")
-        >>> group.add_argument("--model", required=True, help="File of the model.")
+        >>> group.add_argument("--model", metavar="FILE", required=True, help="File of the model.")
         >>> parser.parse_args(["--model=parts.tflite"]).model
         'parts.tflite'
     """
@@ -90,8 +90,3 @@ def require(options, *names):
     for name in names:
         if not getattr(options, name):
             raise UsageError(f"--{name} is needed. Received: none")
-
-
-def add_reading_options(group):
-    """Options on how images are read, which most commands have."""
-    group.add_argument("--data_dir", help="Folder of prepared TFDS sets; default: $TFDS_DATA_DIR.")

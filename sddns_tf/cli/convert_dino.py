@@ -20,21 +20,30 @@ def parser():
     """The options of the command."""
     parser = Parser("convert-dino", __doc__)
     group = parser.group("what most people need")
-    group.add_argument("--checkpoint", help="Checkpoint to read (.pth).")
-    group.add_argument("--output", help="Backbone's weights to write (.weights.h5).")
-    group.add_argument("--head_output", help="Projection head's weights to write (.weights.h5).")
+    group.add_argument("--checkpoint", metavar="FILE", help="Checkpoint to read (.pth).")
+    group.add_argument(
+        "--output", metavar="FILE", help="Backbone's weights to write (.weights.h5)."
+    )
+    group.add_argument(
+        "--head_output", metavar="FILE", help="Projection head's weights to write (.weights.h5)."
+    )
     group.add_argument(
         "--key",
+        metavar="NAME",
         default="teacher",
         help="Entry to take of a checkpoint that holds several networks, such as student.",
     )
     group.add_argument(
         "--image_size",
+        metavar="SIZE",
         type=size,
         help="SIDE or HEIGHT,WIDTH in pixels of the images it was trained on.",
     )
     group.add_argument(
-        "--num_heads", type=positive_int, help="Attention heads; by default hidden_dim / 64."
+        "--num_heads",
+        metavar="N",
+        type=positive_int,
+        help="Attention heads; by default hidden_dim / 64.",
     )
     return parser
 

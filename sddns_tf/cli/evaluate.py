@@ -28,33 +28,47 @@ def parser():
     """The options of the command."""
     parser = Parser("evaluate", __doc__)
     group = parser.group("what most people need")
-    group.add_argument("--model", help="Detector, training model or backbone (.keras).")
-    group.add_argument("--test", help="Source of fresh normal images (split: test).")
+    group.add_argument(
+        "--model", metavar="FILE", help="Detector, training model or backbone (.keras)."
+    )
+    group.add_argument(
+        "--test", metavar="SOURCE", help="Source of fresh normal images (split: test)."
+    )
     group.add_argument(
         "--ood",
+        metavar="SOURCE",
         action="append",
         help="Sources of OOD images, with commas between, each perhaps as NAME=SOURCE (split: "
         "test). May be repeated.",
     )
     group.add_argument(
         "--data",
+        metavar="SOURCE",
         help="Source of the normal images trained on (split: train): the bank, where --model is "
         "no detector, and the neighbors of the k-NN accuracy.",
     )
-    group.add_argument("--output_dir", help="Folder to write to.")
+    group.add_argument("--output_dir", metavar="FOLDER", help="Folder to write to.")
     group = parser.group("images")
-    group.add_argument("--data_dir", help="Folder of prepared TFDS sets; default: $TFDS_DATA_DIR.")
     group.add_argument(
-        "--limit", type=positive_int, help="Score at most so many images of each set."
+        "--data_dir",
+        metavar="FOLDER",
+        help="Folder of prepared TFDS sets; default: $TFDS_DATA_DIR.",
+    )
+    group.add_argument(
+        "--limit", metavar="N", type=positive_int, help="Score at most so many images of each set."
     )
     group = parser.group("detector")
     group.add_argument(
         "--calibration",
+        metavar="SOURCE",
         help="Source of in-distribution images that are not trained on, to set the threshold anew "
         "(split: test).",
     )
     group.add_argument(
-        "--false_positive_rate", type=share, help="Largest share of normal images to flag."
+        "--false_positive_rate",
+        metavar="SHARE",
+        type=share,
+        help="Largest share of normal images to flag.",
     )
     group.add_argument(
         "--set",
@@ -70,15 +84,19 @@ def parser():
         default="squash",
         help="How it brings images of another shape to the resolution, where --model is none.",
     )
-    group.add_argument("--seed", type=int, default=0, help="Fixes all that is random.")
+    group.add_argument("--seed", metavar="N", type=int, default=0, help="Fixes all that is random.")
     group = parser.group("report")
     group.add_argument(
-        "--resamples", type=positive_int, default=1000, help="Draws of the bootstrap."
+        "--resamples", metavar="N", type=positive_int, default=1000, help="Draws of the bootstrap."
     )
     group.add_argument(
-        "--gallery_size", type=positive_int, default=12, help="Images in a gallery, about."
+        "--gallery_size",
+        metavar="N",
+        type=positive_int,
+        default=12,
+        help="Images in a gallery, about.",
     )
-    group.add_argument("--title", help="Title of the report.")
+    group.add_argument("--title", metavar="TEXT", help="Title of the report.")
     return parser
 
 

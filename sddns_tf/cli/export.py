@@ -25,9 +25,11 @@ def parser():
     """The options of the command."""
     parser = Parser("export", __doc__)
     group = parser.group("what most people need")
-    group.add_argument("--detector", help="Detector to export (.keras).")
-    group.add_argument("--saved_model", help="Folder in which to write the SavedModel's version.")
-    group.add_argument("--tflite", help="File to write (.tflite).")
+    group.add_argument("--detector", metavar="FILE", help="Detector to export (.keras).")
+    group.add_argument(
+        "--saved_model", metavar="FOLDER", help="Folder in which to write the SavedModel's version."
+    )
+    group.add_argument("--tflite", metavar="FILE", help="File to write (.tflite).")
     group.add_argument(
         "--quantization",
         choices=("none", "float16", "dynamic", "int8"),
@@ -36,31 +38,48 @@ def parser():
     )
     group.add_argument(
         "--calibration",
+        metavar="SOURCE",
         help="Source of in-distribution images that are neither trained on nor in the bank, to "
         "calibrate the .tflite file with (split: test).",
     )
     group = parser.group("images to compare on")
     group.add_argument(
         "--representative",
+        metavar="SOURCE",
         help="Source of normal images on which exports are compared, and which set the ranges of "
         "int8 (split: train).",
     )
     group.add_argument(
-        "--limit", type=positive_int, default=128, help="Representative images to use, at most."
+        "--limit",
+        metavar="N",
+        type=positive_int,
+        default=128,
+        help="Representative images to use, at most.",
     )
-    group.add_argument("--data_dir", help="Folder of prepared TFDS sets; default: $TFDS_DATA_DIR.")
+    group.add_argument(
+        "--data_dir",
+        metavar="FOLDER",
+        help="Folder of prepared TFDS sets; default: $TFDS_DATA_DIR.",
+    )
     group = parser.group("the exports")
     group.add_argument(
-        "--version", type=positive_int, help="Of the SavedModel; default: one more than the last."
+        "--version",
+        metavar="N",
+        type=positive_int,
+        help="Of the SavedModel; default: one more than the last.",
     )
     group.add_argument(
         "--tflite_bank_size",
+        metavar="N",
         type=positive_int,
         default=1000,
         help="Compress the file's bank to at most so many centers.",
     )
     group.add_argument(
-        "--tflite_batch_size", type=positive_int, help="Images it takes at a time; default: any."
+        "--tflite_batch_size",
+        metavar="N",
+        type=positive_int,
+        help="Images it takes at a time; default: any.",
     )
     return parser
 

@@ -35,22 +35,32 @@ def parser():
     """The options of the command."""
     parser = Parser("score", __doc__)
     group = parser.group("what most people need")
-    group.add_argument("--model", help="A .tflite file, a SavedModel's folder or a .keras file.")
+    group.add_argument(
+        "--model", metavar="FILE", help="A .tflite file, a SavedModel's folder or a .keras file."
+    )
     group.add_argument(
         "--images",
+        metavar="PATHS",
         help="folder:PATH (with its subfolders), list:FILE (a path on each line) or - (such a "
         "list on stdin).",
     )
-    group.add_argument("--output", help="File to write; default: stdout.")
+    group.add_argument("--output", metavar="FILE", help="File to write; default: stdout.")
     group.add_argument(
         "--format", choices=("csv", "jsonl"), help="Default: as --output's name ends, else csv."
     )
     group = parser.group("speed")
     group.add_argument(
-        "--batch_size", type=positive_int, default=32, help="Images read and scored at a time."
+        "--batch_size",
+        metavar="N",
+        type=positive_int,
+        default=32,
+        help="Images read and scored at a time.",
     )
     group.add_argument(
-        "--threads", type=positive_int, help="CPU cores to use for a .tflite; default: all."
+        "--threads",
+        metavar="N",
+        type=positive_int,
+        help="CPU cores to use for a .tflite; default: all.",
     )
     return parser
 

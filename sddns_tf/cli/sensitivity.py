@@ -36,27 +36,36 @@ def parser():
     """The options of the comparison, and those of `sddns train`."""
     parser = Parser("sensitivity", __doc__)
     group = parser.group("what most people need")
-    group.add_argument("--data", help="Source of the normal images to train on (split: train).")
     group.add_argument(
-        "--auxiliary", help="Source of unrelated images that make negatives (split: train)."
+        "--data", metavar="SOURCE", help="Source of the normal images to train on (split: train)."
+    )
+    group.add_argument(
+        "--auxiliary",
+        metavar="SOURCE",
+        help="Source of unrelated images that make negatives (split: train).",
     )
     group.add_argument(
         "--strategies",
+        metavar="LIST",
         default=STRATEGIES,
         help=f"Strategies to compare, each SHIFT:SOURCE or none. Default: {STRATEGIES}.",
     )
-    group.add_argument("--epochs", type=positive_int, help="Epochs of each.")
-    group.add_argument("--output_dir", help="Folder to write to.")
+    group.add_argument("--epochs", metavar="N", type=positive_int, help="Epochs of each.")
+    group.add_argument("--output_dir", metavar="FOLDER", help="Folder to write to.")
     group = parser.group("check of the choice")
-    group.add_argument("--test", help="Source of fresh normal images, for --ood (split: test).")
+    group.add_argument(
+        "--test", metavar="SOURCE", help="Source of fresh normal images, for --ood (split: test)."
+    )
     group.add_argument(
         "--ood",
+        metavar="SOURCE",
         action="append",
         default=[],
         help="Sources of OOD images, with commas between (split: test). May be repeated.",
     )
     group.add_argument(
         "--probe_images",
+        metavar="N",
         type=positive_int,
         default=1000,
         help="Images to score, at most, of each set.",
@@ -64,7 +73,9 @@ def parser():
     train.add_recipe_options(parser)
     train.add_training_options(parser)
     group = parser.group("network")
-    group.add_argument("--image_size", type=positive_int, help="Side of the network's input.")
+    group.add_argument(
+        "--image_size", metavar="N", type=positive_int, help="Side of the network's input."
+    )
     return parser
 
 

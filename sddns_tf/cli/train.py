@@ -50,13 +50,19 @@ def parser():
     """The options of the command."""
     parser = Parser("train", __doc__)
     group = parser.group("what most people need")
-    group.add_argument("--data", help="Source of the normal images to train on (split: train).")
     group.add_argument(
-        "--auxiliary", help="Source of unrelated images that make negatives (split: train)."
+        "--data", metavar="SOURCE", help="Source of the normal images to train on (split: train)."
     )
-    group.add_argument("--image_size", type=positive_int, help="Side of the network's input.")
-    group.add_argument("--epochs", type=positive_int, help="Epochs.")
-    group.add_argument("--output_dir", help="Folder to write to.")
+    group.add_argument(
+        "--auxiliary",
+        metavar="SOURCE",
+        help="Source of unrelated images that make negatives (split: train).",
+    )
+    group.add_argument(
+        "--image_size", metavar="N", type=positive_int, help="Side of the network's input."
+    )
+    group.add_argument("--epochs", metavar="N", type=positive_int, help="Epochs.")
+    group.add_argument("--output_dir", metavar="FOLDER", help="Folder to write to.")
     add_recipe_options(parser)
     add_training_options(parser)
     return parser
@@ -84,19 +90,29 @@ def add_recipe_options(parser):
 def add_training_options(parser):
     """All options that `sensitivity` has as well."""
     group = parser.group("images")
-    group.add_argument("--data_dir", help="Folder of prepared TFDS sets; default: $TFDS_DATA_DIR.")
+    group.add_argument(
+        "--data_dir",
+        metavar="FOLDER",
+        help="Folder of prepared TFDS sets; default: $TFDS_DATA_DIR.",
+    )
     group.add_argument(
         "--auxiliary_exclude", metavar="FILE", help="Names of classes to leave out of a TFDS set."
     )
     group.add_argument(
         "--calibration",
+        metavar="SOURCE",
         help="Source of normal images that are not trained on, which set the threshold (split: "
         "test). Default: some of --data.",
     )
-    group.add_argument("--calibration_share", type=float, help="How much of --data; default: 0.1.")
-    group.add_argument("--limit", type=positive_int, help="Train on at most so many images.")
+    group.add_argument(
+        "--calibration_share", metavar="SHARE", type=float, help="How much of --data; default: 0.1."
+    )
+    group.add_argument(
+        "--limit", metavar="N", type=positive_int, help="Train on at most so many images."
+    )
     group.add_argument(
         "--resolution",
+        metavar="SIZE",
         type=size,
         help="SIDE or HEIGHT,WIDTH at which images are read. Default: their own; of a folder "
         "--image_size.",
@@ -117,6 +133,7 @@ def add_training_options(parser):
     group = parser.group("training")
     group.add_argument(
         "--backbone",
+        metavar="NAME",
         help=f"One of {', '.join(configuration.BACKBONES)}, or a .keras file to start from. "
         "Default: convnet, which a CPU trains.",
     )
@@ -128,11 +145,16 @@ def add_training_options(parser):
         choices=("in_distribution", "auxiliary", "both"),
         help="What is shifted; default: auxiliary where --auxiliary is given.",
     )
-    group.add_argument("--batch_size", type=positive_int, help="Images of a step, on all devices.")
     group.add_argument(
-        "--steps_per_epoch", type=positive_int, help="Default: once through the images."
+        "--batch_size", metavar="N", type=positive_int, help="Images of a step, on all devices."
     )
-    group.add_argument("--seed", type=int, help="Fixes all that is random.")
+    group.add_argument(
+        "--steps_per_epoch",
+        metavar="N",
+        type=positive_int,
+        help="Default: once through the images.",
+    )
+    group.add_argument("--seed", metavar="N", type=int, help="Fixes all that is random.")
     group.add_argument(
         "--precision",
         choices=("float32", "mixed_bfloat16", "mixed_float16"),
@@ -140,10 +162,16 @@ def add_training_options(parser):
     )
     group = parser.group("detector")
     group.add_argument(
-        "--false_positive_rate", type=share, help="Largest share of normal images to flag."
+        "--false_positive_rate",
+        metavar="SHARE",
+        type=share,
+        help="Largest share of normal images to flag.",
     )
     group.add_argument(
-        "--bank_size", type=positive_int, help="Compress the bank to at most so many centers."
+        "--bank_size",
+        metavar="N",
+        type=positive_int,
+        help="Compress the bank to at most so many centers.",
     )
     add_place_options(parser)
 
@@ -171,17 +199,26 @@ def add_place_options(parser):
         help="Start anew where --output_dir holds a run.",
     )
     group.add_argument(
-        "--checkpoint_every", type=positive_int, default=500, help="Steps between checkpoints."
+        "--checkpoint_every",
+        metavar="N",
+        type=positive_int,
+        default=500,
+        help="Steps between checkpoints.",
     )
     group.add_argument(
         "--rollbacks",
+        metavar="N",
         type=int,
         default=0,
         help="How often to go back to the last checkpoint, and on at half the learning rate, where "
         "a loss or weight is not finite, before giving up.",
     )
     group.add_argument(
-        "--pictures_every", type=positive_int, default=5, help="Epochs between histograms."
+        "--pictures_every",
+        metavar="N",
+        type=positive_int,
+        default=5,
+        help="Epochs between histograms.",
     )
 
 

@@ -32,6 +32,7 @@ def run(settings):
                 pathlib.Path(folder) / f"{name}.tflite",
                 quantization=quantization,
                 calibration_images=models.random_images(40, shape[0]),
+                verbose=0,
             )
             interpreter = Interpreter(str(path), num_threads=settings.threads)
             runner = interpreter.get_signature_runner()

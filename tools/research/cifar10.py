@@ -89,8 +89,8 @@ def read_ood(settings):
     ood = {name: read(settings, name, "test")[: settings.ood_images] for name in names}
     excluded = excluded_classes(settings)
     ood[settings.auxiliary] = read(settings, settings.auxiliary, "validation", excluded)
-    ood["noise"] = np.random.default_rng(0).integers(0, 256, (1000, SIDE, SIDE, 3)).astype(np.uint8)
-    return ood
+    noise = np.random.default_rng(0).integers(0, 256, (1000, SIDE, SIDE, 3)).astype(np.uint8)
+    return {**ood, "noise": noise[: settings.ood_images]}
 
 
 def excluded_classes(settings):
