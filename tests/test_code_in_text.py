@@ -192,4 +192,4 @@ def test_code_of_a_page_runs(code, toy, monkeypatch):
     source = code.source
     for long, short in SMALLER:
         source = source.replace(long, short)
-    exec(compile(source, code.place, "exec"), {"__name__": "page"})  # noqa: S102
+    exec(compile(source, code.place, "exec"), {"__name__": "page"})
