@@ -23,7 +23,7 @@ import tensorflow as tf
 from absl import app, flags
 
 import sddns_tf
-from sddns_tf import metrics, plots, schedules, sensitivity
+from sddns_tf import metrics, plots, schedules, sensitivity, shifts
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("output_dir", "custom_shift_output", "Where the picture goes.")
@@ -40,12 +40,13 @@ def cut_paste(images, seed):
     """A random rectangle of each image shows another place of the same image.
 
     All is whole-batch arithmetic, which compiles: the image is rolled by a random offset, and a
-    mask says where the rolled one shows. `seed` goes to `tf.random.stateless_*`, so that a step
-    can be repeated; one draw per image.
+    mask says where the rolled one shows. `shifts.uniform` draws six numbers for each image from
+    `seed` and the image's place in the global batch: a step can be repeated, and on several devices
+    no two images share their numbers.
     """
     images = tf.convert_to_tensor(images)
-    count, size = tf.shape(images)[0], images.shape[1]
-    draws = tf.random.stateless_uniform([6, count, 1], seed)
+    size = images.shape[1]
+    draws = shifts.uniform([6, tf.shape(images)[0]], seed)[..., tf.newaxis]
     height, width = 0.08 + 0.3 * draws[0], 0.08 + 0.3 * draws[1]
     top, left = draws[2] * (1 - height), draws[3] * (1 - width)
     place = (tf.range(size, dtype=tf.float32) + 0.5) / size
@@ -137,7 +138,7 @@ def main(argv):
 
     lines = []
     for shift in (cut_paste, "perm16"):
-        name = sddns_tf.shifts.name_of(shift)
+        name = shifts.name_of(shift)
         print(f"Training with negatives by {name}")
         detector = sddns_tf.Detector.from_images(
             train(training, shift).teacher_backbone,

@@ -7,7 +7,7 @@ them is held out to set the threshold; the others train. Where several photograp
 give others to set the threshold, with `--calibration=photos/other_good_parts`: a part that trained
 scores lower than a new one, and the threshold would be too low. Writes, to `--output_dir`,
 `scores.csv` (the images of `--check`, the most suspicious first, with their p-values),
-`most_suspicious.png`, and `detector.keras`, which `tools/export.py` and `tools/score.py` take.
+`most_suspicious.png`, and `detector.keras`, which `sddns export` and `sddns score` take.
 
     python examples/folder_of_parts.py
 

@@ -1,6 +1,6 @@
 """Published DINO weights, as a detector without any training, or trained further.
 
-    python tools/convert_dino_checkpoint.py --checkpoint=dino_deitsmall16_pretrain.pth \
+    sddns convert-dino --checkpoint=dino_deitsmall16_pretrain.pth \
         --output=dino_vits16.weights.h5
     python examples/pretrained_dino.py --weights=dino_vits16.weights.h5
 
@@ -25,7 +25,7 @@ import sddns_tf
 from sddns_tf import metrics, schedules
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("weights", None, "Weights from tools/convert_dino_checkpoint.py.")
+flags.DEFINE_string("weights", None, "Weights from `sddns convert-dino`.")
 flags.DEFINE_enum("preset", "vit_small", ["vit_tiny", "vit_small", "vit_base"], "Network of them.")
 flags.DEFINE_integer("patch_size", 16, "Side of its patches in pixels.")
 flags.DEFINE_integer("image_size", 96, "Side in pixels at which images are looked at.")

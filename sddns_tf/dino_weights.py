@@ -2,7 +2,7 @@
 
 The arrays go by the names that they have in PyTorch (`blocks.0.attn.qkv.weight`), with or without
 the prefixes `module.`, `backbone.` and `head.` that wrappers add. To read a `.pth` file, see
-`tools/convert_dino_checkpoint.py`.
+`sddns convert-dino`.
 """
 
 import numpy as np

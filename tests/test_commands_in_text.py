@@ -188,7 +188,7 @@ def test_a_command_is_understood(command, monkeypatch):
         "Type `sddns rate --model=x.keras`.",
         "```bash\npython examples/multi_gpu.py --devices=2\n```",
         "```bash\npython examples/two_gpus.py\n```",
-        "```bash\npython examples/edge_inference.py \\\n    x.tflite --recalibration x.png\n```",
+        "```bash\npython examples/edge_inference.py \\\n    p.tflite --recalibration x.png\n```",
         "```bash\nX=1 python -m tools.benchmark --bench=all && echo ok\n```",
         "```bash\npython tools/train.py\n```",
         'Install it by `pip install -e ".[gpu]"`.',

@@ -1,7 +1,7 @@
 r"""How the bank's size, its compression, k and the temperature change a detector's AUROC and speed.
 
     python -m tools.research.ablate_score --detector=docs/results/auxiliary-rot90-0.keras \
-        --data=tfds:cifar10@train --test=tfds:cifar10@test[5000:] --ood=tfds:cifar100,tfds:dtd
+        --data=tfds:cifar10@train --test=tfds:cifar10@test[5000:] --ood=tfds:cifar100,tfds:dtd32
 
 Extracts the features once, scores them with each setting, and prints a table in Markdown: mean
 AUROC over the OOD sets, and microseconds per image of the score alone. Settings other than the one

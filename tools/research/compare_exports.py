@@ -2,7 +2,7 @@ r"""What each TFLite variant of a detector costs: size, AUROC, and normal images
 
     python -m tools.research.compare_exports --detector=sddns_tf/trained/cifar10-small.keras \
         --calibration=tfds:cifar10@test[:5000] --test=tfds:cifar10@test[5000:] \
-        --ood=tfds:cifar100,tfds:dtd
+        --ood=tfds:cifar100,tfds:dtd32
 
 Exports the detector in float32, float16, dynamic and int8 with a compressed bank, calibrates each
 on --calibration, scores --test (normal images used for nothing else) and each OOD set with the

@@ -1,8 +1,8 @@
 r"""Whether `SelfDistillation` trains with its own defaults, whatever the network and the data.
 
-    python tools/defaults_table.py --data_dir=TFDS --runs_dir=defaults
-    python tools/defaults_table.py --runs_dir=defaults --only=cifar10,plain,none
-    python tools/defaults_table.py --runs_dir=defaults --table_only
+    python -m tools.research.defaults_table --data_dir=TFDS --runs_dir=defaults
+    python -m tools.research.defaults_table --runs_dir=defaults --only=cifar10,plain,none
+    python -m tools.research.defaults_table --runs_dir=defaults --table_only
 
 Trains every combination of data, backbone, negatives, settings and seed for 400 steps of 64 images
 with `keras.optimizers.AdamW(1e-3)` and two global views. Nothing else is set: `--settings=default`
@@ -18,6 +18,7 @@ px, with defective ones as OOD. Negatives of cells come from crops of the photog
 scikit-image, like those of textures.
 """
 
+import argparse
 import itertools
 import json
 import math
@@ -25,10 +26,9 @@ import pathlib
 import sys
 import time
 
-import command_line
-from absl import flags
+from sddns_tf.cli.console import say
 
-FLAGS = flags.FLAGS
+FLAGS = argparse.Namespace()
 DATA = ("cifar10", "textures", "cells")
 BACKBONES = ("plain", "depthwise", "resnet", "mobilenet_v3", "vit", "vit_tiny")
 NEGATIVES = ("none", "auxiliary-rot90", "in_distribution-perm4")
@@ -37,16 +37,21 @@ SETTINGS = ("default", "paper")
 UNIFORM = 0.995
 
 
-def define_flags():
-    """All flags of the program."""
-    flags.DEFINE_string("data_dir", None, "Prepared TFDS sets; defaults to $TFDS_DATA_DIR.")
-    flags.DEFINE_string("auxiliary", "tfds:imagenet_resized/32x32", "Auxiliary images of CIFAR-10.")
-    flags.DEFINE_string("runs_dir", None, "Folder of the runs' JSON files.", required=True)
-    flags.DEFINE_list("only", [], "Parts of the names of runs; all must occur in the name.")
-    flags.DEFINE_list("seeds", ["0", "1"], "Seeds.")
-    flags.DEFINE_integer("train_steps", 400, "Training steps of each run.", 1)
-    flags.DEFINE_integer("batch_size", 64, "Images of a step.", 1)
-    flags.DEFINE_bool("table_only", False, "Train nothing, print the table of what there is.")
+def parser():
+    """The arguments."""
+    found = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = found.add_argument
+    add("--data_dir", help="prepared TFDS sets; defaults to $TFDS_DATA_DIR")
+    add("--auxiliary", default="tfds:imagenet_resized/32x32", help="auxiliary images of CIFAR-10")
+    add("--runs_dir", required=True, help="folder of the runs' JSON files")
+    add("--only", default="", help="parts of the names of runs; all must occur in the name")
+    add("--seeds", default="0,1", help="with commas between")
+    add("--train_steps", type=int, default=400, help="training steps of each run")
+    add("--batch_size", type=int, default=64, help="images of a step")
+    add("--table_only", action="store_true", help="train nothing, print the table of what there is")
+    return found
 
 
 def plain(image_size):
@@ -64,7 +69,7 @@ def plain(image_size):
 def depthwise(image_size):
     """The network of `examples/quickstart.py`."""
     del image_size
-    sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
+    sys.path.append(str(pathlib.Path(__file__).parents[2] / "examples"))
     import quickstart
 
     return quickstart.make_backbone()
@@ -130,7 +135,7 @@ def read_data(name):
     generator = np.random.default_rng(0)
     if name == "cifar10":
         return read_cifar10()
-    sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
+    sys.path.append(str(pathlib.Path(__file__).parents[2] / "examples"))
     import quickstart
 
     textures = quickstart.make_data(generator)
@@ -318,11 +323,13 @@ def print_table(results):
         print("|", " | ".join(cells), "|")
 
 
-def main():
+def main(argv=None):
     """Make the runs that are missing, then print the table of all."""
+    parser().parse_args(argv, FLAGS)
+    only = [part for part in FLAGS.only.split(",") if part]
     runs_dir = pathlib.Path(FLAGS.runs_dir)
     runs_dir.mkdir(parents=True, exist_ok=True)
-    seeds = map(int, FLAGS.seeds)
+    seeds = map(int, FLAGS.seeds.split(","))
     data = {}
     for parts in itertools.product(seeds, DATA, BACKBONES, NEGATIVES, SETTINGS):
         seed, source, backbone, negatives, settings = parts
@@ -330,18 +337,16 @@ def main():
         path = runs_dir / f"{name}.json"
         # With commas around, so that `plain` or `default` is one part and not a piece of another.
         named = (*map(str, parts), *negatives.split("-"))
-        if FLAGS.table_only or path.exists() or not all(only in named for only in FLAGS.only):
+        if FLAGS.table_only or path.exists() or not all(part in named for part in only):
             continue
-        command_line.say(name)
+        say(name)
         if source not in data:
             data = {source: read_data(source)}
         result = run(data[source], source, backbone, negatives, settings, seed)
-        command_line.say(f"  {result['untrained']:.3f} to {result['trained']:.3f}")
+        say(f"  {result['untrained']:.3f} to {result['trained']:.3f}")
         path.write_text(json.dumps(result, indent=1))
     print_table([json.loads(path.read_text()) for path in sorted(runs_dir.glob("*.json"))])
-    return 0
 
 
 if __name__ == "__main__":
-    define_flags()
-    command_line.run(main)
+    main()
