@@ -65,6 +65,21 @@ def snapped(scores, calibration_scores, rounding):
     return tf.where(scores - nearest <= rounding, nearest, scores)
 
 
+def lowered(maps, scores):
+    """Maps that end where the images' scores do, which `snapped` may have lowered.
+
+    So a place lies above the threshold only where its image's score does.
+
+    Args:
+        maps: Scores of places, float32 `(B, h, w)`.
+        scores: Scores of the images, float32 `(B,)`, at most the maxima of the maps.
+
+    Returns:
+        Float32 tensor `(B, h, w)`, whose maxima are `scores`.
+    """
+    return tf.minimum(maps, scores[:, tf.newaxis, tf.newaxis])
+
+
 def merged(scores, rounding):
     """Calibration scores in ascending order, those that rounding alone may set apart made equal.
 
