@@ -594,7 +594,7 @@ class Detector(keras.Model):
         What lies this little above a calibration score counts as equal to it, so that equal images
         get equal answers. See `snapped`.
         """
-        return rounding(self.temperature)
+        return rounding(self.temperature, self.is_local)
 
     def _stream(self, images, batch_size, verbose):
         size = batch_size or (building.PLACES_BATCH if self.is_local else 256)

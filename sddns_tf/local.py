@@ -1,5 +1,6 @@
 """Feature maps of a network's inner layers: places of an image instead of the image as a whole."""
 
+import difflib
 import pathlib
 
 import keras
@@ -45,29 +46,28 @@ def inner_maps(backbone, layers, image_size):
             "sequential Keras model, or a VisionTransformer. "
             f"Received: {type(backbone).__name__} {backbone.name!r}"
         )
-    if names in (("auto",), ("tokens",)):
-        paths = list(_all_paths(backbone))
-    else:
-        paths = [_path(backbone, name) for name in names]
-    shapes = _model_of(backbone, paths).compute_output_spec(
+    known = _layer_names(backbone)
+    if names not in (("auto",), ("tokens",)):
+        names = known = [_full_name(backbone, known, name) for name in names]
+    specs = _model_of(backbone, known).compute_output_spec(
         keras.KerasTensor((None, *image_size, 3))
     )
-    shapes = [getattr(spec, "shape", None) for spec in _as_list(shapes)]
-    found = {_name(path): (path, shape) for path, shape in zip(paths, shapes, strict=True)}
+    shapes = {
+        name: getattr(spec, "shape", None)
+        for name, spec in zip(known, _as_list(specs), strict=True)
+    }
     if names == ("auto",):
-        names = _auto_names(found, image_size)
+        names = _auto_names(backbone, shapes, image_size)
     elif names == ("tokens",):
-        names = _tokens_name(found, image_size)
-    else:
-        names = tuple(found)
-    grids = [_grid(name, found[name][1], image_size) for name in names]
-    model = _model_of(backbone, [found[name][0] for name in names])
+        names = _tokens_name(shapes, image_size)
+    grids = [_grid(name, shapes[name], image_size) for name in names]
+    model = _model_of(backbone, names)
 
     def maps(images):
         outputs = _as_list(model(images, training=False))
         return [_as_map(output, *grid) for output, grid in zip(outputs, grids, strict=True)]
 
-    return names, maps, grids
+    return tuple(names), maps, grids
 
 
 def _as_list(outputs):
@@ -101,34 +101,28 @@ def _is_graph(layer):
     return isinstance(layer, keras.Model) and bool(getattr(layer, "inputs", None))
 
 
-def _all_paths(model):
-    """Each layer of a model and of those in it, as the layers that lead to it."""
+def _layer_names(model, prefix=""):
+    """Names of the layers of a model and of those in it, as `"model/layer"`."""
+    names = []
     for layer in model.layers:
-        if isinstance(layer, keras.layers.InputLayer):
-            continue
-        yield (layer,)
-        if _is_graph(layer):
-            yield from ((layer, *path) for path in _all_paths(layer))
+        if not isinstance(layer, keras.layers.InputLayer):
+            names.append(prefix + layer.name)
+            names += _layer_names(layer, f"{names[-1]}/") if _is_graph(layer) else []
+    return names
 
 
-def _name(path):
-    return "/".join(layer.name for layer in path)
-
-
-def _path(backbone, name):
-    """The layers that lead to the one of a name."""
-    found = [p for p in _all_paths(backbone) if name in (_name(p), p[-1].name)]
-    exact = [p for p in found if _name(p) == name]
-    if len(exact or found) == 1:
-        return (exact or found)[0]
+def _full_name(backbone, known, name):
+    """The one of the known names that is meant."""
+    if name in known:
+        return name
+    found = [one for one in known if one.endswith(f"/{name}")]
+    if len(found) == 1:
+        return found[0]
     if found:
         raise ValueError(
-            f"Several layers of {backbone.name!r} have that name: {[_name(p) for p in found]}. "
+            f"Several layers of {backbone.name!r} have that name: {found}. "
             f"Received: layers={name!r}"
         )
-    import difflib
-
-    known = [_name(path) for path in _all_paths(backbone)]
     near = difflib.get_close_matches(name, known, 5, 0.4) or known[-5:]
     raise ValueError(
         f"{backbone.name!r} has no layer of that name; some that it has: {near}. "
@@ -136,39 +130,51 @@ def _path(backbone, name):
     )
 
 
-def _model_of(model, paths):
-    """A model of the same layers that gives what the last layer of each path gives."""
-    outputs = [None] * len(paths)
-    nested = {}
-    for index, (layer, *rest) in enumerate(paths):
-        if rest:
-            nested.setdefault(layer.name, (layer, []))[1].append((index, tuple(rest)))
-        else:
-            # Of a nested model this is what it gave here; its own `output` knows nothing of that.
-            outputs[index] = keras.Operation.output.fget(layer)
-    for layer, inner in nested.values():
-        tapped = _model_of(layer, [path for _, path in inner])
-        given = _as_list(tapped(keras.Operation.input.fget(layer)))
-        for (index, _), output in zip(inner, given, strict=True):
-            outputs[index] = output
-    return keras.Model(model.inputs, outputs, name=model.name)
+def _model_of(backbone, names):
+    """A model of the same layers that gives what these give."""
+    images = keras.Input(backbone.inputs[0].shape[1:], dtype=backbone.inputs[0].dtype)
+    found = {}
+    _run(backbone, images, found)
+    return keras.Model(images, [found[name] for name in names], name=backbone.name)
 
 
-def _auto_names(found, image_size):
+def _run(model, inputs, found, prefix=""):
+    """Run a model on symbolic inputs, and keep in `found` what each layer in it gives."""
+
+    def call(layer, *args, **kwargs):
+        found[prefix + layer.name] = output = layer(*args, **kwargs)
+        if _is_graph(layer):
+            _run(layer, args[0], found, f"{prefix}{layer.name}/")
+        return output
+
+    if isinstance(model, keras.Sequential):
+        for layer in model.layers:
+            inputs = call(layer, inputs)
+    else:
+        keras.models.clone_model(
+            model, inputs, clone_function=lambda layer: layer, call_function=call
+        )
+
+
+def _auto_names(backbone, shapes, image_size):
     """The last layers at strides 8 and 16, the widened insides of blocks left out."""
     names = []
     for stride in _AUTO_STRIDES:
-        at_stride = [
-            (name, path[-1], shape[-1])
-            for name, (path, shape) in found.items()
+        at_stride = {
+            name: shape[-1]
+            for name, shape in shapes.items()
             if _is_map(shape) and _stride(shape, image_size) == stride and min(shape[1:3]) > 1
-        ]
+        }
         # A block ends in a sum; what is wider belongs to the inside of the next one.
-        sums = [channels for _, layer, channels in at_stride if isinstance(layer, keras.layers.Add)]
-        ends = [name for name, _, channels in at_stride if not sums or channels <= sums[-1]]
+        sums = [
+            channels
+            for name, channels in at_stride.items()
+            if isinstance(_layer(backbone, name), keras.layers.Add)
+        ]
+        ends = [name for name, channels in at_stride.items() if not sums or channels <= sums[-1]]
         names += ends[-1:]
     if not names:
-        strides = {_stride(shape, image_size) for _, shape in found.values() if _is_map(shape)}
+        strides = {_stride(shape, image_size) for shape in shapes.values() if _is_map(shape)}
         raise ValueError(
             f'"auto" takes the last layers at strides {_AUTO_STRIDES} with maps of at least 2 x 2 '
             f"places, and there are none for images of {image_size[0]} x {image_size[1]} px: the "
@@ -177,9 +183,14 @@ def _auto_names(found, image_size):
     return tuple(names)
 
 
-def _tokens_name(found, image_size):
+def _layer(model, name):
+    first, _, rest = name.partition("/")
+    return _layer(model.get_layer(first), rest) if rest else model.get_layer(first)
+
+
+def _tokens_name(shapes, image_size):
     """The last layer that gives tokens of patches."""
-    for name, (_, shape) in reversed(found.items()):
+    for name, shape in reversed(shapes.items()):
         if shape is not None and len(shape) == 3 and _token_grid(shape, image_size):
             return (name,)
     raise ValueError(
