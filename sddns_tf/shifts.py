@@ -163,7 +163,8 @@ def get(shift):
 
     Args:
         shift: One of `shifts.NAMES` or `shifts.BEYOND_THE_PAPER`, or a callable `(images, seed) ->
-            images` that keeps the shape `(B, S, S, 3)`; `seed` is an int32 tensor `(2,)`, the same on all replicas, for
+            images` that keeps the shape `(B, S, S, 3)`; `seed` is an int32 tensor `(2,)`, the same
+            on all replicas, for
             `shifts.uniform` (`tf.random.stateless_uniform` would give the images of each
             replica the same numbers).
 
