@@ -18,6 +18,7 @@ from sddns_tf.plots.style import (
     PURPLE,
     SKY,
     VERMILION,
+    figure_of,
     save,
 )
 from sddns_tf.plots.training import training_curves
@@ -36,6 +37,7 @@ __all__ = [
     "anomaly_map",
     "attention_overlay",
     "contact_sheet",
+    "figure_of",
     "most_and_least_anomalous",
     "overlay",
     "roc_curves",
