@@ -10,7 +10,7 @@ import tensorflow as tf
 from PIL import Image
 
 import sddns_tf
-from sddns_tf import bank, callbacks, calibration, data, export, heads, losses, schedules, vit
+from sddns_tf import bank, calibration, callbacks, data, export, heads, losses, schedules, vit
 from sddns_tf.features import extract_features
 
 # --- Arguments ----------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ BAD = {
     "wide float": WIDE.astype(np.float32),
     "negative": PHOTOS.astype(np.int16) - 128,
     "normalized": PHOTOS / 127.5 - 1.0,
-    "infinite": np.where(PHOTOS == PHOTOS.max(), np.inf, PHOTOS),
+    "infinite": np.where(PHOTOS.max() == PHOTOS, np.inf, PHOTOS),
     "bool": PHOTOS > 100,
     "text": PHOTOS.astype(str),
     "one image": PHOTOS[0],
