@@ -13,7 +13,7 @@ from sddns_tf.bank import compress, ood_score
 from sddns_tf.calibration import largest_flagged_rank, merged, rounding, snapped
 from sddns_tf.features import FeatureExtractor, extract_features, image_size_of
 from sddns_tf.image_sources import image_source
-from sddns_tf.validation import check_int, check_number, image_array
+from sddns_tf.validation import check_int, check_number
 
 # Features this near are those of one image: the square root of twice such a cosine, and room.
 _SHARED_DISTANCE = 1e-4
@@ -172,8 +172,9 @@ class Detector(keras.Model):
                 shape or range, the bank images have no single size and `resolution` is not given,
                 or features are not finite.
         """
-        if isinstance(bank_images, (list, tuple)):
-            bank_images = image_array(bank_images, "bank_images")
+        # Here already, so that nothing is computed in vain.
+        bank_images = image_source(bank_images, "bank_images")
+        calibration_images = image_source(calibration_images, "calibration_images")
         resolution = image_size_of(bank_images) if resolution is None else resolution
         if resolution is None:
             raise ValueError(
