@@ -13,7 +13,7 @@ from sddns_tf.calibration import largest_flagged_rank, lowered, merged, rounding
 from sddns_tf.features import FeatureExtractor, extract_features, image_size_of, stream_features
 from sddns_tf.image_sources import image_source
 from sddns_tf.local import counted_places
-from sddns_tf.validation import check_int, check_number, image_array
+from sddns_tf.validation import check_int, check_number
 
 # Rows of the bank that all places of a batch are compared with at once.
 _BLOCK_OF_PLACES = 1024
@@ -200,8 +200,9 @@ class Detector(keras.Model):
                 shape or range, the bank images have no single size and `resolution` is not given,
                 a layer gives no map, a mask does not fit, or features are not finite.
         """
-        if isinstance(bank_images, (list, tuple)):
-            bank_images = image_array(bank_images, "bank_images")
+        # Here already, so that nothing is computed in vain.
+        bank_images = image_source(bank_images, "bank_images")
+        calibration_images = image_source(calibration_images, "calibration_images")
         resolution = image_size_of(bank_images) if resolution is None else resolution
         if resolution is None:
             raise ValueError(

@@ -67,10 +67,11 @@ def saved_model(
     - `serving_default`: `images`, uint8 `(B, H, W, 3)`, of any height and width, to `ood_score`,
       `p_value` and `is_ood`, each `(B,)`, as the detector gives them.
     - `serving_bytes`: `image_bytes`, string `(B,)`, JPEG, PNG, BMP or GIF files (of which the
-      first frame counts) of any sizes in one batch, to the same and `status`, string `(B,)`. It is
-      empty for an image. Of a file that is none, is damaged or has too many pixels it says so; the
-      score is then not a number, the p-value the lowest there is, and `is_ood` true. The other
-      files of the batch are not affected.
+      first frame counts; EXIF orientation is not applied) of any sizes in one batch, to the same
+      and `status`, string `(B,)`. It is empty for an image. Of a file that is none, is damaged, is
+      of a kind that TensorFlow does not decode rightly or has too many pixels it says so; the score
+      is then not a number, the p-value the lowest there is, and `is_ood` true. The other files of
+      the batch are not affected.
     - `serving_at_rate` and `serving_bytes_at_rate`: the same with one more input,
       `false_positive_rate`, float32 `(B,)`, in place of the detector's own. Where it is too small
       for the number of calibration images, or not below 1, `status` says so and `is_ood` is true.
