@@ -3,6 +3,8 @@
 import numpy as np
 import tensorflow as tf
 
+from sddns_tf.validation import check_choice, check_int, check_number
+
 # Above this many distances per iteration, k-means sees mini-batches instead of the whole set.
 _FULL_KMEANS_DISTANCES = 50_000_000
 
@@ -42,7 +44,7 @@ def ood_score(
     <tf.Tensor: shape=(1,), dtype=float32, numpy=array([-21.806852], dtype=float32)>
     """
     features, bank = tf.convert_to_tensor(features), tf.convert_to_tensor(bank)
-    rows, dim = _check_score_arguments(features, bank, temperature, k, weights, block_size)
+    rows, dim = _check_score_arguments(features, bank, temperature, offset, k, weights, block_size)
     features = tf.cast(features, tf.float32)
     weights = tf.ones([rows]) if weights is None else tf.cast(weights, tf.float32)
     log_weights = tf.math.log(weights) - tf.math.log(tf.reduce_sum(weights))
@@ -76,7 +78,7 @@ def ood_score(
     return tf.reduce_logsumexp(near, axis=1) - tf.reduce_logsumexp(logits(values, near), axis=1)
 
 
-def _check_score_arguments(features, bank, temperature, k, weights, block_size):
+def _check_score_arguments(features, bank, temperature, offset, k, weights, block_size):
     """Rows and dimension of the bank; a `ValueError` if the arguments do not fit together."""
     shapes = f"features of shape {features.shape} and a bank of shape {bank.shape}"
     if features.shape.rank != 2 or bank.shape.rank != 2 or None in bank.shape or 0 in bank.shape:
@@ -86,12 +88,13 @@ def _check_score_arguments(features, bank, temperature, k, weights, block_size):
     rows, dim = bank.shape
     if features.shape[1] not in (dim, None):
         raise ValueError(f"Features and bank must have one dimension. Received: {shapes}.")
-    if not temperature > 0.0:
-        raise ValueError(f"`temperature` must be positive. Received: {temperature}.")
-    if block_size < 1:
-        raise ValueError(f"`block_size` must be positive. Received: {block_size}.")
-    if k is not None and not 1 <= k <= rows:
-        raise ValueError(f"`k` must be between 1 and the bank's {rows} rows. Received: {k}.")
+    check_number("temperature", temperature, above=0.0)
+    check_number("offset", offset)
+    check_int("block_size", block_size)
+    if k is not None:
+        check_int("k", k)
+        if k > rows:
+            raise ValueError(f"`k` must be between 1 and the bank's {rows} rows. Received: k={k}")
     if weights is not None and tuple(weights.shape) != (rows,):
         raise ValueError(f"`weights` must have shape ({rows},). Received: {weights.shape}.")
     return rows, dim
@@ -149,11 +152,10 @@ def compress(features, size, method="kmeans", seed=0):
             f"`features` must be a finite array of shape (M, D). Received shape {features.shape}, "
             f"{np.count_nonzero(~np.isfinite(features))} values not finite."
         )
-    if not isinstance(size, (int, np.integer)) or size < 1:
-        raise ValueError(f"`size` must be a positive int. Received: {size!r}.")
+    check_int("size", size)
+    check_int("seed", seed, low=0, high=2**32 - 1)
     methods = {"kmeans": _kmeans_centers, "kcenter": _kcenter_centers}
-    if method not in methods:
-        raise ValueError(f"`method` must be one of {sorted(methods)}. Received: {method!r}.")
+    check_choice("method", method, sorted(methods))
     if size >= len(features):
         return features, np.full(len(features), 1.0 / len(features), np.float32)
     from sklearn.metrics import pairwise_distances_argmin

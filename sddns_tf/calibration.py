@@ -5,6 +5,8 @@ import math
 import numpy as np
 import tensorflow as tf
 
+from sddns_tf.validation import check_number
+
 # How much a cosine of one image may differ with the batch it is in; exports are held to it too.
 COSINE_ROUNDING = 4e-6
 
@@ -26,10 +28,7 @@ def largest_flagged_rank(calibration_size, false_positive_rate):
 
     In float32, as the detector's p-values are, so that 5 of 99 + 1 is within 0.05.
     """
-    if not 0.0 < false_positive_rate < 1.0:
-        raise ValueError(
-            f"`false_positive_rate` must be between 0 and 1. Received: {false_positive_rate}."
-        )
+    check_number("false_positive_rate", false_positive_rate, above=0.0, below=1.0)
     p_values = np.arange(1, calibration_size + 1, dtype=np.float32) / np.float32(
         calibration_size + 1
     )

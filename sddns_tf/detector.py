@@ -12,7 +12,8 @@ from sddns_tf import files, image_ops
 from sddns_tf.bank import compress, ood_score
 from sddns_tf.calibration import largest_flagged_rank, merged, rounding, snapped
 from sddns_tf.features import FeatureExtractor, extract_features, image_size_of
-from sddns_tf.validation import check_images, warn_if_nearly_black
+from sddns_tf.image_sources import image_source
+from sddns_tf.validation import check_int, check_number, image_array
 
 # Features this near are those of one image: the square root of twice such a cosine, and room.
 _SHARED_DISTANCE = 1e-4
@@ -77,6 +78,12 @@ class Detector(keras.Model):
         **kwargs,
     ):
         super().__init__(**{**kwargs, "dtype": "float32", "autocast": False})
+        check_int("bank_size", bank_size)
+        check_int("calibration_size", calibration_size)
+        check_number("temperature", temperature, above=0.0)
+        check_number("offset", offset)
+        if k is not None:
+            check_int("k", k)
         self.extractor = extractor
         self.extractor.trainable = False
         self.temperature = float(temperature)
@@ -165,6 +172,8 @@ class Detector(keras.Model):
                 shape or range, the bank images have no single size and `resolution` is not given,
                 or features are not finite.
         """
+        if isinstance(bank_images, (list, tuple)):
+            bank_images = image_array(bank_images, "bank_images")
         resolution = image_size_of(bank_images) if resolution is None else resolution
         if resolution is None:
             raise ValueError(
@@ -181,11 +190,13 @@ class Detector(keras.Model):
         ).snapshot()
         # Calibration first: it is the smaller set, and where it is too small nothing is wasted.
         options = {"batch_size": batch_size, "verbose": verbose}
-        calibration_features = extract_features(extractor, calibration_images, **options)
+        calibration_features = extract_features(
+            extractor, calibration_images, name="calibration_images", **options
+        )
         largest_flagged_rank(len(calibration_features), false_positive_rate)
         return cls.from_features(
             extractor,
-            extract_features(extractor, bank_images, **options),
+            extract_features(extractor, bank_images, name="bank_images", **options),
             calibration_features,
             false_positive_rate,
             temperature=temperature,
@@ -354,7 +365,8 @@ class Detector(keras.Model):
         """`keras.Model.predict`: NumPy arrays for a whole set of images.
 
         Args:
-            x: Images `(N, H, W, 3)`, uint8 or float in 0-255, or a dataset of batches of them.
+            x: Images `(N, H, W, 3)`, uint8 or float in 0-255, a list of images of one size, or
+                batches of images: a `tf.data.Dataset`, a generator or a `keras.utils.PyDataset`.
             batch_size: Images per step, 32 by default; a dataset has its own.
             verbose: As in Keras.
             steps: As in Keras.
@@ -364,13 +376,9 @@ class Detector(keras.Model):
             Dict of `"ood_score"`, `"p_value"` and `"is_ood"`, NumPy arrays `(N,)`.
 
         Raises:
-            ValueError: If `x` is an array without images, or not of images.
+            ValueError: If `x` is empty, or not of images in 0-255.
         """
-        if hasattr(x, "shape"):
-            check_images(x)
-            if not len(x):
-                raise ValueError(f"At least one image is needed. Received: shape={x.shape}.")
-            warn_if_nearly_black(x, "x")
+        x = image_source(x, "x", allow_nan=True)
         return super().predict(x, batch_size, verbose, steps, callbacks)
 
     def save(self, filepath, *args, **kwargs):

@@ -7,12 +7,13 @@ import numpy as np
 import tensorflow as tf
 
 from sddns_tf import image_ops
+from sddns_tf.image_sources import image_source
 from sddns_tf.networks import check_names, copy_of
 from sddns_tf.validation import (
     check_choice,
     check_images,
+    check_int,
     check_numbers,
-    check_range,
     check_size,
 )
 
@@ -26,9 +27,9 @@ def image_size_of(images):
     Returns:
         A pair of ints, or None.
     """
-    spec = images.element_spec if isinstance(images, tf.data.Dataset) else images
+    spec = getattr(images, "element_spec", images)
     spec = spec[0] if isinstance(spec, tuple) else spec
-    size = tuple(tf.TensorShape(spec.shape)[1:3])
+    size = tuple(tf.TensorShape(getattr(spec, "shape", None))[1:3])
     return None if None in size else size
 
 
@@ -129,7 +130,7 @@ class FeatureExtractor(keras.Model):
             Float32 in 0-255, `(B, *resolution, 3)`, or of `image_size` where there is no
             resolution.
         """
-        check_images(images)
+        images = check_images(images)
         return image_ops.fit(images, *(self.resolution or self.image_size), self.resize)
 
     def preprocess(self, images):
@@ -177,7 +178,7 @@ class FeatureExtractor(keras.Model):
         return cls(**{**config, "backbone": backbone})
 
 
-def extract_features(extractor, images, *, batch_size=256, verbose="auto"):
+def extract_features(extractor, images, *, batch_size=256, verbose="auto", name="images"):
     """Features of a whole set of images.
 
     The compiled forward belongs to the extractor: keep the extractor to extract again (after
@@ -185,11 +186,13 @@ def extract_features(extractor, images, *, batch_size=256, verbose="auto"):
 
     Args:
         extractor: A `FeatureExtractor`, or a backbone that knows its input size.
-        images: Images `(N, H, W, 3)`, uint8 or float in 0-255, or a finite dataset of batches of
-            such images; whatever follows the images in a batch (labels) is left out.
+        images: Images `(N, H, W, 3)`, uint8 or float in 0-255, or batches of such images: a finite
+            `tf.data.Dataset`, a generator or a `keras.utils.PyDataset`. Whatever follows the images
+            in a batch (labels) is left out.
         batch_size: Images per step; a dataset has its own.
         verbose: 0 is silent, 1 shows a progress bar, 2 one line at the end; `"auto"` shows the
             bar unless one step does it all.
+        name: What a message calls the images.
 
     Returns:
         NumPy array `(N, D)`, float32, rows of L2 norm 1, in the order of the images.
@@ -203,12 +206,11 @@ def extract_features(extractor, images, *, batch_size=256, verbose="auto"):
     """
     if not isinstance(extractor, FeatureExtractor):
         extractor = FeatureExtractor(extractor)
-    batches, steps = _batches(images, batch_size)
+    check_int("batch_size", batch_size)
+    batches, steps = _batches(image_source(images, name), batch_size)
     progress = keras.utils.Progbar(steps, verbose=int(steps != 1) if verbose == "auto" else verbose)
     features, full = [], 0
     for batch in batches:
-        if not features:
-            check_range(np.asarray(batch))
         count = len(batch)
         full = max(full, count)
         if count < full:
@@ -225,19 +227,14 @@ def extract_features(extractor, images, *, batch_size=256, verbose="auto"):
 def _batches(images, batch_size):
     """An iterable of NumPy batches, and their number or None if it is unknown."""
     if isinstance(images, tf.data.Dataset):
-        if isinstance(images.element_spec, tuple):
-            images = images.map(lambda batch, *_: batch)
-        if not isinstance(images.element_spec, tf.TensorSpec):
-            raise ValueError(
-                "A dataset must yield batches of images, or tuples that begin with them. "
-                f"Received: {images.element_spec}."
-            )
-        check_images(images.element_spec)
         steps = int(images.cardinality())
         if steps == tf.data.INFINITE_CARDINALITY:
             raise ValueError("The dataset repeats for ever. Pass it before `.repeat()`.")
         return images.prefetch(tf.data.AUTOTUNE).as_numpy_iterator(), steps if steps >= 0 else None
-    images = np.asarray(images)
-    check_images(images)
-    starts = range(0, len(images), batch_size)
-    return (images[start : start + batch_size] for start in starts), len(starts)
+    if isinstance(images, np.ndarray):
+        starts = range(0, len(images), batch_size)
+        return (images[start : start + batch_size] for start in starts), len(starts)
+    steps = None
+    if isinstance(images, keras.utils.PyDataset) and (steps := images.num_batches) is None:
+        raise ValueError("The PyDataset has no end. Pass one whose `num_batches` is an int.")
+    return (batch for (batch,) in images), steps

@@ -4,6 +4,8 @@ import keras
 import tensorflow as tf
 from keras import layers, ops
 
+from sddns_tf.validation import check_bool, check_int
+
 
 @keras.saving.register_keras_serializable("sddns_tf")
 class WeightNormDense(layers.Layer):
@@ -31,6 +33,8 @@ class WeightNormDense(layers.Layer):
     def __init__(self, units, trainable_gain=False, **kwargs):
         kwargs["dtype"] = "float32"
         super().__init__(**kwargs)
+        check_int("units", units)
+        check_bool("trainable_gain", trainable_gain)
         self.units = units
         self.trainable_gain = trainable_gain
 
@@ -118,8 +122,8 @@ class ProjectionHead(keras.Model):
             ("bottleneck_dim", bottleneck_dim),
             ("num_layers", num_layers),
         ):
-            if int(number) != number or number < 1:
-                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={number}")
+            check_int(name, number)
+        check_bool("norm_last_layer", norm_last_layer)
         self.num_prototypes = num_prototypes
         self.hidden_dim = hidden_dim
         self.bottleneck_dim = bottleneck_dim

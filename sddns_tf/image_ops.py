@@ -156,12 +156,21 @@ def fit(images, height, width, mode="squash"):
         Float32 in 0-255, `(B, height, width, 3)`.
     """
     if mode == "crop":
-        images = _center_crop(images, height, width)
+        images = center_crop(images, height, width)
     return resize(images, height, width)
 
 
-def _center_crop(images, height, width):
-    """The largest central part with the aspect ratio of `height` to `width`."""
+def center_crop(images, height, width):
+    """The largest central part with the aspect ratio of `height` to `width`.
+
+    Args:
+        images: `(B, H, W, C)`; H and W may be unknown at trace time.
+        height: Int.
+        width: Int.
+
+    Returns:
+        `(B, h, w, C)`, of the dtype of `images`.
+    """
     rows, columns = images.shape[1:3]
     if None in (rows, columns):
         rows, columns = tf.unstack(tf.shape(images)[1:3])
@@ -172,6 +181,20 @@ def _center_crop(images, height, width):
     new_columns = smaller(columns, larger(1, rows * width // height))
     top, left = (rows - new_rows) // 2, (columns - new_columns) // 2
     return images[:, top : top + new_rows, left : left + new_columns]
+
+
+def from_16_bits(values):
+    """16-bit values as 8-bit ones: 0-65535 to 0-255, whatever range an image uses of it.
+
+    Args:
+        values: uint16 array or tensor of any shape.
+
+    Returns:
+        uint8 of the same shape and kind: `value // 257`, so that 65535 becomes 255.
+    """
+    if tf.is_tensor(values):
+        return tf.cast(values // 257, tf.uint8)
+    return (values // 257).astype("uint8")
 
 
 def normalize(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):

@@ -8,6 +8,8 @@ Reference:
 
 import tensorflow as tf
 
+from sddns_tf.validation import check_number
+
 # Logits are cosines: a spread below this is rounding, and so is a share of the batch.
 _LEAST_SPREAD = 1e-6
 _LEAST_SHARE = 1e-20
@@ -24,6 +26,7 @@ def teacher_probabilities(teacher_logits, center, teacher_temperature):
     Returns:
         Float32 `(..., K)`, without gradient.
     """
+    _check_temperature("teacher_temperature", teacher_temperature)
     logits = tf.cast(teacher_logits, tf.float32)
     return tf.stop_gradient(tf.nn.softmax((logits - center) / teacher_temperature))
 
@@ -149,6 +152,7 @@ def cross_entropy(targets, student_logits, student_temperature=0.1):
     Reference:
         arXiv 2104.14294, equation 3.
     """
+    _check_temperature("student_temperature", student_temperature)
     scaled = tf.cast(student_logits, tf.float32) / student_temperature
     num_teacher, num_student = targets.shape[0], scaled.shape[0]
     if num_student < 2:
@@ -186,6 +190,7 @@ def uniformity_loss(student_logits, student_temperature=0.1):
     Returns:
         Scalar, float32: the mean over all leading axes.
     """
+    _check_temperature("student_temperature", student_temperature)
     scaled = tf.cast(student_logits, tf.float32) / student_temperature
     return tf.reduce_mean(tf.reduce_logsumexp(scaled, axis=-1) - tf.reduce_mean(scaled, axis=-1))
 
@@ -204,6 +209,8 @@ def updated_center(center, teacher_logits, momentum=0.9):
     Reference:
         arXiv 2104.14294, equation 4.
     """
+    if not tf.is_tensor(momentum):
+        check_number("momentum", momentum, 0.0, 1.0)
     logits = tf.cast(teacher_logits, tf.float32)
     mean = tf.reduce_mean(logits, axis=list(range(logits.shape.rank - 1)))
     return momentum * center + (1.0 - momentum) * mean
@@ -236,3 +243,9 @@ def relative_spread(features, global_mean=tf.identity):
     normalized = tf.math.l2_normalize(tf.cast(features, tf.float32), axis=-1)
     _, variance = batch_moments(normalized, global_mean)
     return tf.reduce_mean(tf.sqrt(variance)) * features.shape[-1] ** 0.5
+
+
+def _check_temperature(name, value):
+    """A number is checked; a tensor is a schedule's, whose numbers were."""
+    if not tf.is_tensor(value):
+        check_number(name, value, above=0.0)

@@ -11,6 +11,8 @@ import numbers
 import keras
 import tensorflow as tf
 
+from sddns_tf.validation import check_int, check_number
+
 
 @keras.saving.register_keras_serializable("sddns_tf")
 class Constant(keras.optimizers.schedules.LearningRateSchedule):
@@ -21,6 +23,7 @@ class Constant(keras.optimizers.schedules.LearningRateSchedule):
     """
 
     def __init__(self, value):
+        check_number("value", value)
         self.value = float(value)
 
     def __call__(self, step):
@@ -50,6 +53,10 @@ class Linear(keras.optimizers.schedules.LearningRateSchedule):
     """
 
     def __init__(self, start, end, end_step, start_step=0):
+        check_number("start", start)
+        check_number("end", end)
+        check_int("start_step", start_step, low=0)
+        check_int("end_step", end_step, low=0)
         if end_step < start_step:
             raise ValueError(
                 "`end_step` must not come before `start_step`. Received: "
@@ -102,7 +109,11 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
     """
 
     def __init__(self, start, end, total_steps, warmup_steps=0):
-        if not 0 <= warmup_steps <= total_steps:
+        check_number("start", start)
+        check_number("end", end)
+        check_int("total_steps", total_steps)
+        check_int("warmup_steps", warmup_steps, low=0)
+        if not warmup_steps <= total_steps:
             raise ValueError(
                 "`warmup_steps` must lie between 0 and `total_steps`. Received: "
                 f"warmup_steps={warmup_steps}, total_steps={total_steps}"

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from sddns_tf import files, image_ops, losses, networks, replicas, schedules, validation
 from sddns_tf.heads import ProjectionHead
+from sddns_tf.image_sources import image_source, validation_source
 from sddns_tf.keras_private import batches_counted, inner
 
 _LOGGED = (
@@ -34,8 +35,8 @@ class SelfDistillation(keras.Model):
     A student learns to say of every view of an image what a teacher, the moving average of the
     student, says of its global views; and to have no opinion on negatives.
 
-    By default the scale of everything is taken from the batch, so that any backbone trains from
-    any start: features are standardized before the heads, and the teacher's targets are
+    By default the scale of everything is taken from the batch, whatever the backbone's and
+    however alike its features: they are standardized before the heads, and the targets are
     `losses.balanced_probabilities`. With a `teacher_temperature` the features go to the heads as
     they are and the targets are centered and sharpened as in the paper, whose constants
     `SelfDistillation(backbone, views, head=ProjectionHead(), **SelfDistillation.PAPER)` has.
@@ -186,6 +187,7 @@ class SelfDistillation(keras.Model):
         Returns:
             Float32 `(B, D)`.
         """
+        images = validation.check_images(images)
         images = image_ops.resize(images, self.views.image_size, self.views.image_size)
         features = self.teacher_backbone(self._normalize(images), training=False)
         return tf.math.l2_normalize(tf.cast(features, tf.float32), axis=-1)
@@ -236,16 +238,90 @@ class SelfDistillation(keras.Model):
         Under `MultiWorkerMirroredStrategy` it would reduce the dictionary as if it were a tensor.
         """
 
-    def fit(self, x=None, *args, callbacks=None, **kwargs):
-        """`keras.Model.fit` on unlabeled images: see the class. Warns of images in 0-1."""
-        validation.warn_if_nearly_black(x, "x")
+    def fit(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        epochs=1,
+        verbose="auto",
+        callbacks=None,
+        validation_split=0.0,
+        validation_data=None,
+        shuffle=True,
+        class_weight=None,
+        sample_weight=None,
+        **kwargs,
+    ):
+        """`keras.Model.fit` on unlabeled images.
+
+        Args:
+            x: Images `(N, H, W, 3)`, uint8 or float in 0-255, or a list of images of one size;
+                where `negatives` needs auxiliary images, a dictionary with the keys `"images"` and
+                `"auxiliary"`, of which fewer are repeated. Or batches of either: a
+                `tf.data.Dataset`, a generator or a `keras.utils.PyDataset`.
+            y: None: there are no labels.
+            batch_size: As in Keras.
+            epochs: As in Keras.
+            verbose: As in Keras.
+            callbacks: As in Keras.
+            validation_split: As in Keras.
+            validation_data: As `x`.
+            shuffle: As in Keras.
+            class_weight: None: there are no classes.
+            sample_weight: None.
+            **kwargs: As in Keras.
+
+        Returns:
+            `keras.callbacks.History`.
+
+        Raises:
+            ValueError: If `x` is no images in 0-255, or labels are passed.
+        """
+        _refuse_labels(y=y, class_weight=class_weight, sample_weight=sample_weight)
+        x = image_source(x, "x", trains=True)
+        # Keras warns that it cannot shuffle these, which nobody asked it to.
+        shuffle = shuffle and not isinstance(x, (tf.data.Dataset, types.GeneratorType))
+        if validation_data is not None:
+            validation_data = (validation_source(validation_data),)
         try:
-            return super().fit(x, *args, callbacks=callbacks, **kwargs)
+            return super().fit(
+                x,
+                batch_size=batch_size,
+                epochs=epochs,
+                verbose=verbose,
+                callbacks=callbacks,
+                validation_split=validation_split,
+                validation_data=validation_data,
+                shuffle=shuffle,
+                **kwargs,
+            )
         finally:
             # Keras tells callbacks of an end, not of an error.
             for callback in tf.nest.flatten(getattr(callbacks, "callbacks", callbacks) or []):
                 if hasattr(callback, "release"):
                     callback.release()
+
+    def evaluate(self, x=None, y=None, *args, sample_weight=None, **kwargs):
+        """`keras.Model.evaluate` on unlabeled images, as for `fit`."""
+        if not kwargs.get("_use_cached_eval_dataset"):  # `fit` has checked its validation data.
+            _refuse_labels(y=y, sample_weight=sample_weight)
+            x = image_source(x, "x", trains=True)
+        return super().evaluate(x, None, *args, **kwargs)
+
+    def predict(self, x, *args, **kwargs):
+        """`keras.Model.predict`: features `(N, D)` of a whole set of images."""
+        return super().predict(image_source(x, "x", allow_nan=True), *args, **kwargs)
+
+    def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
+        """`keras.Model.train_on_batch` on one batch, as for `fit`."""
+        _refuse_labels(y=y, sample_weight=sample_weight, class_weight=class_weight)
+        return super().train_on_batch(image_source(x, "x", trains=True), return_dict=return_dict)
+
+    def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False):
+        """`keras.Model.test_on_batch` on one batch, as for `fit`."""
+        _refuse_labels(y=y, sample_weight=sample_weight)
+        return super().test_on_batch(image_source(x, "x", trains=True), return_dict=return_dict)
 
     def save(self, filepath, *args, **kwargs):
         """`keras.Model.save`, whole or not at all: a failed save leaves what was there."""
@@ -561,12 +637,19 @@ def _schedule(name, value, low=None, high=None, above=None):
     return schedules.get(value)
 
 
+def _refuse_labels(**parts):
+    for name, value in parts.items():
+        if value is not None:
+            raise ValueError(
+                "SelfDistillation trains without labels, so there are no classes or samples to "
+                f"weigh: pass images alone. Received: {name}={_describe(value)}"
+            )
+
+
 def _check_images(name, images):
-    if images is None or images.shape.rank != 4 or images.shape[-1] != 3:
-        raise ValueError(
-            f"`{name}` must be RGB images (B, H, W, 3), uint8 or float in 0-255. "
-            f"Received: {_describe(images)}"
-        )
+    if images is None:
+        raise ValueError(f"A batch must hold `{name}`. Received: {name}=None")
+    validation.check_images(images, name)
     if None in images.shape[1:3]:
         raise ValueError(
             f"`{name}` must all have one size, known before training; resize them first, as "

@@ -4,52 +4,168 @@ import math
 import numbers
 import warnings
 
+import keras
 import numpy as np
 import tensorflow as tf
+from PIL import Image
+
+from sddns_tf import pictures
+
+_FORM = "`{name}` must be uint8 or float in 0-255, of shape (batch, height, width, 3)."
 
 
 def check_images(images, name="images"):
+    """The images of a call, refused if they are none: see `image_array` for the rule.
+
+    In a graph, where there are no values, shape and dtype are all that is looked at. Not a number
+    is let through: what a network makes of it is not a number either.
+
+    Args:
+        images: Tensor or array `(B, H, W, 3)`.
+        name: What a message calls them.
+
+    Returns:
+        The images.
+
+    Raises:
+        ValueError: If they are no images in 0-255.
+    """
+    if not tf.is_symbolic_tensor(images) and not isinstance(images, keras.KerasTensor):
+        check_form(images, name)
+        values = np.asarray(images)
+        checked = in_range(values, name, allow_nan=True) if values.size else values
+        return images if checked is values else checked
+    check_form(images, name)
+    if not (images.dtype == "uint8" or tf.as_dtype(images.dtype).is_floating):
+        raise ValueError(
+            f"{_FORM.format(name=name)} In a graph, cast them to uint8. "
+            f"Received: shape={images.shape}, dtype={images.dtype}"
+        )
+    return images
+
+
+def image_array(images, name="images", *, allow_nan=False):
+    """Images in memory as one array, by the rule that holds wherever images are taken.
+
+    They have the shape `(N, H, W, 3)`, N at least 1, and lie in 0-255: as uint8, as any other
+    integers, which become uint8, or as floats. Floats of which none is above 1 are warned of. A
+    list of images of one size is stacked; Pillow's pictures in it may have any mode.
+
+    Args:
+        images: Array, tensor, list or tuple.
+        name: What a message calls them.
+        allow_nan: Whether floats may be not a number.
+
+    Returns:
+        NumPy array `(N, H, W, 3)`, uint8 or float.
+
+    Raises:
+        ValueError: If they are no images in 0-255.
+    """
+    images = _stacked(images, name)
+    check_form(images, name)
+    if not len(images):
+        raise ValueError(f"At least one image is needed. Received: {name} of shape {images.shape}")
+    return in_range(images, name, allow_nan)
+
+
+def _stacked(images, name):
+    """An array of images; a list is stacked."""
+    if isinstance(images, Image.Image):
+        return pictures.pixels(images)
+    if not isinstance(images, (list, tuple)):
+        return np.asarray(images)
+    arrays = [
+        pictures.pixels(image) if isinstance(image, Image.Image) else np.asarray(image)
+        for image in images
+    ]
+    shapes = list(dict.fromkeys(array.shape for array in arrays))
+    if len(shapes) > 1:
+        raise ValueError(
+            f"The images of `{name}` must have one size; "
+            "`sddns_tf.data.load_arrays(images, image_size=...)` brings them to one. "
+            f"Received: shapes {', '.join(map(str, shapes[:3]))}"
+        )
+    return np.stack(arrays) if arrays else np.zeros((0, 1, 1, 3), np.uint8)
+
+
+def check_form(images, name):
     """Raise a `ValueError` unless shape and dtype are those of a batch of images.
 
     Args:
         images: Anything with `shape` and `dtype`: an array, a tensor, a `tf.TensorSpec`.
         name: What the message calls them.
     """
-    shape, dtype = tf.TensorShape(images.shape), tf.as_dtype(images.dtype)
-    if shape.rank == 4 and shape[3] in (3, None) and (dtype == tf.uint8 or dtype.is_floating):
+    shape = tf.TensorShape(images.shape)
+    if shape.rank == 4 and shape[3] in (3, None) and _is_number(images.dtype):
         return
     hint = " One image takes a batch axis: `image[None]`." if shape.rank == 3 else ""
+    if shape.rank in (3, 4) and shape[-1] not in (3, None):
+        hint = " `sddns_tf.data.load_arrays` makes RGB of gray images and of an alpha channel."
+    dtype = getattr(images.dtype, "name", images.dtype)
     raise ValueError(
-        f"`{name}` must be uint8 or float in 0-255, of shape (batch, height, width, 3).{hint} "
-        f"Received: shape={shape}, dtype={dtype.name}."
+        f"{_FORM.format(name=name)}{hint} Received: shape={tuple(shape) if shape.rank else shape}, "
+        f"dtype={dtype}"
     )
 
 
-def warn_if_nearly_black(images, name="images"):
-    """Warn of float images in 0-1, which are taken for images in 0-255.
+def _is_number(dtype):
+    """Whether a dtype is one of images: integers or floats, no booleans, strings or objects."""
+    try:
+        dtype = tf.as_dtype(dtype)
+    except TypeError:
+        return False
+    return dtype.is_integer or dtype.is_floating
+
+
+def in_range(values, name, allow_nan=False):
+    """Values of images of any shape, refused unless they lie in 0-255.
 
     Args:
-        images: An array `(N, H, W, 3)`, a dictionary of such, or anything else, which passes.
-        name: What the message calls them.
+        values: NumPy array of integers or floats, not empty.
+        name: What a message calls them.
+        allow_nan: Whether floats may be not a number.
+
+    Returns:
+        The array; integers as uint8.
+
+    Raises:
+        ValueError: If a value lies outside 0-255.
     """
-    for one in images.values() if isinstance(images, dict) else [images]:
-        is_float = isinstance(one, np.ndarray) and np.issubdtype(one.dtype, np.floating)
-        if is_float and one.size and 0.0 < np.max(one) <= 1.0:
-            warnings.warn(
-                f"`{name}` are nearly black: expected values in 0-255, received "
-                f"{np.min(one):.3g} to {np.max(one):.3g}. Multiply images in 0-1 by 255.",
-                stacklevel=3,
-            )
+    if values.dtype == np.uint8:
+        return values
+    is_float = tf.as_dtype(values.dtype).is_floating
+    low, high = values.min(), values.max()
+    if is_float and allow_nan and np.isnan(low):
+        low, high = np.fmin.reduce(values, axis=None), np.fmax.reduce(values, axis=None)
+        if np.isnan(low):
+            return values
+    if not (low >= 0 and high <= 255):  # Written so that NaN fails.
+        raise ValueError(out_of_range(name, low, high))
+    if not is_float:
+        return values.astype(np.uint8)
+    if 0.0 < high <= 1.0:
+        warn_of_black(name, low, high)
+    return values
 
 
-def check_range(batch):
-    """Float images that were already scaled to 0-1 or normalised would be scored as black."""
-    largest = float(np.max(np.abs(batch), initial=0.0))
-    if np.issubdtype(batch.dtype, np.floating) and 0.0 < largest <= 5.0:
-        raise ValueError(
-            "Images must be in 0-255: they are normalized here, not by the caller. Received float "
-            f"images between {float(np.min(batch)):.3g} and {float(np.max(batch)):.3g}."
-        )
+def out_of_range(name, low, high):
+    """What is said of images that reach from `low` to `high`."""
+    hint = ""
+    if low < 0:
+        hint = " Pass pixels: they are normalized here."
+    elif high > 4095:
+        hint = " Of 16-bit images pass `images // 257`."
+    return f"`{name}` must hold values in 0-255.{hint} Received: {low:.6g} to {high:.6g}"
+
+
+def warn_of_black(name, low, high):
+    """Warn of float images in 0-1, which are taken for images in 0-255."""
+    warnings.warn(
+        f"`{name}` are nearly black: expected values in 0-255, received {low:.3g} to {high:.3g}. "
+        "Multiply images in 0-1 by 255.",
+        stacklevel=4,
+    )
 
 
 def check_int(name, value, low=1, high=None):
@@ -69,7 +185,18 @@ def check_int(name, value, low=1, high=None):
     raise ValueError(f"`{name}` must be {kind}. Received: {name}={value!r}")
 
 
-def check_number(name, value, low=None, high=None, *, above=None):
+def check_bool(name, value):
+    """Raise a `ValueError` unless an argument is True or False.
+
+    Args:
+        name: Name of the argument.
+        value: What was passed for it.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}")
+
+
+def check_number(name, value, low=None, high=None, *, above=None, below=None):
     """Raise a `ValueError` unless an argument is a finite number in a range.
 
     Args:
@@ -78,6 +205,7 @@ def check_number(name, value, low=None, high=None, *, above=None):
         low: Smallest value allowed, or None.
         high: Largest value allowed, or None.
         above: Number that the value must exceed, or None.
+        below: Number that the value must not reach, or None.
     """
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if (
@@ -86,11 +214,17 @@ def check_number(name, value, low=None, high=None, *, above=None):
         and (low is None or value >= low)
         and (high is None or value <= high)
         and (above is None or value > above)
+        and (below is None or value < below)
     ):
         return
     limits = [
         text.format(limit)
-        for text, limit in (("at least {}", low), ("above {}", above), ("at most {}", high))
+        for text, limit in (
+            ("at least {}", low),
+            ("above {}", above),
+            ("at most {}", high),
+            ("below {}", below),
+        )
         if limit is not None
     ]
     raise ValueError(

@@ -6,7 +6,7 @@ import keras
 import tensorflow as tf
 
 from sddns_tf import image_ops, shifts
-from sddns_tf.validation import check_int
+from sddns_tf.validation import check_choice, check_int, check_number, check_numbers
 
 SOURCES = ("in_distribution", "auxiliary", "both")
 
@@ -43,7 +43,7 @@ class MultiCrop:
         brightness: Largest relative change of the brightness.
         contrast: Largest relative change of the contrast.
         saturation: Largest relative change of the saturation.
-        hue: Largest hue shift, in turns of the colour circle.
+        hue: Largest hue shift, in turns of the colour circle, at most 0.5.
         grayscale: Probability of a grey view.
         blur: Probability of Gaussian blur on the first global, second global and local views.
         blur_sigma: Smallest and largest standard deviation, in pixels, where `image_size` is
@@ -79,23 +79,30 @@ class MultiCrop:
         solarize=(0.0, 0.2, 0.0),
     ):
         check_int("image_size", image_size)
-        if local_views:
-            check_int("local_views", local_views)
-        for name, low, high in (
-            ("global_area", *global_area),
-            ("local_area", *local_area),
+        check_int("local_views", local_views, low=0)
+        if local_size is not None:
+            check_int("local_size", local_size)
+        elif local_views:
+            check_int("image_size", image_size, low=2)  # Local views are half as large.
+        for name, value, highest in (
+            ("flip", flip, 1.0),
+            ("color_jitter", color_jitter, 1.0),
+            ("grayscale", grayscale, 1.0),
+            ("brightness", brightness, None),
+            ("contrast", contrast, None),
+            ("saturation", saturation, None),
+            ("hue", hue, 0.5),
         ):
-            if not 0.0 < low <= high <= 1.0:
-                raise ValueError(
-                    f"`{name}` must be two shares with 0 < smallest <= largest <= 1. "
-                    f"Received: {(low, high)}"
-                )
+            check_number(name, value, 0.0, highest)
         self.image_size = image_size
         self.local_views = local_views
         self.local_size = local_size or image_size // 2
-        self.global_area = tuple(global_area)
-        self.local_area = tuple(local_area)
-        self.aspect_ratio = tuple(aspect_ratio)
+        shares = {"high": 1.0, "above": 0.0, "ascending": True}
+        self.global_area = check_numbers("global_area", global_area, 2, **shares)
+        self.local_area = check_numbers("local_area", local_area, 2, **shares)
+        self.aspect_ratio = check_numbers(
+            "aspect_ratio", aspect_ratio, 2, above=0.0, ascending=True
+        )
         self.flip = flip
         self.color_jitter = color_jitter
         self.brightness = brightness
@@ -103,9 +110,9 @@ class MultiCrop:
         self.saturation = saturation
         self.hue = hue
         self.grayscale = grayscale
-        self.blur = tuple(blur)
-        self.blur_sigma = tuple(blur_sigma)
-        self.solarize = tuple(solarize)
+        self.blur = check_numbers("blur", blur, 3, 0.0, 1.0)
+        self.blur_sigma = check_numbers("blur_sigma", blur_sigma, 2, 0.0, ascending=True)
+        self.solarize = check_numbers("solarize", solarize, 3, 0.0, 1.0)
 
     @property
     def sizes(self):
@@ -252,8 +259,7 @@ class Negatives:
     """
 
     def __init__(self, shift="rot90", source="auxiliary"):
-        if source not in SOURCES:
-            raise ValueError(f"`source` must be one of {SOURCES}. Received: {source!r}")
+        check_choice("source", source, SOURCES)
         apply = shifts.get(shift)
         if apply is shifts.identity and source != "auxiliary":
             raise ValueError(

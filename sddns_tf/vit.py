@@ -10,6 +10,8 @@ import numpy as np
 import tensorflow as tf
 from keras import layers, ops
 
+from sddns_tf.validation import check_bool, check_int, check_number, check_size
+
 
 def _initializer():
     # DINO cuts its normal at +-2, a hundred deviations: a plain one. Keras' `TruncatedNormal` cuts
@@ -58,6 +60,8 @@ class PatchEmbedding(layers.Layer):
 
     def __init__(self, patch_size, hidden_dim, **kwargs):
         super().__init__(**kwargs)
+        check_int("patch_size", patch_size)
+        check_int("hidden_dim", hidden_dim)
         self.patch_size = patch_size
         self.hidden_dim = hidden_dim
 
@@ -108,6 +112,8 @@ class SelfAttention(layers.Layer):
 
     def __init__(self, num_heads, qkv_bias=True, **kwargs):
         super().__init__(**kwargs)
+        check_int("num_heads", num_heads)
+        check_bool("qkv_bias", qkv_bias)
         self.num_heads = num_heads
         self.qkv_bias = qkv_bias
 
@@ -176,6 +182,7 @@ class StochasticDepth(layers.Layer):
 
     def __init__(self, rate, **kwargs):
         super().__init__(**kwargs)
+        check_number("rate", rate, 0.0, below=1.0)
         self.rate = float(rate)
         if self.rate > 0:
             self.seed_generator = keras.random.SeedGenerator()
@@ -231,6 +238,11 @@ class TransformerBlock(layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
+        check_int("num_heads", num_heads)
+        check_int("mlp_dim", mlp_dim)
+        check_bool("qkv_bias", qkv_bias)
+        check_number("drop_path_rate", drop_path_rate, 0.0, below=1.0)
+        check_number("layer_norm_epsilon", layer_norm_epsilon, above=0.0)
         self.num_heads = num_heads
         self.mlp_dim = mlp_dim
         self.qkv_bias = qkv_bias
@@ -374,25 +386,23 @@ class VisionTransformer(keras.Model):
             ("depth", depth),
             ("num_heads", num_heads),
         ):
-            if int(number) != number or number < 1:
-                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={number}")
+            check_int(name, number)
         if hidden_dim % num_heads:
             raise ValueError(
                 "`hidden_dim` must be a multiple of `num_heads`. "
                 f"Received: hidden_dim={hidden_dim}, num_heads={num_heads}"
             )
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(
-                "`drop_path_rate` must be at least 0 and less than 1. "
-                f"Received: drop_path_rate={drop_path_rate}"
-            )
-        sides = (image_size,) * 2 if np.ndim(image_size) == 0 else tuple(image_size)
-        if len(sides) != 2 or any(side < patch_size or side % patch_size for side in sides):
+        check_number("drop_path_rate", drop_path_rate, 0.0, below=1.0)
+        check_number("mlp_ratio", mlp_ratio, low=1.0 / hidden_dim)
+        check_number("layer_norm_epsilon", layer_norm_epsilon, above=0.0)
+        check_bool("qkv_bias", qkv_bias)
+        check_bool("recompute", recompute)
+        sides = check_size("image_size", image_size)
+        if any(side % patch_size for side in sides):
             raise ValueError(
                 "`image_size` must be an integer or a pair (height, width) of multiples of "
                 f"`patch_size`. Received: image_size={image_size}, patch_size={patch_size}"
             )
-        sides = tuple(int(side) for side in sides)
         self.image_size = sides[0] if np.ndim(image_size) == 0 else sides
         self.patch_size = patch_size
         self.hidden_dim = hidden_dim

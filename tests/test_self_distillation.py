@@ -471,8 +471,16 @@ def test_collapse_metrics_at_their_ends(images):
 @pytest.mark.parametrize(
     ("batch", "source", "message"),
     [
-        (np.zeros((8, 32, 32), np.uint8), "in_distribution", r"must be RGB images \(B, H, W, 3\)"),
-        (np.zeros((8, 32, 32, 1), np.uint8), "in_distribution", "must be RGB images"),
+        (
+            np.zeros((8, 32, 32), np.uint8),
+            "in_distribution",
+            r"of shape \(batch, height, width, 3\)",
+        ),
+        (
+            np.zeros((8, 32, 32, 1), np.uint8),
+            "in_distribution",
+            r"of shape \(batch, height, width, 3\)",
+        ),
         (np.zeros((8, 32, 32, 3), np.uint8), "auxiliary", "data.with_auxiliary"),
     ],
 )

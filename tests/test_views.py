@@ -494,7 +494,7 @@ def test_multi_crop_survives_saving():
     [
         ({"image_size": 0}, "`image_size` must be a positive int. Received: image_size=0"),
         ({"image_size": 32.0}, "`image_size` must be a positive int. Received: image_size=32.0"),
-        ({"image_size": 32, "local_views": -1}, "`local_views` must be a positive int"),
+        ({"image_size": 32, "local_views": -1}, "`local_views` must be an int, 0 or more"),
         ({"image_size": 32, "global_area": (0.0, 1.0)}, "`global_area`.*0.0, 1.0"),
         ({"image_size": 32, "global_area": (0.4, 1.1)}, "`global_area`.*0.4, 1.1"),
         ({"image_size": 32, "local_area": (0.4, 0.1)}, "`local_area`.*0.4, 0.1"),
@@ -611,7 +611,7 @@ def test_identity_is_refused_on_in_distribution_images(shift, source):
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match=r"`shift` must be.*'rot90'.*Received: 'rot45'"):
         Negatives("rot45")
-    with pytest.raises(ValueError, match=r"`source` must be.*'auxiliary'.*Received: 'web'"):
+    with pytest.raises(ValueError, match=r"`source` must be.*'auxiliary'.*Received: source='web'"):
         Negatives("rot90", source="web")
 
 

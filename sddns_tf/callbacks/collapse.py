@@ -5,6 +5,7 @@ import numpy as np
 from absl import logging
 
 from sddns_tf.callbacks import training_state
+from sddns_tf.validation import check_bool, check_int, check_number
 
 _WATCHED = (
     "loss",
@@ -91,6 +92,11 @@ class CollapseMonitor(keras.callbacks.Callback):
         stop_training=False,
     ):
         super().__init__()
+        check_int("window", window)
+        check_int("patience", patience)
+        check_number("uniform_above", uniform_above, 0.0, 1.0)
+        check_number("one_prototype_below", one_prototype_below, 0.0, 1.0)
+        check_bool("stop_training", stop_training)
         self.window = window
         self.patience = patience
         self.uniform_above = uniform_above

@@ -6,6 +6,7 @@ import tensorflow as tf
 from absl import logging
 
 from sddns_tf.callbacks import training_state
+from sddns_tf.validation import check_int
 
 
 @keras.saving.register_keras_serializable("sddns_tf")
@@ -32,6 +33,7 @@ class NotFinite(keras.callbacks.Callback):
 
     def __init__(self, checkpoint=None, rollbacks=0):
         super().__init__()
+        check_int("rollbacks", rollbacks, low=0)
         if rollbacks and checkpoint is None:
             raise ValueError(
                 f"Rolling back needs `checkpoint`. Received: checkpoint=None, rollbacks={rollbacks}"

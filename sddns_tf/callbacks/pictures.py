@@ -7,6 +7,7 @@ import tensorflow as tf
 from sddns_tf import bank, plots, shifts
 from sddns_tf.callbacks import training_state
 from sddns_tf.features import FeatureExtractor, extract_features
+from sddns_tf.validation import check_int, image_array
 
 
 @keras.saving.register_keras_serializable("sddns_tf")
@@ -36,9 +37,10 @@ class TrainingPictures(keras.callbacks.Callback):
     def __init__(self, log_dir, bank, held_out, auxiliary=None, every=5, shift="rot90"):
         super().__init__()
         self.log_dir = str(log_dir)
-        self.bank = np.asarray(bank)
-        self.held_out = np.asarray(held_out)
-        self.auxiliary = None if auxiliary is None else np.asarray(auxiliary)
+        check_int("every", every)
+        self.bank = image_array(bank, "bank")
+        self.held_out = image_array(held_out, "held_out")
+        self.auxiliary = None if auxiliary is None else image_array(auxiliary, "auxiliary")
         self.every = every
         self.shift = shift
 

@@ -1,11 +1,11 @@
 """`OODProbe`: how well scores separate, every few epochs."""
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from sddns_tf import bank, metrics, shifts
 from sddns_tf.features import FeatureExtractor, extract_features
+from sddns_tf.validation import check_int, image_array
 
 
 @keras.saving.register_keras_serializable("sddns_tf")
@@ -37,10 +37,12 @@ class OODProbe(keras.callbacks.Callback):
         self, bank, held_out, shifts=("rot90", "perm4"), ood=None, every=1, batch_size=256
     ):
         super().__init__()
-        self.bank = np.asarray(bank)
-        self.held_out = np.asarray(held_out)
-        self.shifts = tuple(shifts)
-        self.ood = dict(ood or {})
+        check_int("every", every)
+        check_int("batch_size", batch_size)
+        self.bank = image_array(bank, "bank")
+        self.held_out = image_array(held_out, "held_out")
+        self.shifts = (shifts,) if isinstance(shifts, str) else tuple(shifts)
+        self.ood = {name: image_array(x, f"ood[{name!r}]") for name, x in (ood or {}).items()}
         self.every = every
         self.batch_size = batch_size
 

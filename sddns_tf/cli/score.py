@@ -28,7 +28,7 @@ from sddns_tf.cli.errors import UsageError, user_input
 from sddns_tf.cli.scorers import open_model
 
 FIELDS = ("path", "ood_score", "p_value", "is_ood", "error")
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png")
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def parser():
@@ -129,12 +129,20 @@ def _listed(lines):
 
 
 def _in_folder(folder):
-    """The image files of a folder and its subfolders, hidden ones left out."""
+    """The image files of a folder and its subfolders, hidden ones left out; others are counted."""
+    others = []
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                yield os.path.join(parent, name)
+            if name.startswith("."):
+                continue
+            path = os.path.join(parent, name)
+            if name.lower().endswith(EXTENSIONS):
+                yield path
+            else:
+                others.append(path)
+    if others:
+        say(f"{len(others)} files of other kinds left out, such as {others[0]}")
 
 
 def scored(scorer, paths, batch_size):
@@ -175,34 +183,32 @@ def read_image(path, scorer):
     Returns:
         uint8 `(H, W, 3)`, or a sentence on why the file cannot be read.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
+
+    from sddns_tf import pictures
 
     try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":
-                return f"more than 8 bits a channel (mode {image.mode})"
-            image = ImageOps.exif_transpose(image).convert("RGB")
-            if scorer.size is not None:
-                image = _fitted(image, *scorer.size, scorer.resize)
-            return np.asarray(image)
+        with Image.open(path, formats=pictures.FORMATS) as picture:
+            image = pictures.pixels(picture)
+        return image if scorer.size is None else _fitted(image, *scorer.size, scorer.resize)
     # Whatever a damaged file makes a decoder raise, the other files are to be scored.
     except Exception as error:
         return f"{type(error).__name__}: {error}".replace("\n", " ")
 
 
 def _fitted(image, height, width, resize):
-    """A Pillow image at a size, as `image_ops.fit` brings it there."""
+    """Pixels at a size, as `image_ops.fit` brings them there."""
     from PIL import Image
 
-    columns, rows = image.size
-    box = (0, 0, columns, rows)
+    rows, columns = image.shape[:2]
     if resize == "crop":
         new_rows = min(rows, max(1, columns * height // width))
         new_columns = min(columns, max(1, rows * width // height))
-        left, top = (columns - new_columns) // 2, (rows - new_rows) // 2
-        box = (left, top, left + new_columns, top + new_rows)
-    # Cut first: what lies outside must not be mixed in at the edges.
-    return image.crop(box).resize((width, height), Image.Resampling.BICUBIC)
+        top, left = (rows - new_rows) // 2, (columns - new_columns) // 2
+        # Cut first: what lies outside must not be mixed in at the edges.
+        image = np.ascontiguousarray(image[top : top + new_rows, left : left + new_columns])
+    picture = Image.fromarray(image)
+    return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
 
 
 @contextlib.contextmanager

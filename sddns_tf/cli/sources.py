@@ -103,7 +103,7 @@ def stream(option, source, **options):
     from sddns_tf import data
 
     with user_input(option):
-        return data.load(source.location, split=source.split, **_known(data.load, options))
+        return data.load(source.location, split=source.split, **options)
 
 
 def read(option, source, **options):
@@ -123,9 +123,7 @@ def read(option, source, **options):
     from sddns_tf import data
 
     with user_input(option):
-        return data.load_arrays(
-            source.location, split=source.split, **_known(data.load_arrays, options)
-        )
+        return data.load_arrays(source.location, split=source.split, **options)
 
 
 def read_labeled(option, source, **options):
@@ -157,16 +155,3 @@ def read_class_names(path):
     with user_input("auxiliary_exclude"):
         lines = pathlib.Path(path).expanduser().read_text(encoding="utf-8").splitlines()
     return [line.split()[0] for line in lines if line.strip() and line[0] != "#"]
-
-
-def _known(function, options):
-    """Until `data` takes `resize` and rectangles: squares, squashed."""
-    import inspect
-
-    if "resize" in inspect.signature(function).parameters:
-        return options
-    options = {key: value for key, value in options.items() if key != "resize"}
-    size = options.get("image_size")
-    if isinstance(size, tuple):
-        options["image_size"] = int(size[0])
-    return options

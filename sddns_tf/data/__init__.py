@@ -11,12 +11,15 @@ import tensorflow as tf
 
 from sddns_tf.data.arrays import open_array, open_list, open_npz
 from sddns_tf.data.datasets import open_dataset
-from sddns_tf.data.folder import MAX_PIXELS, open_folder, usable_files
-from sddns_tf.data.pixels import is_empty, name_of, resize
+from sddns_tf.data.folder import MAX_PIXELS, Folder
+from sddns_tf.data.pixels import Shaping, name_of, resized
 from sddns_tf.data.tfds import open_tfds
-from sddns_tf.validation import check_int
+from sddns_tf.image_sources import image_source
+from sddns_tf.validation import check_bool, check_choice, check_int
 
 __all__ = ["image_files", "load", "load_arrays", "with_auxiliary"]
+
+_EMPTY = "{} must hold at least one batch. Received: an empty dataset"
 
 
 def load(
@@ -27,6 +30,8 @@ def load(
     data_dir=None,
     exclude_labels=(),
     image_size=None,
+    resize="squash",
+    exif_orientation=True,
     min_size=None,
     max_pixels=MAX_PIXELS,
     on_error="raise",
@@ -37,12 +42,16 @@ def load(
 ):
     """Turns any source of images into a batched dataset.
 
-    Grey images become RGB; an alpha channel is dropped (nothing is composited on a background).
-    A JPEG's pixels are taken as stored: its EXIF orientation is ignored. Of a GIF, the first frame
-    is taken. In a folder, sub-folders are searched (links to folders are not followed), names that
-    start with a dot are passed over, and the order is that of the sorted paths. Every file of a
-    folder is decoded once before this function returns, so that a bad one is found now and not in
-    the middle of an epoch. Labels are dropped; see `load_arrays`.
+    Gray images and palettes become RGB; an alpha channel is dropped (nothing is composited on a
+    background). 16-bit values become 8-bit ones by `value // 257`, whatever range a file uses. Of a
+    file with several images, such as an animated GIF, the first one is taken. JPEG and PNG are
+    decoded by TensorFlow, the rest by Pillow.
+
+    In a folder, sub-folders are searched (links to folders are not followed), names that start with
+    a dot are passed over, files that look like images of other kinds are named in a warning, and
+    the order is that of the sorted paths. Every file of a folder is decoded once before this
+    function returns, so that a bad one is found now and not in the middle of an epoch. Labels are
+    dropped; see `load_arrays`.
 
     A small set of files is fastest when held in memory:
     `load(load_arrays("folder:photos", image_size=64), batch_size=128)`.
@@ -51,10 +60,13 @@ def load(
         source: one of
             - `"tfds:NAME"`: a prepared TFDS data set with an `image` feature, such as
               `"tfds:cifar10"`. Nothing is downloaded.
-            - `"folder:PATH"`: JPEG, PNG, BMP and GIF files at any depth.
-            - `"npz:PATH"`: the array `images` of a NumPy archive, or its only array.
+            - `"folder:PATH"`, or a `pathlib.Path` of a folder: JPEG, PNG, BMP, GIF, TIFF and WebP
+              files at any depth.
+            - `"npz:PATH"`, or a `pathlib.Path` of an `.npz` file: the array `images` of a NumPy
+              archive, or its only array.
             - an array `(N, H, W)` or `(N, H, W, C)`, or a list of arrays `(H, W)` or `(H, W, C)`,
-              with 1, 3 or 4 channels, of integers or floats in 0-255.
+              with 1, 3 or 4 channels, of integers or floats in 0-255. A list may hold Pillow's
+              pictures of any mode.
             - a `tf.data.Dataset`, batched or not, of such images, of dictionaries with the key
               `"image"`, or of `(image, label)` pairs. Its first element is looked at.
         batch_size: int, images per batch.
@@ -62,11 +74,17 @@ def load(
         data_dir: folder of prepared TFDS data sets. `None` means the environment variable
             `TFDS_DATA_DIR`, then TFDS's own default.
         exclude_labels: names of the classes of a TFDS data set to leave out.
-        image_size: int. Images of another size are resized to `(image_size, image_size)` (bicubic,
-            antialiased, aspect ratio not kept). Needed where sizes differ.
+        image_size: int, or `(height, width)`, in pixels. Images of another size are resized to it
+            (bicubic, antialiased). Needed where sizes differ.
+        resize: how images of another shape are brought to `image_size`: `"squash"` changes their
+            aspect ratio, `"crop"` first cuts off what is too much at two sides, equally. As the
+            `resize` of `FeatureExtractor`.
+        exif_orientation: bool, whether files of a folder, and Pillow's pictures, are turned as
+            their EXIF data say.
         min_size: int. An image with a shorter side is an error, for instance one smaller than a
             patch. It applies before resizing.
         max_pixels: int. A file whose header announces more pixels is not decoded. Folders only.
+            (Pillow has a limit of its own, `PIL.Image.MAX_IMAGE_PIXELS`.)
         on_error: `"raise"`, or `"skip"` to leave out the files of a folder that cannot be used
             and log how many, and which; `image_files` tells which remain.
         shuffle: bool. A new order in each iteration: all images are permuted, except in a TFDS
@@ -89,21 +107,27 @@ def load(
     Example:
     ```python
     images = sddns_tf.data.load("folder:photos/good", image_size=64, batch_size=32, shuffle=True)
+    images = sddns_tf.data.load(pathlib.Path("photos"), image_size=(48, 64), batch_size=32)
     images = sddns_tf.data.load("tfds:cifar10", split="test", batch_size=128)
     ```
     """
     check_int("batch_size", batch_size)
-    if first_batch:
-        check_int("first_batch", first_batch)
+    check_bool("shuffle", shuffle)
+    check_int("seed", seed, low=0)
+    check_bool("drop_remainder", drop_remainder)
+    if first_batch is not None:
+        check_int("first_batch", first_batch, low=0)
+    source = _located(source)
+    shaping = Shaping(image_size, resize, min_size)
+    folder = _folder(source, shaping, max_pixels, on_error, exif_orientation)
     opened = _open(
         source,
+        folder,
+        shaping,
+        exif_orientation,
         split=split,
         data_dir=data_dir,
         exclude_labels=exclude_labels,
-        image_size=image_size,
-        min_size=min_size,
-        max_pixels=max_pixels,
-        on_error=on_error,
         shuffle_files_seed=seed if shuffle else None,
     )
     records = opened.records
@@ -116,7 +140,7 @@ def load(
     if dataset.cardinality() == 0:
         raise ValueError(
             f"{name_of(source)} has {int(records.cardinality())} images: with drop_remainder=True "
-            f"that is no batch at all; received batch_size={batch_size}."
+            f"that is no batch at all. Received: batch_size={batch_size}."
         )
     # Several machines: each takes its part of every batch, not of the files.
     options = tf.data.Options()
@@ -131,6 +155,8 @@ def load_arrays(
     data_dir=None,
     exclude_labels=(),
     image_size=None,
+    resize="squash",
+    exif_orientation=True,
     min_size=None,
     max_pixels=MAX_PIXELS,
     on_error="raise",
@@ -144,7 +170,9 @@ def load_arrays(
         split: TFDS split.
         data_dir: folder of prepared TFDS data sets.
         exclude_labels: names of the classes of a TFDS data set to leave out.
-        image_size: int, the side to which images are resized.
+        image_size: int, or `(height, width)`, to which images are resized.
+        resize: `"squash"` or `"crop"`.
+        exif_orientation: bool, whether images are turned as their EXIF data say.
         min_size: int, the shortest side allowed.
         max_pixels: int, the most pixels that a file may announce.
         on_error: `"raise"` or `"skip"`.
@@ -166,20 +194,28 @@ def load_arrays(
     """
     if limit is not None:
         check_int("limit", limit)
+    check_bool("with_labels", with_labels)
+    source = _located(source)
+    shaping = Shaping(image_size, resize, min_size)
+    folder = _folder(source, shaping, max_pixels, on_error, exif_orientation)
+    no_labels = f"with_labels=True needs labels, and {name_of(source)} has none."
+    if folder is not None and not exclude_labels:
+        if with_labels:
+            raise ValueError(no_labels)
+        return folder.read(limit)
     opened = _open(
         source,
+        folder,
+        shaping,
+        exif_orientation,
         split=split,
         data_dir=data_dir,
         exclude_labels=exclude_labels,
-        image_size=image_size,
-        min_size=min_size,
-        max_pixels=max_pixels,
-        on_error=on_error,
     )
     records = opened.records if limit is None else opened.records.take(limit)
     dataset = _batched(opened, records, 256, drop_remainder=False).prefetch(2)
     if with_labels and "label" not in dataset.element_spec:
-        raise ValueError(f"with_labels=True needs labels, and {name_of(source)} has none.")
+        raise ValueError(no_labels)
     batches = list(dataset.as_numpy_iterator())
     images = np.concatenate([batch["image"] for batch in batches])
     if not with_labels:
@@ -187,11 +223,14 @@ def load_arrays(
     return images, np.concatenate([batch["label"] for batch in batches]).astype(np.int64)
 
 
-def image_files(folder, *, min_size=None, max_pixels=MAX_PIXELS, on_error="raise"):
+def image_files(
+    folder, *, exif_orientation=True, min_size=None, max_pixels=MAX_PIXELS, on_error="raise"
+):
     """Lists the image files of a folder that `load` reads, in the order in which it reads them.
 
     Args:
-        folder: path of the folder.
+        folder: path of the folder, or the source `"folder:PATH"`.
+        exif_orientation: bool, as for `load`.
         min_size: int, the shortest side allowed.
         max_pixels: int, the most pixels that a file may announce.
         on_error: `"raise"`, or `"skip"` to leave out the files that cannot be used.
@@ -209,7 +248,12 @@ def image_files(folder, *, min_size=None, max_pixels=MAX_PIXELS, on_error="raise
     images = sddns_tf.data.load("folder:photos", image_size=64, batch_size=32, on_error="skip")
     ```
     """
-    return [path for path, _ in usable_files(folder, min_size, max_pixels, on_error)]
+    source = f"folder:{os.fspath(folder).removeprefix('folder:')}"
+    shaping = Shaping(min_size=min_size)
+    return [
+        file.path
+        for file in _folder(source, shaping, max_pixels, on_error, exif_orientation).files()
+    ]
 
 
 def with_auxiliary(images, auxiliary):
@@ -231,7 +275,9 @@ def with_auxiliary(images, auxiliary):
 
     Raises:
         TypeError: if one of them is not a `tf.data.Dataset`.
-        ValueError: if one of them is empty or yields something other than image batches.
+        ValueError: if one of them is empty or yields something other than image batches. That
+            auxiliary images are none may turn out only while the dataset runs, as a
+            `tf.errors.InvalidArgumentError`.
 
     Example:
     ```python
@@ -240,16 +286,13 @@ def with_auxiliary(images, auxiliary):
     model.fit(sddns_tf.data.with_auxiliary(images, auxiliary), epochs=100)
     ```
     """
-    for name, dataset in (("images", images), ("auxiliary", auxiliary)):
-        _check_image_batches(name, dataset)
-    # Repeating an empty dataset would wait for its first element for ever.
-    if is_empty(auxiliary):
-        raise ValueError("auxiliary must hold at least one batch; received an empty dataset.")
+    images = _checked_batches("images", images)
+    auxiliary = _checked_batches("auxiliary", auxiliary)
     batch_size = images.element_spec.shape[0]
     if batch_size is None:
         batch_size = next((len(batch) for batch in images.take(1)), 0)
-    if batch_size == 0 or images.cardinality() == 0:
-        raise ValueError("images must hold at least one batch; received an empty dataset.")
+    if batch_size == 0:
+        raise ValueError(_EMPTY.format("images"))
 
     def join(image_batch, auxiliary_batch):
         tf.debugging.assert_less_equal(
@@ -260,10 +303,12 @@ def with_auxiliary(images, auxiliary):
         auxiliary_batch = auxiliary_batch[: tf.shape(image_batch)[0]]
         size = image_batch.shape[1:3]
         size = size if size.is_fully_defined() else tf.shape(image_batch)[1:3]
-        auxiliary_batch = tf.ensure_shape(resize(auxiliary_batch, size), image_batch.shape)
+        auxiliary_batch = tf.ensure_shape(resized(auxiliary_batch, size), image_batch.shape)
         return {"images": image_batch, "auxiliary": auxiliary_batch}
 
-    repeated = auxiliary.repeat().rebatch(batch_size, drop_remainder=True)
+    # To look for a first batch here would read as much of the set as a shuffle buffer holds.
+    repeated = auxiliary.repeat().concatenate(_complaint(auxiliary.element_spec))
+    repeated = repeated.rebatch(batch_size, drop_remainder=True)
     joined = tf.data.Dataset.zip(images, repeated).map(join, num_parallel_calls=tf.data.AUTOTUNE)
     cardinality = images.cardinality()
     if cardinality != tf.data.UNKNOWN_CARDINALITY:
@@ -271,39 +316,54 @@ def with_auxiliary(images, auxiliary):
     return joined.prefetch(tf.data.AUTOTUNE)
 
 
-def _open(source, *, image_size, min_size, max_pixels, on_error, exclude_labels, **tfds_options):
-    for name, value in (("image_size", image_size), ("min_size", min_size)):
-        if value is not None:
-            check_int(name, value)
+def _located(source):
+    """A path as the source it stands for; all else as it is."""
+    if not isinstance(source, os.PathLike):
+        return source
+    path = os.path.expanduser(os.fspath(source))
+    if os.path.isdir(path):
+        return f"folder:{path}"
+    if path.endswith(".npz"):
+        return f"npz:{path}"
+    raise ValueError(f"A path must be one of a folder or of an .npz file. Received: {path}")
+
+
+def _folder(source, shaping, max_pixels, on_error, exif_orientation):
+    """The folder that a source names, or None."""
     check_int("max_pixels", max_pixels)
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f'on_error must be "raise" or "skip"; received {on_error!r}.')
+    check_choice("on_error", on_error, ("raise", "skip"))
+    check_bool("exif_orientation", exif_orientation)
+    kind, _, path = source.partition(":") if isinstance(source, str) else ("", "", "")
+    if kind != "folder" or not path:
+        return None
+    return Folder(path, shaping, max_pixels, on_error, exif_orientation)
+
+
+def _open(source, folder, shaping, exif_orientation, *, exclude_labels, **tfds_options):
     kind, _, rest = source.partition(":") if isinstance(source, str) else ("", "", "")
     if isinstance(exclude_labels, str):
-        raise ValueError(f"exclude_labels must be a list of names; received {exclude_labels!r}.")
+        raise ValueError(f"exclude_labels must be a list of names. Received: {exclude_labels!r}.")
     if exclude_labels and kind != "tfds":
-        raise ValueError(f'exclude_labels needs a "tfds:" source; received {name_of(source)}.')
+        raise ValueError(f'exclude_labels needs a "tfds:" source. Received: {name_of(source)}.')
 
     if isinstance(source, str):
         if not rest or kind not in ("tfds", "folder", "npz"):
             raise ValueError(
-                'source must be "tfds:NAME", "folder:PATH" or "npz:PATH"; received '
+                'source must be "tfds:NAME", "folder:PATH" or "npz:PATH". Received: '
                 f"{source!r}" + (f': is it "folder:{source}"?' if os.path.isdir(source) else ".")
             )
         if kind == "tfds":
-            return open_tfds(rest, exclude_labels, image_size, min_size, **tfds_options)
-        if kind == "folder":
-            return open_folder(rest, image_size, min_size, max_pixels, on_error)
-        return open_npz(rest, image_size, min_size)
+            return open_tfds(rest, shaping, exclude_labels, **tfds_options)
+        return folder.open() if folder is not None else open_npz(rest, shaping)
     if isinstance(source, tf.data.Dataset):
-        return open_dataset(source, image_size, min_size)
+        return open_dataset(source, shaping)
     if isinstance(source, (np.ndarray, tf.Tensor)):
-        return open_array(np.asarray(source), None, image_size, min_size, "the array")
+        return open_array(np.asarray(source), None, shaping, "the array")
     if isinstance(source, (list, tuple)):
-        return open_list(source, image_size, min_size)
+        return open_list(source, shaping, exif_orientation)
     raise TypeError(
-        "source must be a string, an array, a list of arrays or a tf.data.Dataset; received "
-        f"{type(source).__name__}."
+        "source must be a string, a path, an array, a list of images or a tf.data.Dataset. "
+        f"Received: {type(source).__name__}"
     )
 
 
@@ -315,23 +375,30 @@ def _batched(opened, records, batch_size, drop_remainder):
     return examples.batch(batch_size, drop_remainder=drop_remainder)
 
 
-def _check_image_batches(name, dataset):
+def _checked_batches(name, dataset):
     if not isinstance(dataset, tf.data.Dataset):
         raise TypeError(
-            f"{name} must be a batched tf.data.Dataset; received {type(dataset).__name__}. "
+            f"{name} must be a batched tf.data.Dataset. Received: {type(dataset).__name__}. "
             "`sddns_tf.data.load(array, batch_size=...)` makes one of an array."
         )
-    spec = dataset.element_spec
-    if (
-        not isinstance(spec, tf.TensorSpec)
-        or spec.shape.rank != 4
-        or spec.shape[-1] != 3
-        or not (spec.dtype == tf.uint8 or spec.dtype.is_floating)
-    ):
+    if not isinstance(dataset.element_spec, tf.TensorSpec):
         raise ValueError(
-            f"{name} must yield uint8 or float batches (B, H, W, 3); received elements {spec}. "
-            "`sddns_tf.data.load(dataset, batch_size=...)` converts other image datasets."
+            f"{name} must yield batches of images alone. `sddns_tf.data.load(dataset, "
+            f"batch_size=...)` converts other datasets. Received: elements {dataset.element_spec}"
         )
+    if dataset.cardinality() == 0:
+        raise ValueError(_EMPTY.format(name))
+    return image_source(dataset, name)
+
+
+def _complaint(spec):
+    """A dataset that comes after an endless one, so that its error is that there is nothing."""
+
+    def fail(_):
+        with tf.control_dependencies([tf.debugging.Assert(False, [_EMPTY.format("auxiliary")])]):
+            return tf.zeros([side or 1 for side in spec.shape], spec.dtype)
+
+    return tf.data.Dataset.range(1).map(fail)
 
 
 def _image_of(example):

@@ -4,11 +4,13 @@ import os
 
 import numpy as np
 import tensorflow as tf
+from PIL import Image
 
-from sddns_tf.data.pixels import Opened, by, final_shape, finish, to_uint8
+from sddns_tf import pictures
+from sddns_tf.data.pixels import Opened, Shaping, by, to_uint8
 
 
-def open_npz(path, image_size, min_size):
+def open_npz(path, shaping):
     """The images, and labels where there are some, of a NumPy archive."""
     path = os.path.expanduser(path)
     if not os.path.isfile(path):
@@ -23,7 +25,7 @@ def open_npz(path, image_size, min_size):
             key = "images" if "images" in candidates else candidates[0] if candidates else ""
             if key != "images" and len(candidates) != 1:
                 raise ValueError(
-                    f"expected the array 'images' or one array, received {archive.files}"
+                    f"expected the array 'images' or one array. Received: {archive.files}"
                 )
             images = archive[key]
             labels = archive["labels"] if "labels" in archive.files else None
@@ -31,33 +33,33 @@ def open_npz(path, image_size, min_size):
         raise ValueError(f"npz:{path} must be a NumPy archive of images: {error}.") from error
     if labels is not None and labels.shape != images.shape[:1]:
         raise ValueError(
-            f"npz:{path}: labels must have shape ({len(images)},); received {labels.shape}."
+            f"npz:{path}: labels must have shape ({len(images)},). Received: {labels.shape}."
         )
-    return open_array(images, labels, image_size, min_size, f"npz:{path}")
+    return open_array(images, labels, shaping, f"npz:{path}")
 
 
-def open_array(images, labels, image_size, min_size, name):
+def open_array(images, labels, shaping, name):
     """An array of images, `(N, H, W)` or `(N, H, W, C)`."""
     if images.ndim == 3 and images.shape[-1] in (1, 3, 4):
         raise ValueError(
-            f"{name} must have shape (N, H, W) or (N, H, W, C); received {images.shape}, which "
+            f"{name} must have shape (N, H, W) or (N, H, W, C). Received: {images.shape}, which "
             "looks like one image. Pass image[None]."
         )
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
         raise ValueError(
-            f"{name} must have shape (N, H, W) or (N, H, W, C) with 1, 3 or 4 channels; "
-            f"received {images.shape}."
+            f"{name} must have shape (N, H, W) or (N, H, W, C) with 1, 3 or 4 channels. "
+            f"Received: {images.shape}."
         )
     images = to_uint8(images, name)
-    shape = final_shape(images.shape[1:3], image_size, min_size, name)
+    shape = shaping.final_shape(images.shape[1:3], name)
     with tf.device("CPU:0"):  # the whole set would not fit beside the model
         if images.shape[1:] == (*shape, 3):
             images = tf.convert_to_tensor(images)
         else:
             chunks = [images[i : i + 256] for i in range(0, len(images), 256)]
-            images = tf.concat([finish(tf.constant(c), shape, None) for c in chunks], axis=0)
+            images = tf.concat([shaping.finish(tf.constant(c), shape) for c in chunks], axis=0)
         labels = None if labels is None else tf.convert_to_tensor(labels)
 
     def decode(indices):
@@ -70,29 +72,31 @@ def open_array(images, labels, image_size, min_size, name):
     return Opened(tf.data.Dataset.range(count), decode, count, decodes_batches=True)
 
 
-def open_list(arrays, image_size, min_size):
-    """A list of images, `(H, W)` or `(H, W, C)`."""
+def open_list(arrays, shaping, exif_orientation):
+    """A list of images: arrays `(H, W)` or `(H, W, C)`, and pictures of Pillow's of any mode."""
     if not arrays:
-        raise ValueError("source must hold at least one image; received an empty list.")
+        raise ValueError("source must hold at least one image. Received: an empty list.")
     images = []
     for i, array in enumerate(arrays):
         name = f"image {i} of the list"
+        if isinstance(array, Image.Image):
+            array = pictures.pixels(array, exif_orientation)
         array = np.asarray(array)
         if array.ndim == 2:
             array = array[..., None]
         if array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
             raise ValueError(
-                f"{name} must have shape (H, W) or (H, W, C) with 1, 3 or 4 channels; "
-                f"received {array.shape}."
+                f"{name} must have shape (H, W) or (H, W, C) with 1, 3 or 4 channels. "
+                f"Received: {array.shape}."
             )
         array = to_uint8(array, name)
         size = array.shape[:2]
-        if image_size is None and images and size != images[0].shape[:2]:
+        if shaping.image_size is None and images and size != images[0].shape[:2]:
             raise ValueError(
                 "image_size is needed where sizes differ (height x width): image 0 of the list "
                 f"has {by(images[0].shape)}, {name} has {by(size)}."
             )
-        shape = final_shape(size, image_size, min_size, name)
+        shape = shaping.final_shape(size, name)
         with tf.device("CPU:0"):
-            images.append(finish(tf.constant(array), shape, None).numpy())
-    return open_array(np.stack(images), None, None, None, "the list")
+            images.append(shaping.finish(tf.constant(array), shape).numpy())
+    return open_array(np.stack(images), None, Shaping(), "the list")

@@ -2,10 +2,11 @@
 
 import tensorflow as tf
 
-from sddns_tf.data.pixels import Opened, final_shape, finish, shuffle_buffer, to_uint8
+from sddns_tf.data.pixels import Opened, shuffle_buffer, to_uint8
+from sddns_tf.image_sources import in_range_later
 
 
-def open_dataset(dataset, image_size, min_size):
+def open_dataset(dataset, shaping):
     """A `tf.data.Dataset` of images, dictionaries or pairs, batched or not."""
     spec = dataset.element_spec
     if isinstance(spec, dict) and "image" in spec:
@@ -17,7 +18,7 @@ def open_dataset(dataset, image_size, min_size):
     else:
         raise ValueError(
             "dataset must yield images, dictionaries with the key 'image', or (image, label) "
-            f"pairs; received elements {spec}."
+            f"pairs. Received: elements {spec}."
         )
     image, label = spec[keys[0]], spec[keys[-1]] if len(keys) == 2 else None
     _check_image_spec(image)
@@ -33,22 +34,19 @@ def open_dataset(dataset, image_size, min_size):
     records = dataset.map(select)
     first = next(records.take(1).as_numpy_iterator(), None)
     if first is None:
-        raise ValueError("dataset must hold at least one image; received an empty dataset.")
+        raise ValueError("dataset must hold at least one image. Received: an empty dataset.")
     to_uint8(first["image"], "dataset's first element")
     if is_batched:
         records = records.unbatch()
     image = records.element_spec["image"]
-    shape = final_shape(image.shape[:2], image_size, min_size, "the dataset")
+    shape = shaping.final_shape(image.shape[:2], "the dataset")
 
     def decode(record):
-        pixels = record["image"]
+        pixels = in_range_later(record["image"], "dataset")
         if pixels.dtype != tf.uint8:
-            pixels = tf.cast(pixels, tf.float32)
-            in_range = tf.reduce_all((pixels >= 0) & (pixels <= 255))
-            tf.debugging.Assert(in_range, ["dataset: expected values in 0-255, received", pixels])
             pixels = tf.cast(tf.round(pixels), tf.uint8)
         pixels = pixels[..., None] if pixels.shape.rank == 2 else pixels
-        return {**record, "image": finish(pixels, shape, min_size)}
+        return {**record, "image": shaping.finish(pixels, shape)}
 
     examples = max(int(dataset.cardinality()), -1) if not is_batched else -1
     return Opened(records, decode, shuffle_buffer(examples, image.shape, image.dtype.size))
@@ -61,10 +59,10 @@ def _check_image_spec(spec):
         expected = spec.shape.rank == 2 or spec.shape[-1] in (1, 3, 4)
     if not expected:
         raise ValueError(
-            "dataset must yield images (H, W), (H, W, C) or (B, H, W, C) with 1, 3 or 4 channels; "
-            f"received elements {spec}."
+            "dataset must yield images (H, W), (H, W, C) or (B, H, W, C) with 1, 3 or 4 channels. "
+            f"Received: elements {spec}."
         )
     if not (spec.dtype.is_integer or spec.dtype.is_floating):
         raise ValueError(
-            f"dataset must yield integers or floats in 0-255; received dtype {spec.dtype.name}."
+            f"dataset must yield integers or floats in 0-255. Received: dtype {spec.dtype.name}."
         )

@@ -1,115 +1,234 @@
 """The image files of a folder: which there are, how large, and which cannot be used, and why."""
 
 import os
-import struct
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
+import numpy as np
 import tensorflow as tf
 from absl import logging
+from PIL import Image
 
-from sddns_tf.data.pixels import Opened, by, final_shape, finish
+from sddns_tf import pictures
+from sddns_tf.data.pixels import Opened, by
+from sddns_tf.image_ops import from_16_bits
 
 MAX_PIXELS = 64_000_000
 
-_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png")
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+# Images too, as a rule, that nothing here decodes: left out, but not in silence.
+_OTHER_KINDS = frozenset(
+    "3fr ai apng arw avif cr2 cr3 cur dcm dcx dds dib djvu dng emf eps exr fit fits fts hdr heic "  # noqa: SIM905
+    "heif hif icns ico j2k jfif jp2 jpc jpe jpf jpm jpx jxl jxr mpo nef nrw orf pbm pcx pef pfm "
+    "pgm pnm ppm psb psd qoi raf raw rw2 sgi sr2 srw svg svgz tga wbmp wdp wmf x3f xbm xcf "
+    "xpm".split()
+)
+
+_AT_ONCE = 64  # Files that are read before it is looked at whether there are enough.
+_DECODERS = ("tensorflow", "png_16", "pillow")
 
 
-def open_folder(folder, image_size, min_size, max_pixels, on_error):
-    """The image files of a folder, decoded as they are needed."""
-    files = usable_files(folder, min_size, max_pixels, on_error)
-    first_path, first_size = files[0]
-    for path, size in files:
-        if image_size is None and size != first_size:
-            raise ValueError(
-                "image_size is needed where sizes differ (height x width): "
-                f"{first_path} has {by(first_size)}, {path} has {by(size)}."
+class ImageFile(NamedTuple):
+    """A file that can be used."""
+
+    path: str
+    size: tuple  # height and width, as turned
+    decoder: str
+    orientation: int
+
+
+class Folder:
+    """A folder of images, as one wants to have it read.
+
+    Args:
+        path: Path of the folder.
+        shaping: `pixels.Shaping`.
+        max_pixels: A file whose header announces more is not decoded.
+        on_error: `"raise"` or `"skip"`.
+        exif_orientation: Whether to turn images as their EXIF data say.
+    """
+
+    def __init__(self, path, shaping, max_pixels, on_error, exif_orientation):
+        self.path = os.path.expanduser(path)
+        self.shaping = shaping
+        self.max_pixels = max_pixels
+        self.on_error = on_error
+        self.exif_orientation = exif_orientation
+
+    def files(self):
+        """The usable files in the order of their paths; each is decoded once."""
+        return [file for file, _ in self._inspected(lambda pixels: None)]
+
+    def open(self):
+        """Records of files, and how one is decoded when it is needed."""
+        files = self.files()
+        shape = self._shape([file.size for file in files], files)
+        decoders = sorted({file.decoder for file in files}, key=_DECODERS.index)
+        is_turned = any(file.orientation != 1 for file in files)
+
+        def decode(path, decoder, orientation):
+            pixels = tf.switch_case(
+                decoder, [lambda name=name: self._decode_later(path, name) for name in decoders]
             )
-    shape = final_shape(first_size, image_size, None, folder)
+            if is_turned:
+                pixels = _turned_later(pixels, orientation)
+            return {"image": self.shaping.finish(tf.ensure_shape(pixels, (None, None, 3)), shape)}
 
-    def decode(path):
-        pixels = tf.io.decode_image(tf.io.read_file(path), channels=3, expand_animations=False)
-        return {"image": finish(pixels, shape, None)}
-
-    # Bytes, because a file name need not be valid Unicode.
-    records = tf.data.Dataset.from_tensor_slices([os.fsencode(path) for path, _ in files])
-    return Opened(records, decode, shuffle_buffer=len(files))
-
-
-def usable_files(folder, min_size, max_pixels, on_error):
-    """Lists `(path, (height, width))` of the usable images of a folder."""
-    paths = _image_paths(folder)
-
-    def inspect(path):
-        return _inspect(path, min_size or 1, max_pixels)
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = list(zip(paths, pool.map(inspect, paths), strict=True))
-    files = [(path, size) for path, (size, _) in results if size]
-    problems = [f"{path}: {problem}" for path, (_, problem) in results if problem]
-    if problems:
-        listed = "\n  ".join(problems[:10] + ["..."] * (len(problems) > 10))
-        summary = f"{len(problems)} of {len(paths)} image files cannot be used:\n  {listed}"
-        if on_error == "raise" or not files:
-            raise ValueError(
-                f'{summary}\nRemove or mend them, or leave them out with on_error="skip".'
-            )
-        logging.warning("Skipped: %s", summary)
-    return files
-
-
-def _image_paths(folder):
-    folder = os.path.expanduser(folder)
-    if not os.path.isdir(folder):
-        raise ValueError(f"folder:{folder} must be a folder; there is none of that name.")
-    paths, others = [], []
-    for parent, folders, names in os.walk(folder, followlinks=False):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith("."):
-                is_image = name.lower().endswith(_EXTENSIONS)
-                (paths if is_image else others).append(os.path.join(parent, name))
-    if not paths:
-        found = f"{len(others)} other files, such as {min(others)}" if others else "no files"
-        raise ValueError(
-            f"folder:{folder} must hold images ({', '.join(_EXTENSIONS)}); it holds {found}."
+        columns = (
+            [os.fsencode(file.path) for file in files],  # A name need not be valid Unicode.
+            np.array([decoders.index(file.decoder) for file in files], np.int32),
+            np.array([file.orientation for file in files], np.int32),
         )
-    return sorted(paths)
+        records = tf.data.Dataset.from_tensor_slices(columns)
+        return Opened(records, decode, shuffle_buffer=len(files))
+
+    def read(self, limit=None):
+        """The first images, all if `limit` is None, in memory: each file is decoded once.
+
+        Returns:
+            uint8 `(N, H, W, 3)`.
+        """
+
+        def finished(pixels):
+            if self.shaping.image_size is None:
+                return pixels
+            return self.shaping.finish(tf.constant(pixels), self.shaping.image_size).numpy()
+
+        with tf.device("CPU:0"):
+            inspected = self._inspected(finished, limit)[:limit]
+        files, images = zip(*inspected, strict=True)
+        self._shape([file.size for file in files], files)
+        return np.stack(images)
+
+    def _shape(self, sizes, files):
+        """Height and width of the images to yield; an error where they need an `image_size`."""
+        for size, file in zip(sizes, files, strict=True):
+            if self.shaping.image_size is None and size != sizes[0]:
+                raise ValueError(
+                    "image_size is needed where sizes differ (height x width): "
+                    f"{files[0].path} has {by(sizes[0])}, {file.path} has {by(size)}."
+                )
+        return self.shaping.final_shape(sizes[0], self.path)
+
+    def _inspected(self, use, limit=None):
+        """Pairs of a usable file and what `use` makes of its pixels; at least `limit` of them."""
+        paths, found, problems = self._paths(), [], []
+
+        def inspect(path):
+            file, pixels, problem = self._inspect(path)
+            return file, None if problem else use(pixels), problem
+
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for start in range(0, len(paths), _AT_ONCE):
+                if limit is not None and len(found) >= limit:
+                    break
+                some = paths[start : start + _AT_ONCE]
+                for path, (file, used, problem) in zip(some, pool.map(inspect, some), strict=True):
+                    if problem:
+                        problems.append(f"{path}: {problem}")
+                    else:
+                        found.append((file, used))
+        if problems:
+            listed = "\n  ".join(problems[:10] + ["..."] * (len(problems) > 10))
+            summary = f"{len(problems)} of {len(paths)} image files cannot be used:\n  {listed}"
+            if self.on_error == "raise" or not found:
+                raise ValueError(
+                    f'{summary}\nRemove or mend them, or leave them out with on_error="skip".'
+                )
+            logging.warning("Skipped: %s", summary)
+        return found
+
+    def _inspect(self, path):
+        """A file, its pixels and None; or what is wrong with it as the third."""
+        try:
+            with open(path, "rb") as opened:
+                file = opened.read()
+            header = pictures.header(file)
+            # A few kilobytes can announce, and decode to, gigabytes.
+            if header.height * header.width > self.max_pixels:
+                announced = f"{header.height} x {header.width}"
+                return None, None, f"{announced} is more than max_pixels={self.max_pixels}"
+            pixels = self._decoded(file, header)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            return (
+                None,
+                None,
+                f"more than max_pixels={self.max_pixels} or than Pillow opens: {error}",
+            )
+        except tf.errors.InvalidArgumentError as error:
+            reason = error.message.partition("}} ")[2] or error.message
+            return None, None, f"corrupt or cut short ({reason.partition(' [Op:')[0]})"
+        except ValueError as error:
+            return None, None, str(error)
+        except Exception as error:  # Whatever Pillow's readers make of damaged files.
+            return None, None, f"corrupt or cut short ({error})" if str(error) else "corrupt"
+        size = pixels.shape[:2]
+        if min(size) < self.shaping.min_size:
+            return None, None, f"{by(size)} is smaller than min_size={self.shaping.min_size}"
+        orientation = header.orientation if self._turns(header) else 1
+        return ImageFile(path, size, header.decoder, orientation), pixels, None
+
+    def _turns(self, header):
+        return self.exif_orientation and header.decoder != "pillow"
+
+    def _decoded(self, file, header):
+        """Pixels of a file, now: uint8 `(H, W, 3)`."""
+        if header.decoder == "pillow":
+            return pictures.decode(file, self.exif_orientation)
+        pixels = _by_tensorflow(file, header.decoder).numpy()
+        return pictures.turned(pixels, header.orientation) if self._turns(header) else pixels
+
+    def _decode_later(self, path, decoder):
+        """Pixels of a file in a graph, not yet turned unless by Pillow."""
+        if decoder != "pillow":
+            return _by_tensorflow(tf.io.read_file(path), decoder)
+
+        def by_pillow(path):
+            with open(path, "rb") as opened:
+                return pictures.decode(opened.read(), self.exif_orientation)
+
+        return tf.numpy_function(by_pillow, [path], tf.uint8)
+
+    def _paths(self):
+        if not os.path.isdir(self.path):
+            raise ValueError(f"folder:{self.path} must be a folder; there is none of that name.")
+        paths, others = [], []
+        for parent, folders, names in os.walk(self.path, followlinks=False):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for name in names:
+                if not name.startswith("."):
+                    is_image = name.lower().endswith(EXTENSIONS)
+                    (paths if is_image else others).append(os.path.join(parent, name))
+        if not paths:
+            found = f"{len(others)} other files, such as {min(others)}" if others else "no files"
+            raise ValueError(
+                f"folder:{self.path} must hold images ({', '.join(EXTENSIONS)}); it holds {found}."
+            )
+        _warn_of_other_images(others)
+        return sorted(paths)
 
 
-def _inspect(path, min_size, max_pixels):
-    """Returns the size of a file's image and `None`, or `None` and what is wrong with it."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-        height, width = _announced_size(data)
-        # A few kilobytes can announce, and decode to, gigabytes.
-        if height * width > max_pixels:
-            return None, f"{height} x {width} is more than max_pixels={max_pixels}"
-        pixels = tf.io.decode_image(data, channels=3, expand_animations=False)
-    except (OSError, ValueError) as error:
-        return None, str(error)
-    except struct.error:
-        return None, "its header is cut short"
-    except tf.errors.InvalidArgumentError as error:
-        reason = error.message.partition("}} ")[2] or error.message
-        return None, f"corrupt or cut short ({reason.partition(' [Op:')[0]})"
-    height, width = pixels.shape[:2]
-    if min(height, width) < min_size:
-        return None, f"{height} x {width} is smaller than min_size={min_size}"
-    return (height, width), None
+def _warn_of_other_images(paths):
+    """Says which files are left out although they look like images."""
+    paths = sorted(path for path in paths if path.lower().rpartition(".")[2] in _OTHER_KINDS)
+    if paths:
+        listed = ", ".join(paths[:10] + ["..."] * (len(paths) > 10))
+        warnings.warn(
+            f"{len(paths)} files are left out, which look like images of other kinds than "
+            f"{', '.join(EXTENSIONS)}. Convert them to have them read. Left out: {listed}",
+            stacklevel=2,
+        )
 
 
-def _announced_size(data):
-    if not data:
-        raise ValueError("the file is empty")
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        width, height = struct.unpack_from(">II", data, 16)
-    elif data.startswith((b"GIF87a", b"GIF89a")):
-        width, height = struct.unpack_from("<HH", data, 6)
-    elif data.startswith(b"BM"):
-        width, height = struct.unpack_from("<ii", data, 18)
-    elif data.startswith(b"\xff\xd8\xff"):
-        height, width, _ = tf.io.extract_jpeg_shape(data).numpy().tolist()
-    else:
-        raise ValueError("not a JPEG, PNG, GIF or BMP image")
-    return abs(height), width
+def _by_tensorflow(file, decoder):
+    if decoder == "png_16":
+        return from_16_bits(tf.io.decode_png(file, channels=3, dtype=tf.uint16))
+    return tf.io.decode_image(file, channels=3, expand_animations=False)
+
+
+def _turned_later(pixels, orientation):
+    """As `pictures.turned`, in a graph."""
+    branches = [lambda value=value: pictures.turned(pixels, value) for value in range(1, 9)]
+    return tf.switch_case(orientation - 1, branches)

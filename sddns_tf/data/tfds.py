@@ -5,10 +5,10 @@ import os
 import numpy as np
 import tensorflow as tf
 
-from sddns_tf.data.pixels import Opened, final_shape, finish, is_empty, shuffle_buffer
+from sddns_tf.data.pixels import Opened, shuffle_buffer
 
 
-def open_tfds(name, exclude_labels, image_size, min_size, split, data_dir, shuffle_files_seed=None):
+def open_tfds(name, shaping, exclude_labels, split, data_dir, shuffle_files_seed=None):
     """A prepared TFDS data set with a uint8 `image` feature."""
     import tensorflow_datasets as tfds
 
@@ -17,18 +17,18 @@ def open_tfds(name, exclude_labels, image_size, min_size, split, data_dir, shuff
         examples = builder.info.splits[split].num_examples
     except (KeyError, ValueError):
         raise ValueError(
-            f"tfds:{name} has the splits {sorted(builder.info.splits)}; received split={split!r}."
+            f"tfds:{name} has the splits {sorted(builder.info.splits)}. Received: split={split!r}."
         ) from None
     features = dict(builder.info.features.items())
     image = features.get("image")
     if not isinstance(image, tfds.features.Image) or image.np_dtype != np.uint8:
         raise ValueError(
-            f"tfds:{name} must have a uint8 image feature named 'image'; received the features "
+            f"tfds:{name} must have a uint8 image feature named 'image'. Received: the features "
             f"{sorted(features)}."
         )
     has_label = "label" in features and features["label"].shape == ()
     excluded = _excluded_ids(name, features, exclude_labels)
-    shape = final_shape(image.shape[:2], image_size, min_size, f"tfds:{name}")
+    shape = shaping.final_shape(image.shape[:2], f"tfds:{name}")
 
     # The stored bytes are shuffled and filtered; only images that are used are decoded.
     wanted = {"image": True, "label": True} if has_label else {"image": True}
@@ -46,7 +46,7 @@ def open_tfds(name, exclude_labels, image_size, min_size, split, data_dir, shuff
     )
     if excluded:
         records = records.filter(lambda record: tf.reduce_all(record["label"] != excluded))
-    if is_empty(records):
+    if next(iter(records.take(1)), None) is None:
         raise ValueError(
             f"tfds:{name} must hold at least one image; split={split!r} has {examples}, and "
             f"exclude_labels={list(exclude_labels)} leaves none."
@@ -54,7 +54,7 @@ def open_tfds(name, exclude_labels, image_size, min_size, split, data_dir, shuff
 
     def decode(record):
         pixels = tf.io.decode_image(record["image"], channels=3, expand_animations=False)
-        return {**record, "image": finish(pixels, shape, min_size)}
+        return {**record, "image": shaping.finish(pixels, shape)}
 
     return Opened(records, decode, shuffle_buffer(examples, image.shape))
 
@@ -94,6 +94,6 @@ def _excluded_ids(name, features, exclude_labels):
     if unknown:
         shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
         raise ValueError(
-            f"exclude_labels must be labels of tfds:{name} ({shown}); received {unknown}."
+            f"exclude_labels must be labels of tfds:{name} ({shown}). Received: {unknown}."
         )
     return [names.index(label) for label in sorted(set(exclude_labels))]

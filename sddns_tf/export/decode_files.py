@@ -1,5 +1,9 @@
 """Image files to images inside a served graph: of each what it is, how large, and if it is whole.
 
+What TensorFlow's operations do not decode rightly is refused by its status, never scored by other
+pixels than it shows: BMP files with a palette of colors or compressed, GIF files whose first frame
+is transparent or does not fill the picture, TIFF, WebP. EXIF orientation is not applied.
+
 One file that is no image must not fail the requests that a server put into the same batch. So files
 are decoded by a `tf.data` pipeline inside the graph, the one construct of TensorFlow that lets go
 of an element that raised an error; what is missing in the end is what could not be decoded.
@@ -10,7 +14,13 @@ import tensorflow as tf
 from sddns_tf import image_ops
 
 FORMATS = "JPEG, PNG, BMP or GIF"
+_KIND_NOT_DECODED = (
+    "is of a kind that is not decoded here: a BMP with a palette or compression, or a GIF whose "
+    "first frame is transparent or does not fill the picture"
+)
 _BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF8")
+_OTHER_PIXELS = -1  # In place of a number of pixels: the decoder would give others than it shows.
+_GRAY_PALETTE = bytes(value for gray in range(256) for value in (gray, gray, gray, 0))
 # Of a GIF file up to the end of its first frame: one is read after the other, and there are at most
 # 255 bytes in a block, so that 16 MB are enough for any frame, and a file made to take long is not.
 _GIF_BLOCKS = 65_536
@@ -43,7 +53,7 @@ def decode(image_bytes, size, max_pixels, resize="squash"):
         file, pixels = _measured(file, kind)
         no_image = tf.zeros([1, *size, 3])
         image = tf.cond(
-            pixels <= max_pixels,
+            (pixels <= max_pixels) & (pixels != _OTHER_PIXELS),
             lambda: image_ops.fit(_decoded(file)[tf.newaxis], *size, resize),
             lambda: no_image,
         )
@@ -79,66 +89,93 @@ def _status(kinds, pixels, max_pixels):
     number = tf.strings.as_string(pixels)
     too_large = tf.strings.join(["has ", number, f" pixels; at most {max_pixels} are decoded"])
     status = tf.where(pixels > max_pixels, too_large, "")
-    status = tf.where(pixels > 0, status, "cannot be decoded: the file is damaged or cut off")
+    status = tf.where(pixels == 0, "cannot be decoded: the file is damaged or cut off", status)
+    status = tf.where(pixels == _OTHER_PIXELS, _KIND_NOT_DECODED, status)
     return tf.where(kinds < 0, f"is not a {FORMATS} file", status)
 
 
 def _decoded(file):
-    image = tf.io.decode_image(file, channels=3, expand_animations=False)
+    """Pixels of a file, uint8 or, of 16 bits, brought to as many."""
+    is_16_bits = (tf.strings.substr(file, 0, 4) == b"\x89PNG") & (
+        tf.strings.substr(file, 24, 1) == b"\x10"
+    )
+    image = tf.cond(
+        is_16_bits,
+        lambda: image_ops.from_16_bits(tf.io.decode_png(file, channels=3, dtype=tf.uint16)),
+        lambda: tf.io.decode_image(file, channels=3, expand_animations=False),
+    )
     return tf.ensure_shape(image, [None, None, 3])
 
 
 def _measured(file, kind):
-    """A file, and its number of pixels as its header tells. An error where it tells none."""
+    """A file, and its number of pixels as its header tells. An error where it tells none.
+
+    `_OTHER_PIXELS` in place of the number where the decoder would not give what the file shows.
+    """
     readers = (_jpeg, _png, _bmp, _gif, _neither)
-    file, sides = tf.switch_case(kind, [lambda read=read: read(file) for read in readers])
+    file, sides, is_right = tf.switch_case(kind, [lambda read=read: read(file) for read in readers])
     sides = tf.cast(sides, tf.int64)
     with tf.control_dependencies([tf.debugging.assert_positive(sides)]):
-        return tf.identity(file), tf.reduce_prod(sides)
+        pixels = tf.where(is_right, tf.reduce_prod(sides), tf.constant(_OTHER_PIXELS, tf.int64))
+        return tf.identity(file), pixels
 
 
 def _jpeg(file):
-    return file, tf.image.extract_jpeg_shape(file)[:2]
+    return file, tf.image.extract_jpeg_shape(file)[:2], True
 
 
 def _png(file):
     # The first chunk: its length, "IHDR", then width and height, the highest byte first.
-    return file, tf.io.decode_raw(tf.strings.substr(file, 16, 8), tf.int32, little_endian=False)
+    sides = tf.io.decode_raw(tf.strings.substr(file, 16, 8), tf.int32, little_endian=False)
+    return file, sides, True
 
 
 def _bmp(file):
-    # A negative height says that the rows go down.
-    return file, tf.abs(tf.io.decode_raw(tf.strings.substr(file, 18, 8), tf.int32))
+    # The length of the header, width, height, planes and bits, compression. A negative height
+    # says that the rows go down.
+    header = tf.io.decode_raw(tf.strings.substr(file, 14, 20), tf.int32)
+    bits = tf.bitwise.right_shift(header[3], 16)
+    is_gray = tf.strings.substr(file, 14 + header[0], 1024) == _GRAY_PALETTE
+    is_color = (bits == 24) | (bits == 32)
+    is_plain = (header[0] >= 40) & (header[4] == 0)
+    return file, tf.abs(header[1:3]), is_plain & (is_color | ((bits == 8) & is_gray))
 
 
 def _neither(file):
-    return file, tf.zeros([2], tf.int32)
+    return file, tf.zeros([2], tf.int32), True
 
 
 def _gif(file):
-    """The file up to the end of its first frame, and the sides of that.
+    """The file up to the end of its first frame, the sides of that, and if it is all one sees.
 
-    The decoder would unpack all frames, of which a small file may hold very many.
+    The decoder would unpack all frames, of which a small file may hold very many. It makes black
+    what is transparent in a frame or around it.
     """
     data = tf.cast(tf.io.decode_raw(file, tf.uint8), tf.int32)
 
     def colors(flags):
         return tf.where(flags >= 128, 3 * tf.bitwise.left_shift(2, flags % 8), 0)
 
-    def next_block(_, start, inside, sides):
+    canvas = tf.linalg.matvec(tf.reshape(data[6:10], [2, 2]), [1, 256])
+
+    def next_block(_, start, inside, sides, is_right):
         def next_part():  # Of an extension or of a frame; one of no bytes ends it.
             length = data[start]
             inside_next = tf.where(length > 0, inside, 0)
             found = tf.logical_and(inside == 2, length == 0)
-            return found, start + 1 + length, inside_next, sides
+            return found, start + 1 + length, inside_next, sides, is_right
 
         def extension():
-            return False, start + 2, 1, sides
+            # Of a graphic control extension (0xF9), the lowest bit of the flags.
+            is_transparent = (data[start + 1] == 0xF9) & (data[start + 3] % 2 == 1)
+            return False, start + 2, 1, sides, is_right & ~is_transparent
 
         def frame():
-            low_and_high = tf.reshape(data[start + 5 : start + 9], [2, 2])
+            low_and_high = tf.reshape(data[start + 1 : start + 9], [4, 2])
+            place_and_sides = tf.linalg.matvec(low_and_high, [1, 256])
             pixels = start + 10 + colors(data[start + 9]) + 1
-            return False, pixels, 2, tf.linalg.matvec(low_and_high, [1, 256])
+            fills = tf.reduce_all(place_and_sides == tf.concat([[0, 0], canvas], axis=0))
+            return False, pixels, 2, place_and_sides[2:], is_right & fills
 
         introducer = tf.where(inside > 0, 0, data[start])
         known = tf.reduce_any(introducer == [0x21, 0x2C]) | (inside > 0)
@@ -146,12 +183,18 @@ def _gif(file):
             which = tf.where(inside > 0, 0, tf.where(introducer == 0x21, 1, 2))
         return tf.switch_case(which, [next_part, extension, frame])
 
-    found, end, _, sides = tf.while_loop(
+    found, end, _, sides, is_right = tf.while_loop(
         lambda found, *_: ~found,
         next_block,
-        (tf.constant(False), 13 + colors(data[10]), tf.constant(0), tf.zeros([2], tf.int32)),
+        (
+            tf.constant(False),
+            13 + colors(data[10]),
+            tf.constant(0),
+            tf.zeros([2], tf.int32),
+            tf.constant(True),
+        ),
         maximum_iterations=_GIF_BLOCKS,
         parallel_iterations=1,
     )
     with tf.control_dependencies([tf.debugging.Assert(found, ["no frame"])]):
-        return tf.strings.join([tf.strings.substr(file, 0, end), b"\x3b"]), sides
+        return tf.strings.join([tf.strings.substr(file, 0, end), b"\x3b"]), sides, is_right

@@ -23,6 +23,7 @@ from sddns_tf.export.verify import (
     save,
     temporary_folder_in,
 )
+from sddns_tf.validation import check_bool, check_int
 from sddns_tf.version import __version__
 
 # As on a server: neither Keras nor this package, and the session loader, which is the one that
@@ -112,8 +113,9 @@ def saved_model(
     """
     directory = pathlib.Path(directory).expanduser().absolute()
     version = _next_version(directory) if version is None else version
-    _check_positive_int("version", version)
-    _check_positive_int("max_pixels", max_pixels)
+    check_int("version", version)
+    check_int("max_pixels", max_pixels)
+    check_bool("include_features", include_features)
     target = directory / str(version)
     if target.exists():
         raise FileExistsError(f"{target} is there already. Choose another version or none.")
@@ -138,11 +140,6 @@ def saved_model(
         (extra / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
         os.rename(export, target)
     return target
-
-
-def _check_positive_int(name, value):
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}` must be a positive int. Received: {value!r}.")
 
 
 def _next_version(directory):

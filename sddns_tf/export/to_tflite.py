@@ -21,6 +21,7 @@ from sddns_tf.export.verify import (
     save,
     temporary_folder_in,
 )
+from sddns_tf.validation import check_int
 from sddns_tf.version import __version__
 
 # Room for the calibration scores of a device's own images.
@@ -157,17 +158,15 @@ def _check_arguments(quantization, representative_images, bank_size, batch_size)
             'activations. Without them use "dynamic". Received: representative_images=None.'
         )
     for name, value in (("bank_size", bank_size), ("batch_size", batch_size)):
-        if value is not None and (
-            not isinstance(value, int) or isinstance(value, bool) or value < 1
-        ):
-            raise ValueError(f"`{name}` must be None or a positive int. Received: {value!r}.")
+        if value is not None:
+            check_int(name, value)
 
 
 def _checked(detector, images, name):
     """Images that a file takes as they are, or None."""
     if images is None:
         return None
-    images, size = images_or_synthetic(detector, images), resolution(detector)
+    images, size = images_or_synthetic(detector, images, name), resolution(detector)
     if images.shape[1:3] != size:
         raise ValueError(
             f"`{name}` must be at the in-distribution's resolution, (N, {size[0]}, "

@@ -14,7 +14,7 @@ import tempfile
 import numpy as np
 import tensorflow as tf
 
-from sddns_tf.validation import check_images
+from sddns_tf.validation import image_array
 
 # By how much a cosine may be off in an export. Divided by the temperature it bounds the score: at
 # 0.04 these are 1e-4, 0.025, 0.25 and 0.5. Measured over photographs, on vision transformers of 2,
@@ -60,18 +60,18 @@ def resolution(detector):
     return detector.extractor.resolution or detector.extractor.image_size
 
 
-def images_or_synthetic(detector, images):
-    """A user's own images to compare on, checked, or made-up ones."""
+def images_or_synthetic(detector, images, name="images"):
+    """A user's own images to compare on, checked and uint8, or made-up ones."""
     if images is None:
         return _synthetic_images(resolution(detector))
-    images = np.asarray(images)
-    check_images(images)
-    if images.dtype != np.uint8 or not len(images):
+    images = image_array(images, name)
+    whole = images.astype(np.uint8)
+    if not np.array_equal(whole, images):
         raise ValueError(
-            "Images to export with must be uint8, and at least one. "
-            f"Received: shape={images.shape}, dtype={images.dtype}."
+            f"`{name}` must be uint8, as exports take them, or whole numbers. Received: "
+            f"shape={images.shape}, dtype={images.dtype} with fractions"
         )
-    return images
+    return whole
 
 
 def _synthetic_images(size):

@@ -1,0 +1,208 @@
+"""Whatever Keras takes for images, checked: arrays at once, batches while they come."""
+
+import collections.abc
+import functools
+
+import keras
+import numpy as np
+import tensorflow as tf
+from PIL import Image
+
+from sddns_tf.validation import check_form, image_array, out_of_range, warn_of_black
+
+
+def image_source(x, name="x", *, trains=False, allow_nan=False):
+    """What Keras takes for the images of a whole set, checked by the rule of `image_array`.
+
+    What yields batches is checked batch by batch while it runs; uint8 of a `tf.data.Dataset`
+    needs no such check and costs nothing.
+
+    Args:
+        x: Images as for `image_array`, or batches of them: a `tf.data.Dataset`, an iterator
+            (such as a generator) or a `keras.utils.PyDataset`.
+        name: What a message calls it.
+        trains: Whether images may come with auxiliary ones, as a dictionary with the keys
+            `"images"` and `"auxiliary"`, and labels are refused. Else what follows the images in a
+            batch is left out.
+        allow_nan: Whether floats may be not a number.
+
+    Returns:
+        An array, a dictionary of arrays, a `tf.data.Dataset`, an iterator over tuples, or a
+        `keras.utils.PyDataset`.
+
+    Raises:
+        ValueError: If `x` is none of these, or what can be seen of it now is no images. What turns
+            up later raises in the midst of the run, from a dataset as a
+            `tf.errors.InvalidArgumentError`.
+    """
+    check = functools.partial(_checked_batch, name=name, trains=trains, allow_nan=allow_nan)
+    if isinstance(x, tf.data.Dataset):
+        return _checked_dataset(x, name, trains, allow_nan)
+    if isinstance(x, (tf.distribute.DistributedDataset, tf.distribute.DistributedIterator)):
+        return x
+    if isinstance(x, keras.utils.PyDataset):
+        return _CheckedPyDataset(x, check)
+    if isinstance(x, collections.abc.Iterator):
+        return (check(batch) for batch in x)  # Keras knows generators, not iterators.
+    if isinstance(x, dict) and trains:
+        return _checked_dict(x, name, allow_nan)
+    if isinstance(x, (list, tuple, Image.Image)) or hasattr(x, "shape"):
+        return image_array(x, name, allow_nan=allow_nan)
+    raise ValueError(
+        f"`{name}` must be images, an array or a list, or batches of images: a tf.data.Dataset, an "
+        f"iterator or a keras.utils.PyDataset. Received: {type(x).__name__}"
+    )
+
+
+def validation_source(validation_data):
+    """What `fit` takes as `validation_data`: as its `x`, or a tuple of that alone."""
+    parts = validation_data
+    is_tuple = isinstance(parts, tuple) and len(parts) in (1, 2, 3)
+    is_image = is_tuple and (
+        isinstance(parts[0], Image.Image) or len(getattr(parts[0], "shape", ())) == 3
+    )
+    if is_tuple and not is_image:
+        _check_no_labels(parts, "validation_data")
+        validation_data = parts[0]
+    return image_source(validation_data, "validation_data", trains=True)
+
+
+class _CheckedPyDataset(keras.utils.PyDataset):
+    """Batches of a `PyDataset`, each checked."""
+
+    def __init__(self, batches, check):
+        super().__init__(
+            workers=batches.workers,
+            use_multiprocessing=batches.use_multiprocessing,
+            max_queue_size=batches.max_queue_size,
+        )
+        self._batches = batches
+        self._check = check
+
+    def __getitem__(self, index):
+        return self._check(self._batches[index])
+
+    @property
+    def num_batches(self):
+        return self._batches.num_batches
+
+    def on_epoch_begin(self):
+        self._batches.on_epoch_begin()
+
+    def on_epoch_end(self):
+        self._batches.on_epoch_end()
+
+
+def _checked_batch(batch, name, trains, allow_nan):
+    """A batch as a tuple of one part, as Keras wants it."""
+    if isinstance(batch, tuple):
+        if trains:
+            _check_no_labels(batch, name)
+        batch = batch[0]
+    if isinstance(batch, dict) and trains:
+        return (_checked_dict(batch, name, allow_nan),)
+    return (image_array(batch, name, allow_nan=allow_nan),)
+
+
+def _checked_dict(parts, name, allow_nan):
+    """Arrays of images and auxiliary images, as many of these as of those."""
+    _check_keys(parts, name)
+    parts = {
+        key: image_array(part, f"{name}['{key}']", allow_nan=allow_nan)
+        for key, part in parts.items()
+    }
+    if "auxiliary" in parts:
+        count, auxiliary = len(parts["images"]), parts["auxiliary"]
+        if len(auxiliary) > count:
+            raise ValueError(
+                f"`{name}` has more auxiliary images than images: the rest would never be seen. "
+                "`sddns_tf.data.with_auxiliary` pairs two datasets of any lengths. Received: "
+                f"{count} images, {len(auxiliary)} auxiliary"
+            )
+        if len(auxiliary) < count:
+            parts["auxiliary"] = auxiliary[np.arange(count) % len(auxiliary)]
+    return parts
+
+
+def _checked_dataset(dataset, name, trains, allow_nan):
+    spec = dataset.element_spec
+    is_tuple = isinstance(spec, tuple) and len(spec) > 0
+    if is_tuple and trains:
+        _check_no_labels(spec, name)
+    first = spec[0] if is_tuple else spec
+    if isinstance(first, dict) and trains:
+        _check_keys(first, name)
+        specs = {f"{name}['{key}']": part for key, part in first.items()}
+    else:
+        specs = {name: first}
+    for key, part in specs.items():
+        if not isinstance(part, tf.TensorSpec):
+            raise ValueError(
+                f"`{name}` must be a dataset of batches of images"
+                f"{', or of dictionaries with images and auxiliary' if trains else ''}. "
+                f"Received: elements {spec}"
+            )
+        check_form(part, key)
+
+    def checked(*element):
+        first = element[0]
+        if isinstance(first, dict):
+            return {
+                key: in_range_later(part, f"{name}['{key}']", allow_nan)
+                for key, part in first.items()
+            }
+        return in_range_later(first, name, allow_nan)
+
+    if not is_tuple and all(part.dtype == tf.uint8 for part in specs.values()):
+        return dataset
+    return dataset.map(checked, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+
+def _check_no_labels(parts, name):
+    if any(part is not None and not isinstance(part, tf.NoneTensorSpec) for part in parts[1:]):
+        raise ValueError(
+            "SelfDistillation trains without labels: pass images alone. "
+            f"Received: batches of {len(parts)} parts in `{name}`"
+        )
+
+
+def _check_keys(parts, name):
+    if "images" not in parts or not set(parts) <= {"images", "auxiliary"}:
+        raise ValueError(
+            f"`{name}` must have the key 'images' and, where negatives need them, 'auxiliary'. "
+            f"Received: the keys {sorted(parts, key=str)}"
+        )
+
+
+def in_range_later(images, name, allow_nan=False):
+    """As `validation.in_range`, as part of the graph that yields the images.
+
+    Args:
+        images: Tensor of integers or floats; uint8 costs nothing.
+        name: What a message calls them.
+        allow_nan: Whether floats may be not a number.
+
+    Returns:
+        The tensor; integers as uint8. It fails with a `tf.errors.InvalidArgumentError`.
+    """
+    if images.dtype == tf.uint8:
+        return images
+    values = tf.cast(images, tf.float32)
+    numbers = tf.boolean_mask(values, ~tf.math.is_nan(values)) if allow_nan else values
+    low, high = tf.reduce_min(numbers), tf.reduce_max(numbers)
+    good = tf.reduce_all((numbers >= 0.0) & (numbers <= 255.0))  # NaN is neither.
+    text = out_of_range(name, 0, 0).partition(" Received")[0]
+    with tf.control_dependencies([tf.debugging.Assert(good, [text, "Received:", low, "to", high])]):
+        if not images.dtype.is_floating:
+            return tf.cast(images, tf.uint8)
+        is_dark = (high > 0.0) & (high <= 1.0)
+
+    def warn(low, high):
+        warn_of_black(name, low, high)
+        return np.True_
+
+    told = tf.cond(
+        is_dark, lambda: tf.numpy_function(warn, [low, high], tf.bool), lambda: tf.constant(True)
+    )
+    with tf.control_dependencies([told]):
+        return tf.identity(images)

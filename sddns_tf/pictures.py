@@ -1,0 +1,167 @@
+"""Pictures as Pillow holds them: what a file's header says, and pixels as uint8 RGB.
+
+Without TensorFlow, so that whoever has a `.tflite` file reads images as the package does.
+"""
+
+import io
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP")
+
+_ORIENTATION = 0x0112
+_FLIPPED_LEFT_RIGHT = (2, 3, 6, 7)
+_FLIPPED_UP_DOWN = (3, 4, 7, 8)
+_BIT_DEPTH_OF_PNG = 24  # Place of the byte: Pillow does not tell it of 16-bit color.
+
+
+class Header(NamedTuple):
+    """What a file says of its image before it is decoded.
+
+    Attributes:
+        height: Rows, as stored.
+        width: Columns, as stored.
+        decoder: `"tensorflow"` where TensorFlow's pixels are right, `"png_16"` for a PNG of 16 bits
+            a channel, else `"pillow"`.
+        orientation: EXIF orientation, 1 to 8.
+    """
+
+    height: int
+    width: int
+    decoder: str
+    orientation: int
+
+
+def header(file: bytes) -> Header:
+    """The header of an image file.
+
+    TensorFlow takes the indices of a palette BMP for gray values, leaves TIFF and WebP alone, and
+    makes what is transparent in a GIF black: those are for Pillow.
+
+    Args:
+        file: Contents of the file.
+
+    Returns:
+        `Header`.
+
+    Raises:
+        ValueError: If it is no image of `FORMATS`, or its header is damaged.
+        PIL.Image.DecompressionBombError: If it has more pixels than Pillow opens.
+    """
+    if not file:
+        raise ValueError("the file is empty")
+    try:
+        with Image.open(io.BytesIO(file), formats=FORMATS) as picture:
+            decoder = "pillow"
+            if picture.format in ("JPEG", "MPO"):
+                decoder = "tensorflow"
+            elif picture.format == "PNG":
+                decoder = "png_16" if file[_BIT_DEPTH_OF_PNG] == 16 else "tensorflow"
+            may_be_turned = picture.format != "PNG" or b"eXIf" in file or b"exif" in file
+            orientation = orientation_of(picture) if may_be_turned else 1
+            return Header(picture.height, picture.width, decoder, orientation)
+    except Image.UnidentifiedImageError:
+        raise ValueError(
+            f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image, or its header is damaged"
+        ) from None
+
+
+def decode(file: bytes, exif_orientation: bool = True) -> np.ndarray:
+    """Pixels of an image file, of the first one where it holds several.
+
+    Args:
+        file: Contents of the file.
+        exif_orientation: Whether to turn the image as its EXIF data say.
+
+    Returns:
+        uint8 `(H, W, 3)`.
+    """
+    with Image.open(io.BytesIO(file), formats=FORMATS) as picture:
+        return pixels(picture, exif_orientation)
+
+
+def pixels(picture: Image.Image, exif_orientation: bool = True) -> np.ndarray:
+    """Pixels of a picture of any mode.
+
+    A palette becomes its colors, gray becomes RGB, an alpha channel is dropped, and 16 bits become
+    8 by `value // 257`, whatever range the picture uses. (Of 16-bit color in a TIFF, Pillow gives
+    the higher 8 bits.)
+
+    Args:
+        picture: `PIL.Image.Image`.
+        exif_orientation: Whether to turn the picture as its EXIF data say.
+
+    Returns:
+        uint8 `(H, W, 3)`.
+
+    Raises:
+        ValueError: If it has 32-bit values outside 0-255, or colors that Pillow does not convert.
+    """
+    orientation = orientation_of(picture)
+    array = _rgb(picture)
+    if picture.format == "TIFF":  # Pillow has turned it while it was loaded.
+        return (
+            array if exif_orientation else turned(array, {6: 8, 8: 6}.get(orientation, orientation))
+        )
+    return turned(array, orientation) if exif_orientation else array
+
+
+def _rgb(picture):
+    if picture.mode.startswith("I;16"):
+        return _repeated((np.asarray(picture) // 257).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        values = np.asarray(picture)
+        low, high = values.min(), values.max()
+        if not (low >= 0 and high <= 255):
+            raise ValueError(f"32-bit pixels must lie in 0-255; received {low:.6g} to {high:.6g}")
+        return _repeated(np.rint(values).astype(np.uint8))
+    for premultiplied, mode in (("La", "LA"), ("RGBa", "RGBA")):
+        if picture.mode == premultiplied:
+            picture = picture.convert(mode)
+    if "transparency" in picture.info:  # Pillow warns where it goes straight to RGB.
+        picture = picture.convert("RGBA")
+    return np.asarray(picture.convert("RGB"))
+
+
+def _repeated(gray):
+    return np.repeat(gray[..., np.newaxis], 3, axis=-1)
+
+
+def orientation_of(picture: Image.Image) -> int:
+    """EXIF orientation of a picture, 1 to 8; 1 where it has none that can be read."""
+    try:
+        orientation = picture.getexif().get(_ORIENTATION, 1)
+    except Exception:  # Whatever Pillow's parsers make of damaged EXIF data.
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def turned(image, orientation: int):
+    """An image turned so that what its EXIF orientation calls the top is at the top.
+
+    Args:
+        image: Array or tensor `(H, W, C)`.
+        orientation: Int, 1 to 8.
+
+    Returns:
+        The same, of shape `(H, W, C)` or `(W, H, C)`.
+
+    Reference:
+        CIPA DC-008 (EXIF 2.32), tag 274.
+    """
+    is_array = isinstance(image, np.ndarray)
+    if orientation >= 5:
+        image = np.swapaxes(image, 0, 1) if is_array else _transposed(image)
+    if orientation in _FLIPPED_LEFT_RIGHT:
+        image = image[:, ::-1]
+    if orientation in _FLIPPED_UP_DOWN:
+        image = image[::-1]
+    return np.ascontiguousarray(image) if is_array else image
+
+
+def _transposed(image):
+    import tensorflow as tf  # Who has a tensor has it.
+
+    return tf.transpose(image, [1, 0, 2])
