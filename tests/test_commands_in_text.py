@@ -310,7 +310,7 @@ def toy(trained, tmp_path_factory):
     """A folder that holds all that the texts name: photographs, sets, a detector, its exports."""
     folder = tmp_path_factory.mktemp("toy")
     photographs = {
-        "photos/good": ("grass", 60), "photos/other": ("coffee", 30),
+        "photos/good": ("grass", 100), "photos/other": ("coffee", 30),
         "photos/good_held_out": ("grass", 40), "photos/good_fresh": ("grass", 20),
         "photos/scratched": ("brick", 10), "photos/new": ("brick", 6),
         "parts/good": ("grass", 60), "parts/held_out": ("grass", 40), "parts/fresh": ("grass", 20),
