@@ -76,6 +76,9 @@ def saved_model(
       for the number of calibration images, or not below 1, `status` says so and `is_ood` is true.
     - `features`: `images`, as above, to `features`, float32 `(B, D)` of L2 norm 1.
 
+    Of a local detector all answers with a score hold `anomaly_map` as well, float32 `(B, h, w)`,
+    not numbers where there is no image; and `features` are maps `(B, h, w, C)`.
+
     In `assets.extra` lie requests with which the server warms up, and `metadata.json`: versions of
     packages, the detector's configuration and calibration, the result of the comparison below,
     and the size and SHA-256 of each file.
@@ -102,8 +105,10 @@ def saved_model(
         FileExistsError: If the version is there already; it stays as it was.
         RuntimeError: If what was written does not run, or does not agree with the detector:
             scores to within 4e-6 / temperature (1e-4 at the default; for a backbone in mixed
-            precision, its rounding error / temperature); p-values and decisions must be exactly
-            those of the written score. Nothing is left behind.
+            precision, its rounding error / temperature; of a place by as much more as it is
+            farther from the bank, see `verify.check_answers`); p-values and decisions must be
+            exactly those of the written score, which must be the highest of the map. Nothing is
+            left behind.
         ValueError: If the version or `max_pixels` is not a positive int, or the images are not
             uint8 images.
 
@@ -194,6 +199,8 @@ def _description(detector):
         },
         "false_positive_rate": detector.false_positive_rate,
         "threshold": detector.threshold,
+        "lowest_score": detector.lowest_score,
+        "map_size": detector.extractor.map_size,
         "calibration_size": detector.calibration_scores.shape[0],
         "bank_size": detector.bank.shape[0],
         "feature_dimension": detector.bank.shape[1],
