@@ -187,10 +187,10 @@ def get(shift):
     """A shift by its name, or the given callable.
 
     Args:
-        shift: One of `shifts.NAMES` or `shifts.BEYOND_THE_PAPER`, or a callable `(images, seed) -> images` that keeps the
-            shape `(B, S, S, 3)`; `seed` is an int32 tensor `(2,)`, the same on all replicas, for
-            `shifts.uniform` (`tf.random.stateless_uniform` would give the images of each
-            replica the same numbers).
+        shift: One of `shifts.NAMES` or `shifts.BEYOND_THE_PAPER`, or a callable `(images, seed) ->
+            images` that keeps the shape `(B, S, S, 3)`; `seed` is an int32 tensor `(2,)`, the same
+            on all replicas, for `shifts.uniform` (`tf.random.stateless_uniform` would give the
+            images of each replica the same numbers).
 
     Returns:
         The callable.

@@ -24,7 +24,7 @@ def bricks(count, seed, size=64):
 
 def damaged(count, seed):
     images = bricks(count, seed)
-    images[:, 20:30, 36:46] = 250
+    images[:, 20:30, 36:46] = [[[250], [0]] * 5]
     return images
 
 
@@ -378,7 +378,7 @@ def test_wrong_layers_are_named():
         (("eight", 3), "names of layers of the backbone"),
         ((), "names of layers of the backbone"),
         ("tokens", "no layer of tokens"),
-        (network.layers[-1].name, r"must give maps .*which gives shape \(None, 24\)"),
+        (network.layers[-1].name, r"must give maps .*which gives shape \(None, 48\)"),
     ):
         with pytest.raises(ValueError, match=message):
             FeatureExtractor(network, 64, layers=layers)
