@@ -140,6 +140,7 @@ def cut_paste(images, seed):
         Li et al., "CutPaste: Self-Supervised Learning for Anomaly Detection and Localization",
         CVPR 2021, section 3.
     """
+    images = tf.convert_to_tensor(images)
     _check_squares(images, "cut_paste")
     size = images.shape[1]
     draws = uniform([8, tf.shape(images)[0]], seed)
