@@ -11,6 +11,11 @@ promised false positive rate does not hold. Images of normal parts that the devi
 at least `1 / rate - 1` of them and none of them in the bank, calibrate it again, in seconds:
 
     python edge_inference.py parts.tflite --recalibrate normal/*.png --output parts-here.tflite
+
+A local detector says where as well. Its maps are written over the images, one file for each, with
+what lies above the threshold painted from yellow to red and outlined:
+
+    python edge_inference.py parts.tflite photo.png --maps=overlays
 """
 
 import argparse
@@ -52,7 +57,8 @@ def score(model, images):
         images: The images, as `read_image` reads them.
 
     Returns:
-        Dict of `"ood_score"`, `"p_value"` and `"is_ood"`, arrays `(N,)`.
+        Dict of `"ood_score"`, `"p_value"` and `"is_ood"`, arrays `(N,)`; of a local detector also
+        `"anomaly_map"`, `(N, h, w)`.
     """
     runner, batch, _ = model
     batch = batch or 1
@@ -62,6 +68,46 @@ def score(model, images):
         full = np.resize(part, (batch, *part.shape[1:]))
         answers.append({k: v[: len(part)] for k, v in runner(images=full).items()})
     return {name: np.concatenate([one[name] for one in answers]) for name in answers[0]}
+
+
+def overlay(image, anomaly_map, threshold, lowest):
+    """An image with what lies above the threshold painted over it; one scale for all images.
+
+    Args:
+        image: uint8 `(height, width, 3)`.
+        anomaly_map: Scores of its places, `(h, w)`.
+        threshold: Score above which a place is flagged.
+        lowest: Score of what is in the bank.
+
+    Returns:
+        uint8 array `(height, width, 3)`.
+    """
+    from PIL import Image
+
+    # 1 is the threshold; 2, where the paint is red, twice as far from the bank.
+    heat = Image.fromarray(((anomaly_map - lowest) / (threshold - lowest)).astype(np.float32))
+    size = image.shape[1::-1]
+    smooth = np.asarray(heat.resize(size, Image.Resampling.BILINEAR))[..., np.newaxis]
+    flagged = np.asarray(heat.resize(size, Image.Resampling.NEAREST)) > 1
+    strength = np.clip(smooth - 1, 0, 1)
+    color = (1 - strength) * np.array([240, 228, 66]) + strength * np.array([213, 20, 0])
+    opacity = np.where(smooth > 1, 0.35 + 0.3 * strength, 0)
+    painted = np.round((1 - opacity) * image + opacity * color).astype(np.uint8)
+    around = np.pad(flagged, 1, constant_values=True)
+    inside = around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
+    painted[flagged & ~inside] = (213, 20, 0)
+    return painted
+
+
+def write_map(folder, path, image, answer, about):
+    """Write the overlay of one image as a PNG file of its name; returns the path."""
+    from PIL import Image
+
+    picture = overlay(image, answer["anomaly_map"][0], about["threshold"], about["lowest_score"])
+    target = pathlib.Path(folder) / f"{pathlib.Path(path).stem}.png"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(target)
+    return target
 
 
 def _opened(file):
@@ -115,7 +161,10 @@ def recalibrate(path, scores, output, false_positive_rate=None):
     ranks = np.arange(1, room + 2, dtype=np.float32)
     values("p_values")[:] = np.minimum(ranks / np.float32(1 + len(scores)), 1.0)
     values("rate")[:] = rate
+    p_values = ranks[: len(scores)] / np.float32(1 + len(scores))
+    threshold = float(scores[-np.count_nonzero(p_values <= np.float32(rate))])
     changes = {"false_positive_rate": rate, "calibration_images": len(scores)}
+    changes["threshold"] = threshold
     new = json.dumps({**about, **changes}).encode().ljust(len(text))
     text[:] = np.frombuffer(new, np.uint8)
     unfinished = f"{output}.{os.getpid()}.tmp"
@@ -136,6 +185,7 @@ def main(arguments=None):
     parser.add_argument("--recalibrate", nargs="+", metavar="IMAGE", help="normal images")
     parser.add_argument("--false_positive_rate", type=float, help="default: the file's")
     parser.add_argument("--output", help="calibrated file to write; default: the model itself")
+    parser.add_argument("--maps", metavar="FOLDER", help="where overlays of anomaly maps go")
     options = parser.parse_args(arguments)
     model = load(options.model)
     if options.recalibrate:
@@ -146,9 +196,15 @@ def main(arguments=None):
         recalibrate(options.model, scores, output, options.false_positive_rate)
         print(json.dumps({"calibrated": output, "images": len(scores)}))
         model = load(output)
+    about = description(options.output or options.model if options.recalibrate else options.model)
+    if options.maps and not about.get("map_size"):
+        raise ValueError("--maps needs the file of a local detector. Received: one without maps.")
     for path in options.images:
-        answer = score(model, [read_image(path, model[2])])
-        row = {name: values[0].item() for name, values in answer.items()}
+        image = read_image(path, model[2])
+        answer = score(model, [image])
+        row = {name: values[0].item() for name, values in answer.items() if values.ndim == 1}
+        if options.maps:
+            row["map"] = str(write_map(options.maps, path, image, answer, about))
         print(json.dumps({"path": path, **row}), flush=True)
 
 

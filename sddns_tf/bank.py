@@ -1,4 +1,4 @@
-"""The bank of in-distribution features: the out-of-distribution score, compression."""
+"""The bank of in-distribution features: the out-of-distribution score, compression, sampling."""
 
 import numpy as np
 import tensorflow as tf
@@ -7,24 +7,44 @@ from sddns_tf.validation import check_choice, check_int, check_number
 
 # Above this many distances per iteration, k-means sees mini-batches instead of the whole set.
 _FULL_KMEANS_DISTANCES = 50_000_000
+METRICS = ("cosine", "euclidean")
+# Distances in so many random directions stand for all: what farthest-first picks hardly changes.
+_PROJECTED_DIM = 64
+_FARTHEST_AT_ONCE = 256
 
 
 def ood_score(
-    features, bank, temperature=0.04, offset=0.1, k=None, *, weights=None, block_size=65_536
+    features,
+    bank,
+    temperature=0.04,
+    offset=0.1,
+    k=None,
+    *,
+    metric="cosine",
+    weights=None,
+    block_size=65_536,
 ):
     """How far out of distribution features lie: higher means more out-of-distribution.
 
-    `-log sum_m w_m exp((cos(f, b_m) - offset) / temperature)`, the weights summing to 1, over the
+    `-log sum_m w_m exp((s(f, b_m) - offset) / temperature)`, the weights summing to 1, over the
     whole bank or over its `k` rows nearest to `f`. Computed in float32 and in log space
     whatever the precision policy, and in blocks of the bank, so that memory stays bounded.
 
+    The similarity `s` is the cosine of features of norm 1. Of features whose channels are
+    standardized by the bank it is `1 - |f - b|^2 / (2 D)`, one minus half of the mean squared
+    difference of a channel (`metric="euclidean"`): 1 for equal features and 0 on average for two
+    rows of the bank, as the cosine is; where both have the norm `sqrt(D)` it is the cosine. The
+    score is then minus the logarithm of a Parzen window estimate of the density, with Gaussian
+    windows of variance `D * temperature`.
+
     Args:
-        features: L2-normalized features `(B, D)`.
-        bank: L2-normalized features of in-distribution images `(M, D)`.
+        features: Features `(B, D)`: L2-normalized, or standardized for `metric="euclidean"`.
+        bank: Features of in-distribution images or places `(M, D)`, likewise.
         temperature: Positive float, of the exponential.
-        offset: Float, subtracted from the cosine.
+        offset: Float, subtracted from the similarity.
         k: None for the whole bank, or the number of nearest rows to average over. With weights
             these are the `k` nearest centers, their weights scaled to sum to 1 again.
+        metric: `"cosine"` or `"euclidean"`.
         weights: Weights `(M,)` of the rows of the bank, not negative, scaled here to sum to 1: see
             `compress`. None weighs them equally.
         block_size: Rows of the bank that are compared at once; a block never has twice as many.
@@ -33,11 +53,12 @@ def ood_score(
         Float32 scores `(B,)`. The score of a feature that is not a number is not a number.
 
     Raises:
-        ValueError: If shapes do not fit, or `k` or `temperature` are out of range.
+        ValueError: If shapes do not fit, or `k`, `metric` or `temperature` are out of range.
 
     Reference:
         Rafiee et al., "Self-Supervised Anomaly Detection by Self-Distillation and Negative
-        Sampling", arXiv 2201.06378: minus the logarithm of its in-distribution score.
+        Sampling", arXiv 2201.06378: minus the logarithm of its in-distribution score. Parzen,
+        "On estimation of a probability density function and mode", 1962.
 
     Example:
     >>> ood_score(features=[[1.0, 0.0]], bank=[[1.0, 0.0], [0.0, 1.0]])
@@ -45,37 +66,56 @@ def ood_score(
     """
     features, bank = tf.convert_to_tensor(features), tf.convert_to_tensor(bank)
     rows, dim = _check_score_arguments(features, bank, temperature, offset, k, weights, block_size)
+    check_choice("metric", metric, METRICS)
     features = tf.cast(features, tf.float32)
     weights = tf.ones([rows]) if weights is None else tf.cast(weights, tf.float32)
     log_weights = tf.math.log(weights) - tf.math.log(tf.reduce_sum(weights))
 
-    def logits(cosines, log_weights):
-        return (cosines - offset) / temperature + log_weights
-
-    def cosines(start, length):
+    def products(start, length):
+        """How near rows lie to the features: similarities but for what `similarities` adds."""
         block = tf.cast(tf.slice(bank, [start, 0], [length, dim]), tf.float32)
-        return tf.matmul(features, block, transpose_b=True)
+        found = tf.matmul(features, block, transpose_b=True)
+        # Half of the squared lengths of the rows: of a constant bank, the bias of a dense layer.
+        half = tf.reduce_sum(tf.square(block), axis=1) / 2.0 if metric == "euclidean" else None
+        return found if half is None else found - half
+
+    def similarities(products):
+        if metric == "cosine":
+            return products
+        half = tf.reduce_sum(tf.square(features), axis=1, keepdims=True) / 2.0
+        return 1.0 + (products - half) * (1.0 / dim)
+
+    def logits(products):
+        return (similarities(products) - offset) / temperature
 
     def log_sum(start, length):
         block_weights = tf.slice(log_weights, [start], [length])
-        return (tf.reduce_logsumexp(logits(cosines(start, length), block_weights), axis=1),)
+        return (tf.reduce_logsumexp(logits(products(start, length)) + block_weights, axis=1),)
 
     def add(left, right):
         return (tf.reduce_logsumexp(tf.stack([left[0], right[0]]), axis=0),)
 
     def nearest(start, length):
-        values, indices = tf.math.top_k(cosines(start, length), k)
+        values, indices = tf.math.top_k(products(start, length), k)
         return values, indices + start
 
     def nearest_of_both(left, right):
         values, which = tf.math.top_k(tf.concat([left[0], right[0]], axis=1), k)
         return values, tf.gather(tf.concat([left[1], right[1]], axis=1), which, batch_dims=1)
 
+    def highest(start, length):
+        return (tf.reduce_max(products(start, length), axis=1, keepdims=True),)
+
+    def higher(left, right):
+        return (tf.maximum(left[0], right[0]),)
+
     if k is None:
         return -_over_blocks(log_sum, add, rows, block_size)[0]
+    if k == 1:  # Its weight is scaled to 1, and a maximum takes no sorting.
+        return -logits(_over_blocks(highest, higher, rows, block_size)[0])[:, 0]
     values, indices = _over_blocks(nearest, nearest_of_both, rows, max(block_size, k))
     near = tf.gather(log_weights, indices)
-    return tf.reduce_logsumexp(near, axis=1) - tf.reduce_logsumexp(logits(values, near), axis=1)
+    return tf.reduce_logsumexp(near, axis=1) - tf.reduce_logsumexp(logits(values) + near, axis=1)
 
 
 def _check_score_arguments(features, bank, temperature, offset, k, weights, block_size):
@@ -146,12 +186,7 @@ def compress(features, size, method="kmeans", seed=0):
     >>> centers, weights = compress(bank, size=1000)
     >>> scores = ood_score(features, centers, weights=weights)
     """
-    features = np.asarray(features, np.float32)
-    if features.ndim != 2 or not features.size or not np.isfinite(features).all():
-        raise ValueError(
-            f"`features` must be a finite array of shape (M, D). Received shape {features.shape}, "
-            f"{np.count_nonzero(~np.isfinite(features))} values not finite."
-        )
+    features = _finite_matrix("features", features)
     check_int("size", size)
     check_int("seed", seed, low=0, high=2**32 - 1)
     methods = {"kmeans": _kmeans_centers, "kcenter": _kcenter_centers}
@@ -164,6 +199,16 @@ def compress(features, size, method="kmeans", seed=0):
     members = np.bincount(pairwise_distances_argmin(features, centers), minlength=len(centers))
     kept = members > 0
     return centers[kept], (members[kept] / len(features)).astype(np.float32)
+
+
+def _finite_matrix(name, values):
+    values = np.asarray(values, np.float32)
+    if values.ndim != 2 or not values.size or not np.isfinite(values).all():
+        raise ValueError(
+            f"`{name}` must be a finite array of shape (M, D). Received shape {values.shape}, "
+            f"{np.count_nonzero(~np.isfinite(values))} values not finite."
+        )
+    return values
 
 
 def _kmeans_centers(features, size, seed):
@@ -179,9 +224,119 @@ def _kmeans_centers(features, size, seed):
 
 
 def _kcenter_centers(features, size, seed):
-    chosen = [np.random.default_rng(seed).integers(len(features))]
-    nearest = features @ features[chosen[0]]
+    return features[_farthest_first(features, size, seed)]
+
+
+def coreset(places, size, seed=0):
+    """The rows of a bank of places: some of the places, each the farthest from those before it.
+
+    Greedy k-center by Euclidean distance, in 64 random directions where there are more channels:
+    distances in these are the whole ones up to a few percent.
+
+    Args:
+        places: Standardized features of places, float `(M, C)`.
+        size: Largest number of rows.
+        seed: Int; equal seeds give equal rows.
+
+    Returns:
+        Float32 `(min(M, size), C)`.
+
+    Raises:
+        ValueError: If the places are not a finite matrix or `size` is not positive.
+
+    Reference:
+        Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022, section
+        3.2; Gonzalez, "Clustering to minimize the maximum intercluster distance", 1985; Johnson
+        and Lindenstrauss, "Extensions of Lipschitz mappings into a Hilbert space", 1984.
+
+    Example:
+    >>> rows = coreset(places, size=5000)
+    """
+    places = _finite_matrix("places", places)
+    check_int("size", size)
+    if size >= len(places):
+        return places
+    projected, dim = places, places.shape[1]
+    if dim > _PROJECTED_DIM:
+        directions = np.random.default_rng(seed).normal(size=(dim, _PROJECTED_DIM))
+        projected = places @ (directions / np.sqrt(_PROJECTED_DIM)).astype(np.float32)
+    return places[_farthest_first(projected, size, seed)]
+
+
+def _farthest_first(features, size, seed):
+    """Indices of rows, each the farthest from those before it; the first one is drawn.
+
+    Rows are taken from the farthest few as long as they are farther than all others can be, and
+    only then compared with everything: the same choice, in matrix products instead of one pass
+    over all rows for each.
+    """
+    half = np.einsum("nd,nd->n", features, features) / 2.0
+
+    def distances(rows, chosen):  # Half of the squared ones.
+        return half[rows, np.newaxis] + half[chosen] - features[rows] @ features[chosen].T
+
+    everything, few = slice(None), min(_FARTHEST_AT_ONCE, len(features))
+    chosen = [int(np.random.default_rng(seed).integers(len(features)))]
+    nearest = distances(everything, chosen)[:, 0]
+    nearest[chosen] = -1.0
     while len(chosen) < size:
-        chosen.append(int(np.argmin(nearest)))
-        nearest = np.maximum(nearest, features @ features[chosen[-1]])
-    return features[chosen]
+        farthest = np.argpartition(-nearest, few - 1)[:few]
+        current, among = nearest[farthest], distances(farthest, farthest)
+        bound, new = current.min(), []
+        while len(chosen) + len(new) < size and current.max() >= bound:
+            best = int(np.argmax(current))
+            new.append(int(farthest[best]))
+            np.minimum(current, among[best], out=current)
+            current[best] = -1.0
+        np.minimum(nearest, distances(everything, new).min(axis=1), out=nearest)
+        chosen += new
+        nearest[chosen] = -1.0
+    return chosen
+
+
+class Reservoir:
+    """Rows drawn at random, without replacement, from a stream of them, in bounded memory.
+
+    Every row that was offered is as likely to be kept as any other. What is kept depends on the
+    seed and the order of the rows, not on how they are cut into batches.
+
+    Args:
+        capacity: Number of rows to keep.
+        seed: Int.
+
+    Example:
+    >>> reservoir = Reservoir(50_000, seed=0)
+    >>> for rows in batches:
+    ...     reservoir.offer(rows)
+    >>> reservoir.rows.shape
+    (50000, 160)
+
+    Reference:
+        Vitter, "Random sampling with a reservoir", 1985; here the rows of the smallest of as many
+        random keys, which is the same.
+    """
+
+    def __init__(self, capacity, seed=0):
+        check_int("capacity", capacity)
+        self._capacity = capacity
+        self._generator = np.random.default_rng(seed)
+        self._keys = np.zeros([0])
+        self._rows = None
+
+    def offer(self, rows):
+        """Show it further rows, float `(N, C)`."""
+        keys = self._generator.random(len(rows))
+        highest = self._keys.max() if len(self._keys) == self._capacity else np.inf
+        wanted = np.flatnonzero(keys < highest)
+        keys = np.concatenate([self._keys, keys[wanted]])
+        kept = rows[wanted] if self._rows is None else np.concatenate([self._rows, rows[wanted]])
+        if len(keys) > self._capacity:
+            order = np.argpartition(keys, self._capacity - 1)[: self._capacity]
+            order.sort()
+            keys, kept = keys[order], kept[order]
+        self._keys, self._rows = keys, kept
+
+    @property
+    def rows(self):
+        """The rows kept so far, float32 `(N, C)`."""
+        return self._rows

@@ -9,18 +9,21 @@ from sddns_tf.validation import check_number
 
 # How much a cosine of one image may differ with the batch it is in; exports are held to it too.
 COSINE_ROUNDING = 4e-6
+# The same of a place's similarity to the bank: features are longer than 1 where it is unusual.
+PLACE_ROUNDING = 1.6e-5
 
 
-def rounding(temperature):
+def rounding(temperature, is_local=False):
     """By how much a score may differ from itself, with the batch it is in or in an export.
 
     Args:
         temperature: Positive float, of the score: see `bank.ood_score`.
+        is_local: Whether it is the score of a place.
 
     Returns:
-        Float: 1e-4 at the temperature 0.04.
+        Float: 1e-4 at the temperature 0.04, of a place 4e-4.
     """
-    return COSINE_ROUNDING / temperature
+    return (PLACE_ROUNDING if is_local else COSINE_ROUNDING) / temperature
 
 
 def largest_flagged_rank(calibration_size, false_positive_rate):
@@ -65,6 +68,21 @@ def snapped(scores, calibration_scores, rounding):
     above = tf.reduce_min(tf.where(calibration >= column, calibration, highest), axis=1)
     raised = tf.where(above - scores <= rounding / 2, above, scores)
     return tf.where(scores - below <= rounding, below, raised)
+
+
+def lowered(maps, scores):
+    """Maps that end where the images' scores do, which `snapped` may have lowered.
+
+    So a place lies above the threshold only where its image's score does.
+
+    Args:
+        maps: Scores of places, float32 `(B, h, w)`.
+        scores: Scores of the images, float32 `(B,)`, at most the maxima of the maps.
+
+    Returns:
+        Float32 tensor `(B, h, w)`, whose maxima are `scores`.
+    """
+    return tf.minimum(maps, scores[:, tf.newaxis, tf.newaxis])
 
 
 def merged(scores, rounding):

@@ -2,21 +2,21 @@
 
 import math
 import pathlib
-import warnings
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from sddns_tf import files, image_ops
-from sddns_tf.bank import compress, ood_score
-from sddns_tf.calibration import largest_flagged_rank, merged, rounding, snapped
-from sddns_tf.features import FeatureExtractor, extract_features, image_size_of
+from sddns_tf import building, files, image_ops
+from sddns_tf.bank import compress, coreset, ood_score
+from sddns_tf.calibration import largest_flagged_rank, lowered, merged, rounding, snapped
+from sddns_tf.features import FeatureExtractor, extract_features, image_size_of, stream_features
 from sddns_tf.image_sources import image_source
-from sddns_tf.validation import check_int, check_number, image_array
+from sddns_tf.local import counted_places
+from sddns_tf.validation import check_int, check_number
 
-# Features this near are those of one image: the square root of twice such a cosine, and room.
-_SHARED_DISTANCE = 1e-4
+# Rows of the bank that all places of a batch are compared with at once.
+_BLOCK_OF_PLACES = 1024
 
 _TRAINED = pathlib.Path(__file__).parent / "trained"
 PRETRAINED = ("cifar10-small",)
@@ -38,6 +38,11 @@ class Detector(keras.Model):
     A score that is not a number (its features are not finite) counts as higher than every
     calibration score: the p-value is the lowest there is and the image is flagged.
 
+    A local detector, whose extractor gives feature maps, compares places: each with the bank's
+    places. Its score of an image is the highest score of a place, in calibration as well. So
+    `is_ood` says that some place of the map lies above `threshold`, and of normal images at most
+    the promised share shows any such place.
+
     Args:
         extractor: `FeatureExtractor` of the detector.
         bank_size: Number of rows of the bank.
@@ -51,11 +56,14 @@ class Detector(keras.Model):
 
     Returns:
         Dict of `"ood_score"`, float32 `(B,)`, higher means more out-of-distribution;
-        `"p_value"`, float32 `(B,)`; `"is_ood"`, bool `(B,)`.
+        `"p_value"`, float32 `(B,)`; `"is_ood"`, bool `(B,)`; of a local detector also
+        `"anomaly_map"`, float32 `(B, h, w)`, the score of each place, whose maximum is the
+        image's: `is_ood == (anomaly_map > threshold).any()`.
 
     References:
         Rafiee et al., arXiv 2201.06378 (the score); Bates et al., "Testing for outliers with
-        conformal p-values", arXiv 2104.08279.
+        conformal p-values", arXiv 2104.08279; Roth et al., "Towards Total Recall in Industrial
+        Anomaly Detection", CVPR 2022 (nearest places).
 
     Example:
     >>> detector = Detector.from_images(
@@ -89,14 +97,23 @@ class Detector(keras.Model):
         self.temperature = float(temperature)
         self.offset = float(offset)
         self.k = k
-        self.bank = self._add_state("bank", (bank_size, extractor.feature_dim))
+        if self.is_local:
+            self.counted = self._add_state("counted", extractor.map_size, 1.0)
+        self._make_state(bank_size, calibration_size)
+        self.built = True
+
+    def _make_state(self, bank_size, calibration_size):
+        """Variables for the bank and the calibration; new ones if there were some."""
+        if hasattr(self, "bank"):
+            del self.bank, self.bank_weights, self.rate, self.largest_flagged_rank
+            del self.calibration_scores
+        self.bank = self._add_state("bank", (bank_size, self.extractor.feature_dim))
         self.bank_weights = self._add_state("bank_weights", (bank_size,), 1.0 / bank_size)
         self.rate = self._add_state("false_positive_rate", (), 1.0)
         self.largest_flagged_rank = self._add_state("largest_flagged_rank", (), calibration_size)
         # The last one, as it is made anew when the number of calibration images changes, and
         # weights are saved in the order in which they were made.
         self.calibration_scores = self._add_calibration_scores(calibration_size)
-        self.built = True
 
     def _add_state(self, name, shape, value=0.0):
         return self.add_weight(
@@ -121,6 +138,8 @@ class Detector(keras.Model):
         *,
         image_size=None,
         resolution=None,
+        layers=None,
+        ignore=None,
         resize="squash",
         mean=image_ops.IMAGENET_MEAN,
         std=image_ops.IMAGENET_STD,
@@ -129,7 +148,7 @@ class Detector(keras.Model):
         k=None,
         bank_size=None,
         bank_method="kmeans",
-        batch_size=256,
+        batch_size=None,
         seed=0,
         verbose="auto",
     ):
@@ -149,18 +168,27 @@ class Detector(keras.Model):
                 Defaults to the size that the backbone was made for, else to `resolution`.
             resolution: The in-distribution's own resolution in pixels, to which every image is
                 resized first, an int or (height, width). Defaults to the size of the bank images.
+            layers: None, or the layers of the backbone whose maps are compared place by place:
+                names, `"auto"` or `"tokens"`, see `FeatureExtractor`. The detector then is a
+                local one, and its answers hold an `anomaly_map`.
+            ignore: None, or of a local detector the places that count for nothing, neither in the
+                bank nor in a score, such as a serial number: a bool mask `(h, w)` of the map or of
+                the image, or the path of an image file that is not black there. The promise then
+                speaks of the rest.
             resize: How an image of another shape is brought to the resolution: `"squash"` changes
                 its aspect ratio, `"crop"` cuts its sides off.
             mean: Three floats, mean of each channel for images scaled to 0-1.
             std: Three floats, standard deviation of each channel for images scaled to 0-1.
             temperature: Positive float, of the score: see `bank.ood_score`.
             offset: Float, subtracted from cosines in the score.
-            k: None, or the number of nearest rows of the bank that the score averages over.
+            k: None, or the number of nearest rows of the bank that the score averages over. Of
+                places the default is the nearest one.
             bank_size: None keeps the features of all bank images; an int keeps at most so many
-                centers: see `bank.compress`.
-            bank_method: `"kmeans"` or `"kcenter"`.
-            batch_size: Images per step; a dataset has its own.
-            seed: Int, of the compression.
+                centers: see `bank.compress`. Of places 5,000 are kept by default, chosen by
+                `bank.coreset` of ten times as many, drawn at random.
+            bank_method: `"kmeans"` or `"kcenter"`, for features of whole images.
+            batch_size: Images per step, 256 by default, 32 with `layers`; a dataset has its own.
+            seed: Int, of the compression and of the draw of places.
             verbose: 0 is silent, 1 shows progress bars, 2 lines; `"auto"` shows a bar where there
                 is more than one step.
 
@@ -170,10 +198,11 @@ class Detector(keras.Model):
         Raises:
             ValueError: If there are too few calibration images for the rate, images have a wrong
                 shape or range, the bank images have no single size and `resolution` is not given,
-                or features are not finite.
+                a layer gives no map, a mask does not fit, or features are not finite.
         """
-        if isinstance(bank_images, (list, tuple)):
-            bank_images = image_array(bank_images, "bank_images")
+        # Here already, so that nothing is computed in vain.
+        bank_images = image_source(bank_images, "bank_images")
+        calibration_images = image_source(calibration_images, "calibration_images")
         resolution = image_size_of(bank_images) if resolution is None else resolution
         if resolution is None:
             raise ValueError(
@@ -186,10 +215,24 @@ class Detector(keras.Model):
                 f"The backbone has no weights yet: train or build it. Received: {backbone}."
             )
         extractor = FeatureExtractor(
-            backbone, image_size, resolution, resize=resize, mean=mean, std=std
+            backbone, image_size, resolution, layers=layers, resize=resize, mean=mean, std=std
         ).snapshot()
+        score = {"temperature": temperature, "offset": offset, "k": k}
+        if layers is not None:
+            options = {"batch_size": batch_size or building.PLACES_BATCH, "verbose": verbose}
+            return cls._of_places(
+                extractor,
+                (bank_images, calibration_images),
+                false_positive_rate,
+                counted_places(ignore, extractor.map_size),
+                bank_size,
+                seed,
+                score,
+                options,
+            )
+        _check_no_ignore(ignore)
         # Calibration first: it is the smaller set, and where it is too small nothing is wasted.
-        options = {"batch_size": batch_size, "verbose": verbose}
+        options = {"batch_size": batch_size or 256, "verbose": verbose}
         calibration_features = extract_features(
             extractor, calibration_images, name="calibration_images", **options
         )
@@ -199,13 +242,34 @@ class Detector(keras.Model):
             extract_features(extractor, bank_images, name="bank_images", **options),
             calibration_features,
             false_positive_rate,
-            temperature=temperature,
-            offset=offset,
-            k=k,
             bank_size=bank_size,
             bank_method=bank_method,
             seed=seed,
+            **score,
         )
+
+    @classmethod
+    def _of_places(cls, extractor, images, rate, counted, bank_size, seed, score, options):
+        """A local detector; all images are streamed."""
+        bank_images, calibration_images = images
+        if not isinstance(calibration_images, tf.data.Dataset):
+            largest_flagged_rank(len(calibration_images), rate)
+        bank = building.bank_of_places(
+            extractor,
+            bank_images,
+            counted,
+            building.PLACES_BANK_SIZE if bank_size is None else bank_size,
+            seed,
+            **options,
+        )
+        detector = cls(extractor, len(bank), 1, **{**score, "k": score["k"] or 1})
+        detector.counted.assign(counted)
+        detector.bank.assign(bank)
+        scores = detector._scores_of_images(calibration_images, **options)
+        detector._calibrate(scores, rate)
+        lowest = np.count_nonzero(scores <= detector.lowest_score + detector.rounding)
+        building.warn_of_shared_images(lowest, len(scores))
+        return detector
 
     @classmethod
     def from_features(
@@ -216,6 +280,7 @@ class Detector(keras.Model):
         false_positive_rate=0.05,
         *,
         bank_weights=None,
+        ignore=None,
         temperature=0.04,
         offset=0.1,
         k=None,
@@ -224,6 +289,10 @@ class Detector(keras.Model):
         seed=0,
     ):
         """A calibrated detector from features that were extracted before.
+
+        Of an extractor with layers the bank's features are those of places, `(M, C)`, and the
+        calibration's whole maps, `(N, h, w, C)`, both standardized by the bank's mean and
+        deviation: see `FeatureExtractor.standardize`.
 
         Args:
             extractor: `FeatureExtractor` that gave the features. It becomes the detector's own,
@@ -234,11 +303,13 @@ class Detector(keras.Model):
             false_positive_rate: Largest share of normal images to flag, between 0 and 1.
             bank_weights: Weights `(M,)` of the rows of the bank, or None for equal ones: see
                 `bank.compress`.
+            ignore: As for `from_images`.
             temperature: Positive float, of the score: see `bank.ood_score`.
             offset: Float, subtracted from cosines in the score.
-            k: None, or the number of nearest rows of the bank that the score averages over.
+            k: None, or the number of nearest rows of the bank that the score averages over. Of
+                places the default is the nearest one.
             bank_size: None keeps the bank; an int compresses it to at most so many centers.
-            bank_method: `"kmeans"` or `"kcenter"`.
+            bank_method: `"kmeans"` or `"kcenter"`, for features of whole images.
             seed: Int, of the compression.
 
         Returns:
@@ -255,31 +326,39 @@ class Detector(keras.Model):
         ...     extractor, bank_features, extract_features(extractor, held_out_images), 0.05
         ... )
         """
-        features = _checked_features("bank_features", bank_features, extractor)
-        calibration = _checked_features("calibration_features", calibration_features, extractor)
+        local = extractor.map_size is not None
+        features = building.checked_features("bank_features", bank_features, extractor)
+        calibration = building.checked_features(
+            "calibration_features", calibration_features, extractor, is_map=local
+        )
         largest_flagged_rank(len(calibration), false_positive_rate)
-        _warn_of_shared_images(features, calibration)
         weights = np.full(len(features), 1.0 / len(features), np.float32)
         if bank_weights is not None:
-            weights = _checked_weights(bank_weights, len(features))
+            weights = building.checked_weights(bank_weights, len(features))
+        if not local:
+            _check_no_ignore(ignore)
+            shared = building.count_shared(features, calibration)
+            building.warn_of_shared_images(shared, len(calibration))
         if bank_size is not None:
             if bank_weights is not None:
                 raise ValueError(
                     "A weighted bank is compressed already. "
                     f"Received: bank_size={bank_size} and `bank_weights`"
                 )
-            features, weights = compress(features, bank_size, bank_method, seed)
+            features, weights = _compressed(features, bank_size, bank_method, seed, local)
         detector = cls(
             extractor,
             bank_size=len(features),
             calibration_size=len(calibration),
             temperature=temperature,
             offset=offset,
-            k=k,
+            k=1 if local and k is None else k,
         )
+        if local:
+            detector.counted.assign(counted_places(ignore, extractor.map_size))
         detector.bank.assign(features)
         detector.bank_weights.assign(weights)
-        detector._calibrate(calibration, false_positive_rate)
+        detector._calibrate(detector._scores(calibration), false_positive_rate)
         return detector
 
     def compressed(self, size, method="kmeans", seed=0):
@@ -290,7 +369,8 @@ class Detector(keras.Model):
 
         Args:
             size: Largest number of rows of the bank.
-            method: `"kmeans"` or `"kcenter"`: see `bank.compress`.
+            method: `"kmeans"` or `"kcenter"`: see `bank.compress`. Places are always chosen by
+                `bank.coreset`.
             seed: Int, of the compression.
 
         Returns:
@@ -309,7 +389,7 @@ class Detector(keras.Model):
                 f"The bank is compressed already, to {len(weights)} weighted centers. "
                 f"Received: size={size}"
             )
-        centers, weights = compress(self.bank.numpy(), size, method, seed)
+        centers, weights = _compressed(self.bank.numpy(), size, method, seed, self.is_local)
         return self._with(centers, weights, self.calibration_scores.numpy())
 
     def with_calibration_scores(self, scores):
@@ -330,6 +410,8 @@ class Detector(keras.Model):
         other = type(self)(**{**config, "bank_size": len(bank), "calibration_size": len(scores)})
         other.bank.assign(bank)
         other.bank_weights.assign(weights)
+        if self.is_local:
+            other.counted.assign(self.counted)
         other.calibration_scores.assign(merged(scores, self.rounding))
         other._set_rate(self.false_positive_rate)
         return other
@@ -342,21 +424,55 @@ class Detector(keras.Model):
         """What the detector answers for images of which `features` gave the features.
 
         Args:
-            features: Float32 `(B, D)` of L2 norm 1.
+            features: Float32 `(B, D)` of L2 norm 1; of a local detector maps `(B, h, w, C)`.
 
         Returns:
             Dict of tensors, as for a call.
         """
-        score = self._snapped(self._score(features))
+        found = self.scores(features)
+        score = self._snapped(found["ood_score"])
         # A comparison with NaN is False, so a score that is not a number has rank 1. (`not (score
         # <= threshold)` would not do: the graph optimizer makes `score > threshold` of it.)
         as_high = self.calibration_scores[tf.newaxis, :] >= score[:, tf.newaxis]
         rank = 1.0 + tf.cast(tf.reduce_sum(tf.cast(as_high, tf.int32), axis=1), tf.float32)
-        return {
+        answers = {
             "ood_score": score,
             "p_value": rank / (1.0 + self.calibration_scores.shape[0]),
             "is_ood": rank <= self.largest_flagged_rank,
         }
+        if self.is_local:
+            answers["anomaly_map"] = lowered(found["anomaly_map"], score)
+        return answers
+
+    def scores(self, features, block_size=None):
+        """Scores as they are measured, before the calibration scores next below them decide.
+
+        Args:
+            features: As for `answer`.
+            block_size: Rows of the bank that are compared at once: see `bank.ood_score`.
+
+        Returns:
+            Dict of `"ood_score"`, float32 `(B,)`, and of a local detector `"anomaly_map"`, float32
+            `(B, h, w)`. A place whose features are not finite has an infinite score, one that is
+            ignored the lowest there is.
+        """
+        arguments = (self.bank, self.temperature, self.offset, self.k)
+        if not self.is_local:
+            block = {} if block_size is None else {"block_size": block_size}
+            return {
+                "ood_score": ood_score(features, *arguments, weights=self.bank_weights, **block)
+            }
+        maps = ood_score(
+            tf.reshape(features, [-1, self.extractor.feature_dim]),
+            *arguments,
+            metric="euclidean",
+            weights=self.bank_weights,
+            block_size=block_size or _BLOCK_OF_PLACES,
+        )
+        maps = tf.reshape(maps, [-1, *self.extractor.map_size])
+        maps = tf.where(tf.math.is_nan(maps), math.inf, maps)
+        maps = tf.minimum(maps, tf.where(self.counted > 0.5, math.inf, self.lowest_score))
+        return {"ood_score": tf.reduce_max(maps, axis=[1, 2]), "anomaly_map": maps}
 
     def _snapped(self, score):
         return snapped(score, self.calibration_scores, self.rounding)
@@ -373,7 +489,8 @@ class Detector(keras.Model):
             callbacks: As in Keras.
 
         Returns:
-            Dict of `"ood_score"`, `"p_value"` and `"is_ood"`, NumPy arrays `(N,)`.
+            Dict of `"ood_score"`, `"p_value"` and `"is_ood"`, NumPy arrays `(N,)`, and of a local
+            detector `"anomaly_map"`, `(N, h, w)`.
 
         Raises:
             ValueError: If `x` is empty, or not of images in 0-255.
@@ -386,17 +503,19 @@ class Detector(keras.Model):
         files.save_keras(super().save, filepath, *args, **kwargs)
 
     def features(self, images):
-        """L2-normalized features of a batch of images.
+        """L2-normalized features of a batch of images, or feature maps.
 
         Args:
             images: uint8 or float in 0-255, `(B, H, W, 3)`, of any height and width.
 
         Returns:
-            Float32 tensor `(B, D)`.
+            Float32 tensor `(B, D)`; of a local detector `(B, h, w, C)`.
         """
         return self.extractor(images)
 
-    def recalibrate(self, images=None, false_positive_rate=None, *, batch_size=256, verbose="auto"):
+    def recalibrate(
+        self, images=None, false_positive_rate=None, *, batch_size=None, verbose="auto"
+    ):
         """Calibrate on other images, or change the false positive rate, or both, in place.
 
         Args:
@@ -418,8 +537,53 @@ class Detector(keras.Model):
         if images is None:
             self._set_rate(rate)
             return
-        features = extract_features(self.extractor, images, batch_size=batch_size, verbose=verbose)
-        self._calibrate(features, rate)
+        scores = self._scores_of_images(images, batch_size, verbose)
+        self._calibrate(scores, rate)
+
+    def extend(self, images, *, batch_size=None, verbose="auto"):
+        """Take images for normal from now on, such as false alarms, in place, without training.
+
+        Their features join the bank; of a local detector those of their places that score above
+        the lowest calibration score, which are what stood out. The calibration stays: with one
+        nearest row (`k=1`, as local detectors have) scores can only fall by this, so that the
+        promise holds on. Otherwise, and to flag as many as was promised and not fewer, call
+        `recalibrate` with images that are not in the bank; never with these.
+
+        Args:
+            images: In-distribution images, as for `from_images`.
+            batch_size: Images per step; a dataset has its own.
+            verbose: As for `recalibrate`.
+
+        Example:
+        >>> false_alarms = [path for path in flagged if inspector_says_good(path)]
+        >>> detector.extend(sddns_tf.data.load_arrays(false_alarms))
+        """
+        found = [self._rows_of(f) for f in self._stream(images, batch_size, verbose)]
+        rows = np.concatenate([self.bank.numpy(), *found])
+        weights, scores = self.bank_weights.numpy(), self.calibration_scores.numpy()
+        # A new row weighs as much as one of the bank does on average.
+        weights = np.pad(weights, (0, len(rows) - len(weights)), constant_values=weights.mean())
+        rate = self.false_positive_rate
+        self._make_state(len(rows), len(scores))
+        self.bank.assign(rows)
+        self.bank_weights.assign(weights / weights.sum())
+        self.calibration_scores.assign(scores)
+        self._set_rate(rate)
+        self.predict_function = None  # It was traced with the old bank.
+
+    def _rows_of(self, features):
+        """Of features, those that a bank takes up."""
+        if not self.is_local:
+            building.check_finite(features, "new")
+            return features
+        places = features[self.scores(features)["anomaly_map"] > self.calibration_scores[0]]
+        building.check_finite(places, "new", "places")
+        return places
+
+    @property
+    def is_local(self):
+        """Whether places are compared, and answers hold an `anomaly_map`."""
+        return self.extractor.map_size is not None
 
     @property
     def false_positive_rate(self):
@@ -432,30 +596,41 @@ class Detector(keras.Model):
         return float(self.calibration_scores.numpy()[-int(self.largest_flagged_rank.numpy())])
 
     @property
+    def lowest_score(self):
+        """The score of what is in the bank: no score is lower."""
+        return (self.offset - 1.0) / self.temperature
+
+    @property
     def rounding(self):
         """By how much a score may differ from itself: with the batch it is in, or in an export.
 
         What lies this little above a calibration score counts as equal to it, so that equal images
         get equal answers. See `snapped`.
         """
-        return rounding(self.temperature)
+        return rounding(self.temperature, self.is_local)
 
-    def _score(self, features):
-        return ood_score(
-            features,
-            self.bank,
-            self.temperature,
-            self.offset,
-            self.k,
-            weights=self.bank_weights,
+    def _stream(self, images, batch_size, verbose):
+        size = batch_size or (building.PLACES_BATCH if self.is_local else 256)
+        return stream_features(self.extractor, images, batch_size=size, verbose=verbose)
+
+    def _scores_of_images(self, images, batch_size=None, verbose="auto"):
+        return np.concatenate([self._scores(f) for f in self._stream(images, batch_size, verbose)])
+
+    def _scores(self, features):
+        """Scores `(N,)` of calibration features, a few at a time."""
+        building.check_finite(features.reshape(len(features), -1), "calibration")
+        step = building.PLACES_BATCH if self.is_local else 256
+        return np.concatenate(
+            [
+                self.scores(features[start : start + step])["ood_score"]
+                for start in range(0, len(features), step)
+            ]
         )
 
-    def _calibrate(self, features, false_positive_rate):
-        """Hold the scores of calibration features and set the threshold."""
-        largest_flagged_rank(len(features), false_positive_rate)
-        _check_finite(features, "calibration")
-        scores = [self._score(features[i : i + 256]) for i in range(0, len(features), 256)]
-        scores = merged(np.concatenate(scores), self.rounding)
+    def _calibrate(self, scores, false_positive_rate):
+        """Hold the scores of calibration images and set the threshold."""
+        largest_flagged_rank(len(scores), false_positive_rate)
+        scores = merged(scores, self.rounding)
         if len(scores) != self.calibration_scores.shape[0]:
             del self.calibration_scores
             self.calibration_scores = self._add_calibration_scores(len(scores))
@@ -487,74 +662,20 @@ class Detector(keras.Model):
         return cls(**{**config, "extractor": extractor})
 
 
-def _checked_features(name, features, extractor):
-    """Features as a float32 array `(N, D)`, all finite."""
-    features = np.asarray(features, np.float32)
-    if features.ndim != 2 or features.shape[1] != extractor.feature_dim or not len(features):
+def _compressed(features, size, method, seed, local):
+    """Rows of a smaller bank and their weights."""
+    if not local:
+        return compress(features, size, method, seed)
+    rows = coreset(features, size, seed)
+    return rows, np.full(len(rows), 1.0 / len(rows), np.float32)
+
+
+def _check_no_ignore(ignore):
+    if ignore is not None:
         raise ValueError(
-            f"`{name}` must have shape (N, {extractor.feature_dim}) with N at least 1, as the "
-            f"extractor gives them. Received: shape={features.shape}"
+            "`ignore` names places, and this detector compares whole images: pass `layers` as "
+            "well. Received: ignore without layers"
         )
-    _check_finite(features, name.removesuffix("_features"))
-    lengths = np.linalg.norm(features, axis=1)
-    if np.abs(lengths - 1.0).max() > 0.01:
-        raise ValueError(
-            f"`{name}` must be L2-normalized, as `extract_features` gives them. Received: rows of "
-            f"length {lengths.min():.3g} to {lengths.max():.3g}"
-        )
-    return features
-
-
-def _checked_weights(weights, rows):
-    weights = np.asarray(weights, np.float32)
-    if weights.shape != (rows,) or not (weights >= 0).all() or not weights.sum() > 0:
-        raise ValueError(
-            f"`bank_weights` must be {rows} numbers, not negative. Received: "
-            f"shape={weights.shape}, smallest {weights.min(initial=np.inf):.3g}"
-        )
-    return weights
-
-
-def _check_finite(features, name):
-    bad = np.count_nonzero(~np.isfinite(features).all(axis=1))
-    if bad:
-        raise ValueError(
-            f"The backbone gives features that are not finite for {bad} of the {len(features)} "
-            f"{name} images. Are its weights and these images finite?"
-        )
-
-
-def _warn_of_shared_images(bank_features, calibration_features):
-    """Calibration images in the bank look more normal than any new image will."""
-    shared = _count_shared(bank_features, calibration_features)
-    if shared:
-        warnings.warn(
-            f"{shared} of the {len(calibration_features)} calibration images are in the bank as "
-            "well. Their scores are too low, so that more normal images than the false positive "
-            "rate will be flagged. Hold calibration images out of the bank.",
-            stacklevel=4,
-        )
-
-
-def _count_shared(bank_features, calibration_features):
-    """How many calibration features are in the bank, up to rounding.
-
-    The features of one image differ in their last bits with the batch, so bytes tell nothing. Equal
-    rows lie together in any direction: each is compared with its neighbors in one.
-    """
-    dim = bank_features.shape[1]
-    direction = np.random.default_rng(0).normal(size=dim).astype(np.float32)
-    places = bank_features @ direction
-    order = np.argsort(places)
-    places, wanted = places[order], calibration_features @ direction
-    reach = _SHARED_DISTANCE * np.linalg.norm(direction)
-    first = np.searchsorted(places, wanted - reach)
-    last = np.searchsorted(places, wanted + reach)
-    shared = 0
-    for row, start, stop in zip(calibration_features, first, last, strict=True):
-        near = bank_features[order[start:stop]]
-        shared += bool((np.linalg.norm(near - row, axis=1) <= _SHARED_DISTANCE).any())
-    return shared
 
 
 def pretrained(name="cifar10-small"):

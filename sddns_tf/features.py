@@ -1,4 +1,4 @@
-"""Images to features: resize, normalize, backbone; whole data sets, streamed."""
+"""Images to features or feature maps: resize, normalize, backbone; whole data sets, streamed."""
 
 import functools
 
@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from sddns_tf import image_ops
+from sddns_tf import image_ops, local
 from sddns_tf.image_sources import image_source
 from sddns_tf.networks import check_names, copy_of
 from sddns_tf.validation import (
@@ -43,15 +43,24 @@ def _input_size_of(backbone):
 
 @keras.saving.register_keras_serializable("sddns_tf")
 class FeatureExtractor(keras.Model):
-    """Images of any size to the L2-normalized features of a backbone.
+    """Images of any size to the L2-normalized features of a backbone, or to its feature maps.
 
     Images are brought to the in-distribution's own resolution, so that resolution gives nothing
     away, then to the backbone's input size (both antialiased bicubic), and normalized. All of it
     is float32 whatever the precision of the backbone.
 
+    With `layers` it gives maps of what these layers see in each place: averaged over 3 x 3 places,
+    those of further layers brought to the grid of the first (bilinear), all channels in a row,
+    each minus its mean and divided by its deviation over the bank. Mean and deviation are weights,
+    0 and 1 until `standardize` sets them.
+
     Args:
         backbone: Keras model from normalized float images `(B, h, w, 3)` to features `(B, D)`.
             It is used as it is, not copied: features follow its training.
+        layers: None, or which layers give the maps. Of a functional model, others nested in it or
+            not: names of layers, or `"auto"`, the last layers at strides 8 and 16. Of a vision
+            transformer: `"tokens"`, those that enter the last block, which cost nothing extra, or
+            names of blocks. See `local.inner_maps`.
         image_size: Size of the backbone's input in pixels, an int or (height, width). Defaults
             to the size that the backbone was made for, else to `resolution`.
         resolution: The in-distribution's own resolution in pixels, an int or (height, width).
@@ -65,10 +74,15 @@ class FeatureExtractor(keras.Model):
         images: uint8 or float in 0-255, `(B, H, W, 3)`, of any height and width.
 
     Returns:
-        Float32 features `(B, D)` of L2 norm 1.
+        Float32 features `(B, D)` of L2 norm 1; with layers, feature maps `(B, h, w, C)`.
 
     Raises:
-        ValueError: If the backbone's input size is unknown or its output is not `(B, D)`.
+        ValueError: If the backbone's input size is unknown, its output is not `(B, D)`, or a layer
+            gives no map of at least 2 x 2 places.
+
+    Reference:
+        Roth et al., "Towards Total Recall in Industrial Anomaly Detection" (PatchCore), CVPR 2022:
+        maps of two layers, averaged over neighbors. It standardizes nothing.
 
     Example:
     >>> extractor = FeatureExtractor(model.teacher_backbone, image_size=32)
@@ -82,6 +96,7 @@ class FeatureExtractor(keras.Model):
         image_size=None,
         resolution=None,
         *,
+        layers=None,
         resize="squash",
         mean=image_ops.IMAGENET_MEAN,
         std=image_ops.IMAGENET_STD,
@@ -106,19 +121,51 @@ class FeatureExtractor(keras.Model):
         inputs = keras.KerasTensor((None, *self.image_size, 3))
         if not backbone.built:
             backbone.build(inputs.shape)
-        shape = getattr(backbone.compute_output_spec(inputs), "shape", None)
-        if shape is None or len(shape) != 2 or shape[-1] is None:
-            raise ValueError(
-                "A backbone must return one feature vector per image, (batch, dimension). "
-                f"Received a backbone that returns shape {shape} for {inputs.shape}."
-            )
-        self.feature_dim = shape[-1]
+        self.layer_names = self.map_size = None
+        if layers is None:
+            self.feature_dim = _feature_dim(backbone, inputs)
+        else:
+            self._prepare_maps(layers)
         self.built = True
 
+    def _prepare_maps(self, layers):
+        names, self._inner_maps, grids = local.inner_maps(self.backbone, layers, self.image_size)
+        local.check_grids(names, grids, self.image_size)
+        # The names that "auto" found, so that a copy takes the same ones.
+        self.layer_names = names
+        self.map_size = tuple(int(side) for side in grids[0][:2])
+        self.feature_dim = int(sum(channels for *_, channels in grids))
+        self.channel_mean, self.channel_deviation = (
+            self.add_weight(
+                shape=(self.feature_dim,),
+                initializer=value,
+                dtype="float32",
+                trainable=False,
+                autocast=False,
+                name=name,
+            )
+            for name, value in (("channel_mean", "zeros"), ("channel_deviation", "ones"))
+        )
+
     def call(self, images):
-        """Images `(B, H, W, 3)` to features `(B, D)`."""
-        features = self.backbone(self.preprocess(images), training=False)
+        """Images `(B, H, W, 3)` to features `(B, D)` or feature maps `(B, h, w, C)`."""
+        images = self.preprocess(images)
+        if self.layer_names is not None:
+            maps = local.combined(self._inner_maps(images))
+            return (maps - self.channel_mean) / self.channel_deviation
+        features = self.backbone(images, training=False)
         return tf.math.l2_normalize(tf.cast(features, tf.float32), axis=-1)
+
+    def standardize(self, mean, deviation):
+        """Set mean and deviation of each channel of the maps over the bank, in place.
+
+        Args:
+            mean: Float `(C,)`, of the maps as they were before.
+            deviation: Positive float `(C,)`, likewise.
+        """
+        before, spread = self.channel_mean.numpy(), self.channel_deviation.numpy()
+        self.channel_mean.assign(before + spread * mean)
+        self.channel_deviation.assign(spread * deviation)
 
     def at_resolution(self, images):
         """Images at the resolution at which they show all that the backbone sees of them.
@@ -152,7 +199,9 @@ class FeatureExtractor(keras.Model):
             `FeatureExtractor`.
         """
         backbone = copy_of(self.backbone, (*self.image_size, 3))
-        return type(self)(**{**self.get_config(), "backbone": backbone})
+        copy = type(self)(**{**self.get_config(), "backbone": backbone})
+        copy.set_weights(self.get_weights())
+        return copy
 
     @functools.cached_property
     def compiled_call(self):
@@ -166,6 +215,7 @@ class FeatureExtractor(keras.Model):
             "backbone": keras.saving.serialize_keras_object(self.backbone),
             "image_size": self.image_size,
             "resolution": self.resolution,
+            "layers": self.layer_names,
             "resize": self.resize,
             "mean": self.mean,
             "std": self.std,
@@ -176,6 +226,17 @@ class FeatureExtractor(keras.Model):
         """The extractor of a configuration, its backbone included."""
         backbone = keras.saving.deserialize_keras_object(config["backbone"])
         return cls(**{**config, "backbone": backbone})
+
+
+def _feature_dim(backbone, inputs):
+    shape = getattr(backbone.compute_output_spec(inputs), "shape", None)
+    if shape is None or len(shape) != 2 or shape[-1] is None:
+        raise ValueError(
+            "A backbone must return one feature vector per image, (batch, dimension); to compare "
+            "places of images pass `layers`. "
+            f"Received a backbone that returns shape {shape} for {inputs.shape}."
+        )
+    return shape[-1]
 
 
 def extract_features(extractor, images, *, batch_size=256, verbose="auto", name="images"):
@@ -195,7 +256,8 @@ def extract_features(extractor, images, *, batch_size=256, verbose="auto", name=
         name: What a message calls the images.
 
     Returns:
-        NumPy array `(N, D)`, float32, rows of L2 norm 1, in the order of the images.
+        NumPy array `(N, D)`, float32, rows of L2 norm 1, in the order of the images; of an
+        extractor with `layers`, feature maps `(N, h, w, C)`.
 
     Raises:
         ValueError: If there are no images, or they are not images in 0-255.
@@ -206,22 +268,46 @@ def extract_features(extractor, images, *, batch_size=256, verbose="auto", name=
     """
     if not isinstance(extractor, FeatureExtractor):
         extractor = FeatureExtractor(extractor)
+    stream = stream_features(extractor, images, batch_size=batch_size, verbose=verbose, name=name)
+    return np.concatenate(list(stream))
+
+
+def stream_features(extractor, images, *, batch_size=256, verbose="auto", name="images"):
+    """Features of a whole set of images, batch by batch: they need not fit into memory.
+
+    Args:
+        extractor: A `FeatureExtractor`.
+        images: As for `extract_features`.
+        batch_size: Images per step; a dataset has its own.
+        verbose: As for `extract_features`.
+        name: What a message calls the images.
+
+    Yields:
+        NumPy arrays `(n, D)` or `(n, h, w, C)`, float32, in the order of the images.
+
+    Raises:
+        ValueError: As for `extract_features`.
+
+    Example:
+    >>> extractor = FeatureExtractor(backbone, image_size=224, layers="auto")
+    >>> total = sum(maps.sum() for maps in stream_features(extractor, train_images))
+    """
     check_int("batch_size", batch_size)
     batches, steps = _batches(image_source(images, name), batch_size)
     progress = keras.utils.Progbar(steps, verbose=int(steps != 1) if verbose == "auto" else verbose)
-    features, full = [], 0
+    done = full = 0
     for batch in batches:
         count = len(batch)
         full = max(full, count)
         if count < full:
             filling = np.zeros((full - count, *batch.shape[1:]), batch.dtype)
             batch = np.concatenate([batch, filling])
-        features.append(extractor.compiled_call(tf.convert_to_tensor(batch)).numpy()[:count])
-        progress.update(len(features), finalize=False)
+        yield extractor.compiled_call(tf.convert_to_tensor(batch)).numpy()[:count]
+        done += 1
+        progress.update(done, finalize=False)
     if not full:
         raise ValueError(f"At least one image is needed. Received: {images}.")
-    progress.update(len(features), finalize=True)
-    return np.concatenate(features)
+    progress.update(done, finalize=True)
 
 
 def _batches(images, batch_size):

@@ -211,6 +211,151 @@ def _average_precision(counts, true_positives, false_positives):
     return (counts * precision).sum() / counts.sum()
 
 
+def at_size(maps, size):
+    """Anomaly maps at the size of masks, bilinear.
+
+    Args:
+        maps: Scores of places, float `(N, h, w)`.
+        size: Height and width of the masks.
+
+    Returns:
+        Float32 `(N, height, width)`.
+
+    Example:
+    >>> scores = sddns_tf.metrics.at_size(out["anomaly_map"], masks.shape[1:])
+    """
+    from scipy.ndimage import zoom
+
+    maps = np.asarray(maps, np.float32)
+    factors = (1, size[0] / maps.shape[1], size[1] / maps.shape[2])
+    return zoom(maps, factors, order=1, mode="nearest", grid_mode=True)
+
+
+def pixel_auroc(maps, masks):
+    """The chance that a damaged pixel scores higher than a sound one, ties counting half.
+
+    Args:
+        maps: Scores of pixels, float `(N, H, W)`: see `at_size`.
+        masks: True where there is damage, bool `(N, H, W)`; sound images have none.
+
+    Returns:
+        Python float in 0-1.
+
+    Raises:
+        ValueError: If shapes do not fit, scores are not finite, or all pixels are of one kind.
+
+    Example:
+    >>> sddns_tf.metrics.pixel_auroc([[[0.1, 0.9]]], [[[False, True]]])
+    1.0
+    """
+    from sklearn.metrics import roc_auc_score
+
+    maps, masks = _pixels(maps, masks)
+    return float(roc_auc_score(masks.ravel(), maps.ravel()))
+
+
+def aupro(maps, masks, limit=0.3):
+    """Area under the per-region overlap, over false positive rates from 0 to `limit`.
+
+    The overlap at a threshold is the share of a damaged region that scores at least as high, mean
+    over all regions (connected components, diagonals included), so that a small one counts as much
+    as a large one. The false positive rate is the share of all sound pixels that do. The area is
+    that of straight lines between thresholds, over `limit`: 1 is perfect.
+
+    Args:
+        maps: Scores of pixels, float `(N, H, W)`: see `at_size`.
+        masks: True where there is damage, bool `(N, H, W)`.
+        limit: Largest false positive rate, above 0 and at most 1.
+
+    Returns:
+        Python float in 0-1.
+
+    Raises:
+        ValueError: If shapes do not fit, scores are not finite, all pixels are of one kind, or
+            `limit` is out of range.
+
+    Example:
+    >>> sddns_tf.metrics.aupro(sddns_tf.metrics.at_size(out["anomaly_map"], (256, 256)), masks)
+
+    Reference:
+        Bergmann et al., "The MVTec Anomaly Detection Dataset", IJCV 2021, section 5.
+    """
+    if not 0 < limit <= 1:
+        raise ValueError(f"`limit` must be above 0 and at most 1. Received: {limit}")
+    maps, masks = _pixels(maps, masks)
+    regions, count = _regions(masks)
+    sizes = np.bincount(regions.ravel(), minlength=count + 1)
+    # What each pixel adds: to the overlap its share of its region, or to the false positives.
+    gain = np.where(masks, 1.0 / (count * sizes[regions]), 0.0).ravel()
+    order = np.argsort(-maps, axis=None, kind="stable")
+    scores, gain = maps.ravel()[order], gain[order]
+    last = np.append(np.flatnonzero(np.diff(scores)), scores.size - 1)  # of pixels that tie
+    overlap = np.insert(np.cumsum(gain)[last], 0, 0.0)
+    sound = np.cumsum(~masks.ravel()[order])
+    rate = np.insert(sound[last] / sound[-1], 0, 0.0)
+    within = rate < limit
+    rates = np.append(rate[within], limit)
+    overlaps = np.append(overlap[within], np.interp(limit, rate, overlap))
+    return float(np.trapezoid(overlaps, rates) / limit)
+
+
+def region_recall(maps, masks, threshold):
+    """The share of a damaged region that is flagged, mean over the regions of all images.
+
+    At the threshold of a detector it tells how much of the damage shows at the false alarm rate
+    that was promised.
+
+    Args:
+        maps: Scores of pixels, float `(N, H, W)`: see `at_size`.
+        masks: True where there is damage, bool `(N, H, W)`.
+        threshold: Score above which a pixel is flagged: `Detector.threshold`.
+
+    Returns:
+        Python float in 0-1.
+
+    Raises:
+        ValueError: As for `pixel_auroc`.
+
+    Example:
+    >>> sddns_tf.metrics.region_recall(maps, masks, detector.threshold)
+    """
+    maps, masks = _pixels(maps, masks)
+    regions, count = _regions(masks)
+    sizes = np.bincount(regions.ravel(), minlength=count + 1)[1:]
+    found = np.bincount(regions[maps > threshold].ravel(), minlength=count + 1)[1:]
+    return float(np.mean(found / sizes))
+
+
+def _pixels(maps, masks):
+    """Scores of pixels and which of them are damaged, checked."""
+    maps, masks = np.asarray(maps), np.asarray(masks)
+    if maps.ndim != 3 or maps.shape != masks.shape or masks.dtype != bool:
+        raise ValueError(
+            "`maps` must have shape (N, H, W) and `masks` be bool of the same shape; bring maps to "
+            "the size of masks with `at_size`. "
+            f"Received: maps of {maps.shape}, masks of {masks.shape} and {masks.dtype}"
+        )
+    if not np.isfinite(maps).all():
+        raise ValueError(
+            f"`maps` must be finite. Received: {np.count_nonzero(~np.isfinite(maps))} that are not"
+        )
+    if masks.all() or not masks.any():
+        raise ValueError(
+            "`masks` must hold damaged and sound pixels. "
+            f"Received: {np.count_nonzero(masks)} of {masks.size} damaged"
+        )
+    return maps, masks
+
+
+def _regions(masks):
+    """Numbers of connected regions from 1 on, 0 elsewhere, `(N, H, W)`; how many there are."""
+    from scipy.ndimage import label
+
+    around = np.zeros((3, 3, 3), bool)
+    around[1] = True  # Within an image, diagonals included.
+    return label(masks, around)
+
+
 def knn_accuracy(bank_features, bank_labels, features, labels, k=20, temperature=0.04):
     """Accuracy of the weighted nearest-neighbour classifier of DINO.
 

@@ -111,14 +111,12 @@ def bar_chart(sensitivities, aurocs=None):
     Example:
         >>> figure = bar_chart({"rot90": 0.91, "perm4": 0.84}, {"rot90": 0.93, "perm4": 0.85})
     """
-    from matplotlib.figure import Figure
-
     names = sorted(sensitivities, key=sensitivities.get)
     bars = {"sensitivity (no labels, no OOD data)": (sensitivities, plots.BLUE)}
     if aurocs:
         bars["true AUROC"] = (aurocs, plots.VERMILION)
     height = 0.8 / len(bars)
-    figure = Figure(figsize=(7.0, 1.2 + 0.5 * len(names)), dpi=150, layout="constrained")
+    figure = plots.figure_of(7.0, 1.2 + 0.5 * len(names))
     axes = figure.subplots()
     for index, (label, (values, color)) in enumerate(bars.items()):
         places = np.arange(len(names)) + 0.4 - height * (index + 0.5)

@@ -103,16 +103,68 @@ def pixel_perm(images, seed):
     return tf.reshape(tf.gather(pixels, order, batch_dims=1), tf.shape(images))
 
 
-_SHIFTS = {shift.__name__: shift for shift in (rot90, rot360, perm4, perm16, pixel_perm, identity)}
-NAMES = tuple(_SHIFTS)
+@keras.saving.register_keras_serializable("sddns_tf")
+def cut_paste(images, seed):
+    """Paste a piece of each image over another place of it, a little darker or brighter.
+
+    Local damage: the piece has 2 to 15 % of the area and an aspect ratio from 0.3 to 3.3, either
+    drawn on a logarithmic scale; brightness and contrast change by up to 10 %. Not among the
+    paper's shifts.
+
+    Reference:
+        Li et al., "CutPaste: Self-Supervised Learning for Anomaly Detection and Localization",
+        CVPR 2021, section 3.
+    """
+    _check_squares(images, "cut_paste")
+    size = images.shape[1]
+    draws = uniform([8, tf.shape(images)[0]], seed)
+    area = 0.02 * 7.5 ** draws[0]
+    aspect = 0.3 * 11.0 ** draws[1]
+    height, width = (
+        tf.clip_by_value(tf.round(size * tf.sqrt(side)), 1.0, size - 1.0)
+        for side in (area * aspect, area / aspect)
+    )
+    # Where it comes from and where it goes, top and left.
+    (from_y, to_y), (from_x, to_x) = (
+        [tf.floor(draws[i] * (size - side + 1.0)) for i in places]
+        for side, places in ((height, (2, 3)), (width, (4, 5)))
+    )
+    rows, inside_rows = _pasted(size, from_y, to_y, height)
+    columns, inside_columns = _pasted(size, from_x, to_x, width)
+    index = rows[:, :, tf.newaxis] * size + columns[:, tf.newaxis, :]
+    pixels = tf.reshape(tf.cast(images, tf.float32), [-1, size * size, images.shape[-1]])
+    piece = tf.gather(pixels, tf.reshape(index, [-1, size * size]), batch_dims=1)
+    contrast, brightness = (0.9 + 0.2 * draws[i][:, tf.newaxis, tf.newaxis] for i in (6, 7))
+    mean = tf.reduce_mean(pixels, axis=[1, 2], keepdims=True)
+    piece = brightness * (mean + contrast * (piece - mean))
+    inside = inside_rows[:, :, tf.newaxis] & inside_columns[:, tf.newaxis, :]
+    mixed = tf.where(tf.reshape(inside, [-1, size * size, 1]), piece, pixels)
+    if images.dtype.is_integer:
+        mixed = tf.clip_by_value(tf.round(mixed), 0.0, 255.0)
+    return tf.cast(tf.reshape(mixed, tf.shape(images)), images.dtype)
+
+
+def _pasted(size, start, end, length):
+    """Along one side: where each pixel comes from, int32 `(B, size)`; whether it is pasted."""
+    place = tf.range(size, dtype=tf.float32)[tf.newaxis]
+    inside = (place >= end[:, tf.newaxis]) & (place < (end + length)[:, tf.newaxis])
+    source = tf.where(inside, place + (start - end)[:, tf.newaxis], place)
+    return tf.cast(source, tf.int32), inside
+
+
+_PAPER = (rot90, rot360, perm4, perm16, pixel_perm, identity)
+_SHIFTS = {shift.__name__: shift for shift in (*_PAPER, cut_paste)}
+NAMES = tuple(shift.__name__ for shift in _PAPER)  # the paper's own
+BEYOND_THE_PAPER = tuple(name for name in _SHIFTS if name not in NAMES)
 
 
 def get(shift):
     """A shift by its name, or the given callable.
 
     Args:
-        shift: One of `shifts.NAMES`, or a callable `(images, seed) -> images` that keeps the
-            shape `(B, S, S, 3)`; `seed` is an int32 tensor `(2,)`, the same on all replicas, for
+        shift: One of `shifts.NAMES` or `shifts.BEYOND_THE_PAPER`, or a callable `(images, seed) ->
+            images` that keeps the shape `(B, S, S, 3)`; `seed` is an int32 tensor `(2,)`, the same
+            on all replicas, for
             `shifts.uniform` (`tf.random.stateless_uniform` would give the images of each
             replica the same numbers).
 
@@ -130,7 +182,7 @@ def get(shift):
     if shift in _SHIFTS:
         return _SHIFTS[shift]
     raise ValueError(
-        f"`shift` must be a callable (images, seed) -> images or one of {NAMES}. "
+        f"`shift` must be a callable (images, seed) -> images or one of {tuple(_SHIFTS)}. "
         f"Received: {shift!r}"
     )
 

@@ -217,20 +217,27 @@ def check_number(name, value, low=None, high=None, *, above=None, below=None):
         and (below is None or value < below)
     ):
         return
-    limits = [
+    limits = _limits(low, high, above, below)
+    raise ValueError(
+        f"`{name}` must be a {'finite ' * (not limits)}number{limits}. Received: {name}={value!r}"
+    )
+
+
+def _limits(low, high, above=None, below=None):
+    """The range of a number in words: " from 0 to 1", " of at least 1 and below 2"."""
+    if None not in (low, high):
+        return f" from {low} to {high}"
+    words = [
         text.format(limit)
         for text, limit in (
-            ("at least {}", low),
+            ("of at least {}", low),
             ("above {}", above),
-            ("at most {}", high),
+            ("of at most {}", high),
             ("below {}", below),
         )
         if limit is not None
     ]
-    raise ValueError(
-        f"`{name}` must be a number{' ' if limits else ''}{' and '.join(limits)}. "
-        f"Received: {name}={value!r}"
-    )
+    return "".join(f" {word}" for word in " and ".join(words).split())
 
 
 def check_choice(name, value, choices):
@@ -275,8 +282,8 @@ def check_numbers(name, values, count, low=None, high=None, *, above=None, ascen
     for value in values:
         try:
             check_number(name, value, low, high, above=above)
-        except ValueError as error:
-            limits = str(error).partition("a number")[2].partition(". Received")[0]
+        except ValueError:
+            limits = _limits(low, high, above)
             raise ValueError(
                 f"`{name}` must be {count} numbers{limits and f', each{limits}'}. "
                 f"Received: {name}={values!r}"

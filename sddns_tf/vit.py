@@ -464,6 +464,27 @@ class VisionTransformer(keras.Model):
         tokens = self.blocks[-1](tokens, training=training, wanted=1, recompute=recompute)
         return self.norm(tokens[:, 0])
 
+    def token_maps(self, images, passed=None):
+        """Tokens of patches, as maps.
+
+        Args:
+            images: Normalized float images `(B, height, width, 3)`, of known height and width.
+            passed: Ints from 0 to `depth`: of each, the tokens that have passed so many blocks.
+                Defaults to all but the last block, which the feature of an image takes as well.
+
+        Returns:
+            List of tensors `(B, height / patch_size, width / patch_size, hidden_dim)`.
+        """
+        passed = (self.depth - 1,) if passed is None else passed
+        images = ops.convert_to_tensor(images)
+        grid = [side // self.patch_size for side in images.shape[1:3]]
+        tokens, found = self._embed(images), {}
+        for count in range(max(passed) + 1):
+            if count:
+                tokens = self.blocks[count - 1](tokens, training=False)
+            found[count] = tokens
+        return [ops.reshape(found[n][:, 1:], (-1, *grid, self.hidden_dim)) for n in passed]
+
     def attention_weights(self, images):
         """Attention of the last block, as shown in the DINO paper's figures.
 

@@ -310,7 +310,7 @@ def toy(trained, tmp_path_factory):
     """A folder that holds all that the texts name: photographs, sets, a detector, its exports."""
     folder = tmp_path_factory.mktemp("toy")
     photographs = {
-        "photos/good": ("grass", 60), "photos/other": ("coffee", 30),
+        "photos/good": ("grass", 100), "photos/other": ("coffee", 30),
         "photos/good_held_out": ("grass", 40), "photos/good_fresh": ("grass", 20),
         "photos/scratched": ("brick", 10), "photos/new": ("brick", 6),
         "parts/good": ("grass", 60), "parts/held_out": ("grass", 40), "parts/fresh": ("grass", 20),
@@ -334,8 +334,8 @@ def write_sets(root):
     """Toy sets under the names that the texts use."""
     grass = tiles("grass", 200, 32)
     write_tfds(root, "cifar10", 32, version="3.0.2", train=grass[:100], test=grass[100:])
-    write_tfds(root, "imagenet_aux", 32, train=tiles("coffee", 60, 32))
-    write_tfds(root, "imagenet_resized/32x32", 32, version="0.1.0", train=tiles("coffee", 60, 32))
+    coffee = tiles("coffee", 60, 32)
+    write_tfds(root, "imagenet_resized", 32, version="0.1.0", config="32x32", train=coffee)
     for name, version in (("cifar100", "3.0.2"), ("dtd32", "1.0.0"), ("gtsrb32", "1.0.0")):
         write_tfds(root, name, 32, version=version, test=tiles("brick", 20, 32))
     write_tfds(root, "mnist", 32, version="3.0.1", test=tiles("brick", 20, 32))

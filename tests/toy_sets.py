@@ -17,14 +17,18 @@ def tiles(photograph, count, side):
     )
 
 
-def write_tfds(root, name, side=None, version="1.0.0", **splits):
+def write_tfds(root, name, side=None, version="1.0.0", config=None, **splits):
     """A prepared TFDS set of two classes; with `side=None` it states no size of its images."""
     import tensorflow_datasets as tfds
 
-    folder = root / name / version
+    folder = root / name / (config or "") / version
     folder.mkdir(parents=True)
     identity = tfds.core.DatasetIdentity(
-        name=name, version=tfds.core.Version(version), data_dir=str(folder), module_name=""
+        name=name,
+        version=tfds.core.Version(version),
+        data_dir=str(folder),
+        module_name="",
+        config_name=config,
     )
     features = {
         "image": tfds.features.Image(shape=(side, side, 3)),

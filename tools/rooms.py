@@ -17,8 +17,9 @@ LEVELS = (
     ("pictures",),
     ("version", "keras_private", "files", "validation", "replicas", "image_ops"),
     ("networks", "losses", "schedules", "metrics", "calibration", "image_sources"),
-    ("vit", "convnet", "heads", "shifts", "bank"),
+    ("vit", "convnet", "heads", "shifts", "bank", "local"),
     ("dino_weights", "views", "features", "data"),
+    ("building",),
     ("self_distillation", "detector"),
     ("evaluation", "plots"),
     ("callbacks", "report", "sensitivity", "export"),
@@ -27,7 +28,7 @@ LEVELS = (
     ("__main__",),
 )
 # Training code never reaches a served graph.
-SERVED = ("bank", "calibration", "features", "detector", "export")
+SERVED = ("bank", "local", "calibration", "features", "building", "detector", "export")
 TRAINING = ("views", "shifts", "losses", "schedules", "self_distillation", "callbacks")
 
 BEGIN, END = "<!-- rooms: made by tools/rooms.py -->", "<!-- end of rooms -->"

@@ -16,6 +16,7 @@ does, with its sensitivity.json; results.json and sensitivity.png. The same comm
 was stopped: strategies that are done are not trained again.
 """
 
+import importlib.util
 import json
 import pathlib
 
@@ -238,6 +239,9 @@ def main(argv):
         found[name] = measure(name, config, own, options)
     results = summary(found)
     files.write_json(output_dir / "results.json", results)
-    figure = sensitivity.bar_chart(results["sensitivity"], results["mean_auroc"])
-    plots.save(figure, output_dir / "sensitivity.png")
+    if importlib.util.find_spec("matplotlib"):
+        figure = sensitivity.bar_chart(results["sensitivity"], results["mean_auroc"])
+        plots.save(figure, output_dir / "sensitivity.png")
+    else:
+        say("No sensitivity.png: matplotlib is not installed (pip install sddns_tf[plots])")
     print(table(results))

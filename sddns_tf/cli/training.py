@@ -289,7 +289,7 @@ def callbacks(config, place, output_dir, checkpoint, one_epoch, found):
         sddns_tf.callbacks.NotFinite(checkpoint, place.rollbacks),
         checkpoint,
     ]
-    if importlib.util.find_spec("tensorboard"):
+    if importlib.util.find_spec("tensorboard") and importlib.util.find_spec("matplotlib"):
         from sddns_tf.callbacks.pictures import TrainingPictures
 
         folder = str(output_dir / "tensorboard")

@@ -156,7 +156,11 @@ def calibrate(file, scores, rate):
     ranks = np.arange(1, len(table) + 1, dtype=np.float32)
     table[:] = np.minimum(ranks / np.float32(1 + len(scores)), 1.0)
     values("rate")[:] = rate
-    describe(file, {"false_positive_rate": rate, "calibration_images": len(scores)})
+    flagged = np.count_nonzero(
+        ranks[: len(scores)] / np.float32(1 + len(scores)) <= np.float32(rate)
+    )
+    told = {"false_positive_rate": rate, "calibration_images": len(scores)}
+    describe(file, {**told, "threshold": float(np.sort(scores)[-flagged]) if flagged else None})
 
 
 def _description_bytes(file):

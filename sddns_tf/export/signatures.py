@@ -79,10 +79,12 @@ def _where_decoded(detector, answers, status):
     decoded = status == ""
     lowest = np.float32(1.0 / (1.0 + detector.calibration_scores.shape[0]))
     instead = {"ood_score": math.nan, "p_value": lowest, "is_ood": True, "features": math.nan}
-    return {
-        name: tf.where(decoded if value.shape.rank == 1 else decoded[:, tf.newaxis], value, other)
-        for name, value, other in ((name, answers[name], instead[name]) for name in answers)
-    }
+    instead["anomaly_map"] = math.nan
+
+    def where_decoded(value, other):
+        return tf.where(tf.reshape(decoded, [-1] + [1] * (value.shape.rank - 1)), value, other)
+
+    return {name: where_decoded(value, instead[name]) for name, value in answers.items()}
 
 
 def _at_rate(detector, answers, rate):

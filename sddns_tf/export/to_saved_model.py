@@ -67,14 +67,18 @@ def saved_model(
     - `serving_default`: `images`, uint8 `(B, H, W, 3)`, of any height and width, to `ood_score`,
       `p_value` and `is_ood`, each `(B,)`, as the detector gives them.
     - `serving_bytes`: `image_bytes`, string `(B,)`, JPEG, PNG, BMP or GIF files (of which the
-      first frame counts) of any sizes in one batch, to the same and `status`, string `(B,)`. It is
-      empty for an image. Of a file that is none, is damaged or has too many pixels it says so; the
-      score is then not a number, the p-value the lowest there is, and `is_ood` true. The other
-      files of the batch are not affected.
+      first frame counts; EXIF orientation is not applied) of any sizes in one batch, to the same
+      and `status`, string `(B,)`. It is empty for an image. Of a file that is none, is damaged, is
+      of a kind that TensorFlow does not decode rightly or has too many pixels it says so; the score
+      is then not a number, the p-value the lowest there is, and `is_ood` true. The other files of
+      the batch are not affected.
     - `serving_at_rate` and `serving_bytes_at_rate`: the same with one more input,
       `false_positive_rate`, float32 `(B,)`, in place of the detector's own. Where it is too small
       for the number of calibration images, or not below 1, `status` says so and `is_ood` is true.
     - `features`: `images`, as above, to `features`, float32 `(B, D)` of L2 norm 1.
+
+    Of a local detector all answers with a score hold `anomaly_map` as well, float32 `(B, h, w)`,
+    not numbers where there is no image; and `features` are maps `(B, h, w, C)`.
 
     In `assets.extra` lie requests with which the server warms up, and `metadata.json`: versions of
     packages, the detector's configuration and calibration, the result of the comparison below,
@@ -102,8 +106,10 @@ def saved_model(
         FileExistsError: If the version is there already; it stays as it was.
         RuntimeError: If what was written does not run, or does not agree with the detector:
             scores to within 4e-6 / temperature (1e-4 at the default; for a backbone in mixed
-            precision, its rounding error / temperature); p-values and decisions must be exactly
-            those of the written score. Nothing is left behind.
+            precision, its rounding error / temperature; of a place by as much more as it is
+            farther from the bank, see `verify.check_answers`); p-values and decisions must be
+            exactly those of the written score, which must be the highest of the map. Nothing is
+            left behind.
         ValueError: If the version or `max_pixels` is not a positive int, or the images are not
             uint8 images.
 
@@ -194,6 +200,8 @@ def _description(detector):
         },
         "false_positive_rate": detector.false_positive_rate,
         "threshold": detector.threshold,
+        "lowest_score": detector.lowest_score,
+        "map_size": detector.extractor.map_size,
         "calibration_size": detector.calibration_scores.shape[0],
         "bank_size": detector.bank.shape[0],
         "feature_dimension": detector.bank.shape[1],

@@ -7,9 +7,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from sddns_tf.bank import ood_score
-from sddns_tf.calibration import merged, snapped
-from sddns_tf.export import metadata
+from sddns_tf.calibration import lowered, merged, snapped
+from sddns_tf.export import delegates, metadata
 from sddns_tf.export.quantize import backbone_scope, import_quantizer, quantized_model
 from sddns_tf.export.verify import (
     CHECKED_IMAGES,
@@ -19,6 +18,7 @@ from sddns_tf.export.verify import (
     resolution,
     run_apart,
     save,
+    score_tolerance,
     temporary_folder_in,
 )
 from sddns_tf.validation import check_int
@@ -27,11 +27,15 @@ from sddns_tf.version import __version__
 # Room for the calibration scores of a device's own images.
 _CALIBRATION_ROOM = 1000
 
+# A file scores few images at a time: the bank in one piece, as a delegate wants it.
+_WHOLE_BANK = 2**30
+
 _LABELS = {
     "ood_score": "float32 (B,): higher is more out-of-distribution",
     "p_value": "float32 (B,): share of normal images that score at least as high",
     "is_ood": "bool (B,): p_value <= false_positive_rate",
 }
+_MAP_LABEL = "float32 (B, h, w): score of each place; some place is above threshold iff is_ood"
 
 _RUN_TFLITE = """
 import sys
@@ -59,8 +63,10 @@ def tflite(
 
     Its signature `serving_default` takes `images`, uint8 `(B, h, w, 3)`, already at the
     resolution of the in-distribution (`detector.extractor.resolution`), and gives `ood_score`,
-    `p_value` and `is_ood`, each `(B,)`. It runs in `ai_edge_litert` without TensorFlow, and its
-    metadata describe it: see `metadata`.
+    `p_value` and `is_ood`, each `(B,)`; of a local detector also `anomaly_map`, `(B, h, w)`. It
+    runs in `ai_edge_litert` without TensorFlow, and its metadata describe it: see `metadata`. They
+    tell as well which of its operations delegates other than the CPU's refuse: see `delegates`;
+    with `verbose` it is printed.
 
     Quantization is that of the backbone's dense layers and convolutions; everything else,
     bank, score and calibration above all, stays float32. `"dynamic"` is the one to try first on
@@ -85,11 +91,14 @@ def tflite(
         calibration_images: uint8 `(N, h, w, 3)` at that resolution: those that the detector was
             calibrated with, or others that are neither trained on nor in the bank.
         bank_size: Largest number of rows of the bank, which is compressed to as many centers by
-            weighted k-means: see `bank.compress`. None keeps the whole bank.
+            weighted k-means: see `bank.compress`; of places by `bank.coreset`. None keeps the
+            whole bank.
         batch_size: None for any number of images at a time, or the one number that the file
-            takes: somewhat faster, as the delegate then takes the backbone as a whole.
-        verbose: Of the progress bar over calibration images: 0 is silent, 1 shows it, 2 is one
-            line; `"auto"` shows it where there is more than one step.
+            takes: somewhat faster, as the delegate then takes the backbone as a whole. With 1 all
+            shapes are fixed, as delegates other than the CPU's need it.
+        verbose: Of the progress bar over calibration images, and of what delegates refuse: 0 is
+            silent, 1 shows them, 2 the bar as one line; `"auto"` shows the bar where there is more
+            than one step.
 
     Returns:
         `pathlib.Path` of the file.
@@ -144,6 +153,8 @@ def tflite(
             batch_size,
         )
         os.replace(folder / "export", path)
+    if verbose:
+        print(delegates.report(metadata.operators(file), quantization, batch_size))
     return path
 
 
@@ -202,7 +213,7 @@ def _converted(detector, folder, quantization, images, batch_size, room):
     if foreign:
         raise RuntimeError(f"The file needs operations that are not built in: {foreign}.")
     description = {
-        "outputs": _LABELS,
+        "outputs": {**_LABELS, **({"anomaly_map": _MAP_LABEL} if detector.is_local else {})},
         "image_size": list(size),
         "resize": detector.extractor.resize,
         "batch_size": batch_size,
@@ -210,6 +221,9 @@ def _converted(detector, folder, quantization, images, batch_size, room):
         "bank_rows": detector.bank.shape[0],
         "sddns_tf": __version__,
         "calibration_room": room,
+        "lowest_score": detector.lowest_score,
+        "map_size": detector.extractor.map_size,
+        "refused_by_delegates": delegates.refused(metadata.operators(file)),
     }
     return metadata.described(file, description, placeholders)
 
@@ -220,21 +234,17 @@ def _answer(detector, calibration, shape):
 
     @tf.function(input_signature=[images], autograph=False)
     def answer(images):
-        score = ood_score(
-            detector.extractor(images),
-            detector.bank,
-            detector.temperature,
-            detector.offset,
-            detector.k,
-            weights=detector.bank_weights,
-        )
-        score = snapped(score, calibration["scores"], detector.rounding)
+        found = detector.scores(detector.extractor(images), _WHOLE_BANK)
+        score = snapped(found["ood_score"], calibration["scores"], detector.rounding)
         # A score that is not a number has the lowest p-value, as no comparison with it holds.
         as_high = calibration["scores"][np.newaxis, :] >= score[:, tf.newaxis]
         count = tf.reduce_sum(tf.cast(as_high, tf.int32), axis=1)
         # A table, as the converter would make a division by a constant a less exact product.
         p_value = tf.gather(calibration["p_values"], count)
-        return {"ood_score": score, "p_value": p_value, "is_ood": p_value <= calibration["rate"]}
+        answers = {"ood_score": score, "p_value": p_value, "is_ood": p_value <= calibration["rate"]}
+        if detector.is_local:
+            answers["anomaly_map"] = lowered(found["anomaly_map"], score)
+        return answers
 
     return answer
 
@@ -267,7 +277,7 @@ def _check(file, folder, reference, images, quantization, batch_size):
     checked = {
         "images": len(images),
         "largest_score_difference": float(difference),
-        "allowed": tolerance / reference.temperature,
+        "allowed": score_tolerance(reference, tolerance),
     }
     metadata.describe(file, {"self_check": checked})
     (folder / "export").write_bytes(file)

@@ -20,6 +20,8 @@ from sddns_tf.validation import image_array
 # 0.04 these are 1e-4, 0.025, 0.25 and 0.5. Measured over photographs, on vision transformers of 2,
 # 6 and 12 blocks, were at most 8e-6, 0.004, 0.083 and, over the representative images, 0.22.
 COSINE_TOLERANCE = {None: 4e-6, "float16": 1e-3, "dynamic": 1e-2, "int8": 2e-2}
+# A channel of a map is divided by its deviation, which may be small beside what was rounded.
+_PLACES = 8
 CHECKED_IMAGES = 16
 
 
@@ -109,40 +111,69 @@ def run_apart(program, folder, images):
         return dict(answers)
 
 
-def check_answers(detector, images, answers, prefix, tolerance):
-    """Raise RuntimeError unless answers agree with the detector's; `tolerance` is a cosine's.
-
-    Returns the largest difference of a score.
-    """
-    scores, p_values, is_ood = (
-        answers[prefix + name] for name in ("ood_score", "p_value", "is_ood")
-    )
-    with tf.device("CPU:0"):  # As the export was: GPUs multiply matrices less precisely.
-        expected = detector(images)["ood_score"].numpy()
+def score_tolerance(detector, tolerance):
+    """By how much a score may be off where a cosine may be by `tolerance`."""
     tolerance = max(tolerance, _rounding(detector)) / detector.temperature
+    return tolerance * (_PLACES if detector.is_local else 1)
+
+
+def check_answers(detector, images, answers, prefix, tolerance):
+    """Raise RuntimeError unless answers agree with the detector's.
+
+    Args:
+        detector: The `Detector`.
+        images: The images that were answered for.
+        answers: Dict of arrays, under names that begin with `prefix`.
+        prefix: String.
+        tolerance: By how much a cosine may be off: see `score_tolerance`. Distances of standardized
+            features have no largest value, and their rounding grows with them: at a score of `s` a
+            place may be off by `1 + temperature * (s - lowest score)` times as much.
+
+    Returns:
+        The largest difference of a score.
+    """
+    answers = {
+        key.removeprefix(prefix): value for key, value in answers.items() if key.startswith(prefix)
+    }
+    scores, p_values, is_ood = (answers[name] for name in ("ood_score", "p_value", "is_ood"))
+    with tf.device("CPU:0"):  # As the export was: GPUs multiply matrices less precisely.
+        expected = {name: value.numpy() for name, value in detector(images).items()}
+    tolerance = score_tolerance(detector, tolerance)
     calibration = detector.calibration_scores.numpy()
     counts = np.count_nonzero(calibration >= scores[:, np.newaxis], axis=1)
-    differences = {
-        "score": (np.max(np.abs(scores - expected)), tolerance),
+    is_above = ~(scores <= np.float32(detector.threshold))
+    # Of each: how far it is off, and how far it may be.
+    checks = {
+        "score": (_off(detector, scores, expected["ood_score"]), tolerance),
         "p-value from that of its score": (
-            np.max(np.abs(p_values - (1 + counts) / (1 + len(calibration)))),
+            np.abs(p_values - (1 + counts) / (1 + len(calibration))),
             1e-6,
         ),
-        "decision from that of its score": (
-            np.max(is_ood != ~(scores <= np.float32(detector.threshold))),
-            0,
-        ),
+        "decision from that of its score": (is_ood != is_above, 0),
     }
-    for name, (difference, bound) in differences.items():
-        _check_difference(prefix + name, difference, bound, len(images))
-    return differences["score"][0]
+    if detector.is_local:
+        maps = answers["anomaly_map"]
+        checks["anomaly map"] = (_off(detector, maps, expected["anomaly_map"]), tolerance)
+        checks["score from the highest of its map"] = (scores != maps.max(axis=(1, 2)), 0)
+    for name, (difference, bound) in checks.items():
+        _check_difference(prefix + name, np.max(difference), bound, len(images))
+    return np.max(np.abs(scores - expected["ood_score"]))
+
+
+def _off(detector, scores, expected):
+    """How far scores are off; those of places in relation to their distance from the bank."""
+    difference = np.abs(scores - expected)
+    if not detector.is_local:
+        return difference
+    return difference / (1.0 + detector.temperature * (expected - detector.lowest_score))
 
 
 def check_features(detector, images, features):
     """Raise RuntimeError unless features agree with the detector's."""
     with tf.device("CPU:0"):
         expected = detector.features(images).numpy()
-    bound = max(1e-4, _rounding(detector))
+    # Standardized maps have no largest value.
+    bound = max(1e-4, _rounding(detector)) * max(1.0, np.abs(expected).max())
     _check_difference("features", np.max(np.abs(features - expected)), bound, len(images))
 
 

@@ -27,8 +27,8 @@ def contact_sheet(images, scores=None, titles=None, columns=8, title=None):
     Example:
     >>> figure = sddns_tf.plots.contact_sheet(images, scores=out["ood_score"], title="Line 3")
     """
-    images = _images(images)
-    captions = _captions(images, scores, titles)
+    images = checked_images(images)
+    captions = captions_of(images, scores, titles)
     if columns < 1:
         raise ValueError(f"`columns` must be at least 1. Received {columns}.")
     columns = min(columns, len(images))
@@ -74,8 +74,8 @@ def most_and_least_anomalous(images, scores, count=8):
         "Least anomalous (lowest scores)": order[:count],
         "Most anomalous (highest scores)": order[::-1][:count],
     }
-    shown = [_images(images[chosen]) for chosen in ends.values()]
-    captions = [_captions(shown[0], scores[chosen], None) for chosen in ends.values()]
+    shown = [checked_images(images[chosen]) for chosen in ends.values()]
+    captions = [captions_of(shown[0], scores[chosen], None) for chosen in ends.values()]
     width, height = _grid_size(shown[0], captions[0], columns)
     titles = [wrapped(title, int(10 * width)) for title in ends]
     figure = figure_of(width, sum(height + _title_height(title) for title in titles))
@@ -111,7 +111,7 @@ def attention_overlay(images, attention, per_head=False):
     Reference:
         - [Caron et al., DINO, figure 1](https://arxiv.org/abs/2104.14294)
     """
-    images = _images(images)
+    images = checked_images(images)
     heads = _cls_attention(images, attention)
     maps = heads.mean(axis=1, keepdims=True)
     names = ["Image", "Mean of heads"]
@@ -151,7 +151,8 @@ def attention_overlay(images, attention, per_head=False):
     return figure
 
 
-def _images(images):
+def checked_images(images):
+    """Images to show as uint8 `(B, H, W, 3)`, checked."""
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
         raise ValueError(
@@ -171,7 +172,7 @@ def _images(images):
     return np.clip(np.round(images), 0, 255).astype("uint8")
 
 
-def _captions(images, scores, titles):
+def captions_of(images, scores, titles):
     """The lines above each image: at most two of title, one of score."""
     captions = [[] for _ in images]
     for name, given in (("titles", titles), ("scores", scores)):

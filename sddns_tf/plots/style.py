@@ -45,9 +45,17 @@ def save(figure, path):
 
 
 def figure_of(width, height):
-    """An empty figure of so many inches."""
-    from matplotlib.figure import Figure
+    """An empty figure of so many inches.
 
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "Pictures need the package `matplotlib`: `pip install sddns_tf[plots]`."
+        ) from error
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 

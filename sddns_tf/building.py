@@ -1,0 +1,135 @@
+"""What a detector is made of: checked features, a bank of places, and calibration images apart."""
+
+import warnings
+
+import numpy as np
+
+from sddns_tf.bank import Reservoir, coreset
+from sddns_tf.features import stream_features
+from sddns_tf.local import Moments
+
+# Features this near are those of one image: the square root of twice such a cosine, and room.
+_SHARED_DISTANCE = 1e-4
+# Of so many places for each row of the bank, drawn at random, the coreset chooses.
+_PLACES_FOR_A_ROW = 10
+PLACES_BANK_SIZE = 5000
+PLACES_BATCH = 32
+
+
+def bank_of_places(extractor, images, counted, size, seed=0, **options):
+    """Rows for a bank of places, from a stream of images, in bounded memory.
+
+    Of all places that count, some are drawn at random (ten for a row of the bank), and the
+    coreset of these is the bank. On the way mean and deviation of all places are measured; by them
+    the extractor is standardized, in place.
+
+    Args:
+        extractor: `FeatureExtractor` with layers.
+        images: In-distribution images, as for `extract_features`.
+        counted: Bool `(h, w)`, the places that count.
+        size: Largest number of rows.
+        seed: Int, of the draw and the coreset.
+        **options: `batch_size` and `verbose` of `stream_features`.
+
+    Returns:
+        Standardized features of places, float32 `(at most size, C)`.
+    """
+    moments = Moments(extractor.feature_dim)
+    reservoir = Reservoir(_PLACES_FOR_A_ROW * size, seed)
+    for maps in stream_features(extractor, images, **options):
+        places = maps.reshape(-1, maps.shape[-1]) if counted.all() else maps[:, counted]
+        places = places.reshape(-1, maps.shape[-1])
+        check_finite(places, "bank", "places")
+        moments.add(places)
+        reservoir.offer(places)
+    extractor.standardize(moments.mean, moments.deviation)
+    rows = (reservoir.rows - moments.mean.astype(np.float32)) / moments.deviation.astype(np.float32)
+    return coreset(rows, size, seed)
+
+
+def checked_features(name, features, extractor, is_map=False):
+    """Features as a float32 array of the shape that an extractor gives, all finite.
+
+    Args:
+        name: Name of the argument.
+        features: What was passed for it.
+        extractor: `FeatureExtractor` that gave them.
+        is_map: Whether they are whole maps `(N, h, w, C)`.
+
+    Returns:
+        NumPy float32 array.
+
+    Raises:
+        ValueError: If shapes do not fit, or features are not finite or not of norm 1 where they
+            should be.
+    """
+    features = np.asarray(features, np.float32)
+    local = extractor.map_size is not None
+    shape = (*(extractor.map_size if is_map else ()), extractor.feature_dim)
+    if features.shape[1:] != shape or not len(features):
+        raise ValueError(
+            f"`{name}` must have shape (N, {', '.join(map(str, shape))}) with N at least 1, as the "
+            f"extractor gives them. Received: shape={features.shape}"
+        )
+    kind = "images" if is_map or not local else "places"
+    check_finite(features.reshape(len(features), -1), name.removesuffix("_features"), kind)
+    lengths = np.linalg.norm(features, axis=-1)
+    if not local and np.abs(lengths - 1.0).max() > 0.01:
+        raise ValueError(
+            f"`{name}` must be L2-normalized, as `extract_features` gives them. Received: rows of "
+            f"length {lengths.min():.3g} to {lengths.max():.3g}"
+        )
+    return features
+
+
+def checked_weights(weights, rows):
+    """Weights of the rows of a bank as a float32 array."""
+    weights = np.asarray(weights, np.float32)
+    if weights.shape != (rows,) or not (weights >= 0).all() or not weights.sum() > 0:
+        raise ValueError(
+            f"`bank_weights` must be {rows} numbers, not negative. Received: "
+            f"shape={weights.shape}, smallest {weights.min(initial=np.inf):.3g}"
+        )
+    return weights
+
+
+def check_finite(features, name, kind="images"):
+    """Raise a `ValueError` unless all features `(N, D)` are finite."""
+    bad = len(features) - np.count_nonzero(np.isfinite(features).all(axis=1))
+    if bad:
+        raise ValueError(
+            f"The backbone gives features that are not finite for {bad} of {len(features)} "
+            f"{name} {kind}. Are its weights and these images finite?"
+        )
+
+
+def warn_of_shared_images(count, total):
+    """Calibration images in the bank look more normal than any new image will."""
+    if count:
+        warnings.warn(
+            f"{count} of the {total} calibration images are in the bank as well. Their scores are "
+            "too low, so that more normal images than the false positive rate will be flagged. "
+            "Hold calibration images out of the bank.",
+            stacklevel=4,
+        )
+
+
+def count_shared(bank_features, calibration_features):
+    """How many calibration features are in the bank, up to rounding.
+
+    The features of one image differ in their last bits with the batch, so bytes tell nothing. Equal
+    rows lie together in any direction: each is compared with its neighbors in one.
+    """
+    dim = bank_features.shape[1]
+    direction = np.random.default_rng(0).normal(size=dim).astype(np.float32)
+    places = bank_features @ direction
+    order = np.argsort(places)
+    places, wanted = places[order], calibration_features @ direction
+    reach = _SHARED_DISTANCE * np.linalg.norm(direction)
+    first = np.searchsorted(places, wanted - reach)
+    last = np.searchsorted(places, wanted + reach)
+    shared = 0
+    for row, start, stop in zip(calibration_features, first, last, strict=True):
+        near = bank_features[order[start:stop]]
+        shared += bool((np.linalg.norm(near - row, axis=1) <= _SHARED_DISTANCE).any())
+    return shared
