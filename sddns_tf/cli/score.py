@@ -27,7 +27,8 @@ from sddns_tf.cli.console import Parser, positive_int, require, say
 from sddns_tf.cli.errors import UsageError, user_input
 from sddns_tf.cli.scorers import open_model
 
-FIELDS = ("path", "ood_score", "p_value", "is_ood", "error")
+ANSWERS = ("ood_score", "p_value", "is_ood")
+FIELDS = ("path", *ANSWERS, "error")
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -169,7 +170,7 @@ def scored(scorer, paths, batch_size):
             for alike in by_size.values():
                 found = scorer.answer(np.stack([image for _, image in alike]))
                 for number, (row, _) in enumerate(alike):
-                    row.update({name: values[number].item() for name, values in found.items()})
+                    row.update({name: found[name][number].item() for name in ANSWERS})
             yield rows
 
 
