@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from sddns_tf import files, image_ops, losses, networks, replicas, schedules, validation
 from sddns_tf.heads import ProjectionHead
-from sddns_tf.image_sources import image_source, validation_source
+from sddns_tf.image_sources import image_batch, image_source, validation_source
 from sddns_tf.keras_private import batches_counted, inner
 
 _LOGGED = (
@@ -316,12 +316,12 @@ class SelfDistillation(keras.Model):
     def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
         """`keras.Model.train_on_batch` on one batch, as for `fit`."""
         _refuse_labels(y=y, sample_weight=sample_weight, class_weight=class_weight)
-        return super().train_on_batch(image_source(x, "x", trains=True), return_dict=return_dict)
+        return super().train_on_batch(image_batch(x), return_dict=return_dict)
 
     def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False):
         """`keras.Model.test_on_batch` on one batch, as for `fit`."""
         _refuse_labels(y=y, sample_weight=sample_weight)
-        return super().test_on_batch(image_source(x, "x", trains=True), return_dict=return_dict)
+        return super().test_on_batch(image_batch(x), return_dict=return_dict)
 
     def save(self, filepath, *args, **kwargs):
         """`keras.Model.save`, whole or not at all: a failed save leaves what was there."""
