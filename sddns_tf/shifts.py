@@ -115,6 +115,7 @@ def cut_paste(images, seed):
         Li et al., "CutPaste: Self-Supervised Learning for Anomaly Detection and Localization",
         CVPR 2021, section 3.
     """
+    images = tf.convert_to_tensor(images)
     _check_squares(images, "cut_paste")
     size = images.shape[1]
     draws = uniform([8, tf.shape(images)[0]], seed)
@@ -164,9 +165,8 @@ def get(shift):
     Args:
         shift: One of `shifts.NAMES` or `shifts.BEYOND_THE_PAPER`, or a callable `(images, seed) ->
             images` that keeps the shape `(B, S, S, 3)`; `seed` is an int32 tensor `(2,)`, the same
-            on all replicas, for
-            `shifts.uniform` (`tf.random.stateless_uniform` would give the images of each
-            replica the same numbers).
+            on all replicas, for `shifts.uniform` (`tf.random.stateless_uniform` would give the
+            images of each replica the same numbers).
 
     Returns:
         The callable.
