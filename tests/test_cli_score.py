@@ -135,10 +135,9 @@ def test_a_detector_of_places_is_scored(normal, photos_folder, tmp_path):
     detector = Detector.from_images(
         backbone, normal[:13], normal[13:], 0.2, layers="auto", bank_size=50, verbose=0
     )
-    detector.save(tmp_path / "places.keras")
-    done = score(
-        f"--model={tmp_path / 'places.keras'}", "--images=-", stdin=f"{photos_folder}/a0.png"
-    )
+    path = tmp_path / "places.keras"
+    detector.save(path)
+    done = score(f"--model={path}", "--images=-", stdin=f"{photos_folder}/a0.png")
     (row,) = csv.DictReader(io.StringIO(done.stdout))
     expected = detector.predict(normal[:1], verbose=0)
     assert float(row["ood_score"]) == pytest.approx(expected["ood_score"][0], abs=1e-3)

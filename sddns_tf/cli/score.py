@@ -5,7 +5,8 @@ r"""Score image files: a row of CSV or JSON for each, as it goes.
 
 A row has path, ood_score (higher is more out-of-distribution), p_value, is_ood and error: a file
 that cannot be read gets its error and no score, and the others are scored. Memory does not grow
-with their number. A .tflite file is run without TensorFlow.
+with their number. A .tflite file is run without TensorFlow. --output gets its name when it is
+whole; after an interruption, what was scored is in OUTPUT.partial.
 
 Ends with 0 if all images were scored, with 2 if some were not, with 1 if nothing could be done.
 """
