@@ -3,16 +3,26 @@
 `evaluate` scores; `markdown`, `csv` and `report.html` tell.
 """
 
+from __future__ import annotations
+
 import csv as csv_writer
 import dataclasses
 import io
+from typing import Any
 
 import numpy as np
 
 from sddns_tf import metrics
 from sddns_tf.features import extract_features
+from sddns_tf.types import Array
 
 COLUMNS = ("auroc", "aupr_in", "aupr_out", "fpr95", "flagged")
+PIXEL_COLUMNS = ("pixel_auroc", "aupro", "region_recall")
+PIXEL_MEANING = (
+    "Of maps: pixel_auroc is the chance that a damaged pixel scores higher than a sound one, aupro "
+    "the per-region overlap up to 30 % false positives, region_recall the share of a damaged "
+    "region that lies above the threshold."
+)
 FRESH = "fresh normal images"
 INTERVALS = "95 % interval, by bootstrap or, of shares, Wilson's"
 _ATTENTION_BATCH = 32
@@ -31,6 +41,10 @@ class Evaluation:
         false_positive_rate: What the detector promises.
         knn_accuracy: `(value, low, high)`, or None where there are no labels.
         features: Dict from the name of each set to features of its first images, `(n, D)`.
+        pixels: Dict from the name of each set that has masks to a dict from each of
+            `PIXEL_COLUMNS` to its value.
+        lowest_score: Score of what is in the bank, for pictures of maps.
+        files: Dict from the name of each set whose images came from files to their names.
     """
 
     rows: dict
@@ -40,8 +54,15 @@ class Evaluation:
     false_positive_rate: float
     knn_accuracy: tuple | None
     features: dict
+    pixels: dict = dataclasses.field(default_factory=dict)
+    lowest_score: float = -22.5
+    files: dict = dataclasses.field(default_factory=dict)
 
-    def as_dict(self):
+    def title_of(self, name: str, index: int) -> str:
+        """What an image is called: its file where it came from one, else its number."""
+        return str(self.files[name][index]) if name in self.files else f"{name} #{index}"
+
+    def as_dict(self) -> dict[str, Any]:
         """What goes into a JSON file: everything but images, single answers and features."""
         return {
             "confidence": 0.95,
@@ -59,21 +80,24 @@ class Evaluation:
             and dict(zip(("value", "low", "high"), self.knn_accuracy, strict=True)),
             "threshold": self.threshold,
             "false_positive_rate": self.false_positive_rate,
+            **({"pixels": self.pixels} if self.pixels else {}),
         }
 
 
 def evaluate(
-    detector,
-    normal,
-    ood,
-    labels=None,
-    labelled=None,
-    resamples=1000,
-    feature_count=300,
-    batch_size=256,
-    seed=0,
-    verbose="auto",
-):
+    detector: Any,
+    normal: Array,
+    ood: Any,
+    labels: Array | None = None,
+    labelled: Any = None,
+    masks: Array | None = None,
+    files: Any = None,
+    resamples: int = 1000,
+    feature_count: int = 300,
+    batch_size: int = 256,
+    seed: int = 0,
+    verbose: int | str = "auto",
+) -> Evaluation:
     """Scores normal images and each OOD set, and measures how well they are told apart.
 
     Args:
@@ -83,6 +107,11 @@ def evaluate(
         ood: Dict from a name to images, uint8 `(M, H', W', 3)`.
         labels: Their classes, ints `(N,)`, for the k-NN accuracy; or None.
         labelled: Pair of in-distribution training images and their classes, for the same.
+        masks: Of a local detector: dict from the name of an OOD set to masks of what is damaged in
+            its images, bool `(M, H', W')`. Metrics of its maps are those of its pixels and of all
+            normal ones.
+        files: Dict from the name of a set (`FRESH` is that of the normal images) to the names of
+            its files, for pictures.
         resamples: Draws of the bootstrap.
         feature_count: Images of each set whose features are kept, for a map of them.
         batch_size: Images per forward.
@@ -93,7 +122,8 @@ def evaluate(
         `Evaluation`.
 
     Raises:
-        ValueError: If there is no OOD set, or one has the name of the normal images.
+        ValueError: If there is no OOD set, one has the name of the normal images, or masks do not
+            fit.
 
     Example:
         >>> found = evaluate(detector, test_images, {"textures": textures})
@@ -103,6 +133,7 @@ def evaluate(
         raise ValueError(
             f"`ood` must hold at least one set, none of the name {FRESH!r}. Received: {list(ood)}"
         )
+    _check_masks(detector, masks or {}, ood)
     images = {**ood, FRESH: normal}
     answers = {
         name: detector.predict(x, batch_size=batch_size, verbose=verbose)
@@ -113,7 +144,7 @@ def evaluate(
         name: _row(normal_scores, answer, name == FRESH, resamples, seed)
         for name, answer in answers.items()
     }
-    extract = {"batch_size": batch_size, "verbose": 0}
+    extract: dict[str, Any] = {"batch_size": batch_size, "verbose": 0}
     return Evaluation(
         rows=rows,
         images=images,
@@ -122,10 +153,48 @@ def evaluate(
         false_positive_rate=detector.false_positive_rate,
         knn_accuracy=_knn_accuracy(detector, normal, labels, labelled, batch_size, verbose),
         features={
-            name: extract_features(detector.extractor, x[:feature_count], **extract)
+            name: _one_each(extract_features(detector.extractor, x[:feature_count], **extract))
             for name, x in images.items()
         },
+        pixels={
+            name: _pixel_row(detector, answers, name, mask) for name, mask in (masks or {}).items()
+        },
+        lowest_score=detector.lowest_score,
+        files=files or {},
     )
+
+
+def _check_masks(detector, masks, ood):
+    if masks and not detector.is_local:
+        raise ValueError(
+            "`masks` are compared with anomaly maps, and this detector gives none: make one with "
+            f"`layers`. Received: masks of {list(masks)}"
+        )
+    for name, mask in masks.items():
+        expected = np.shape(ood.get(name, ()))[:3]
+        if np.shape(mask) != expected or np.asarray(mask).dtype != bool:
+            raise ValueError(
+                "`masks` must be bool, of the shape of the set's images. Received: "
+                f"{name!r} of shape {np.shape(mask)} and dtype {np.asarray(mask).dtype} for images "
+                f"of {expected}"
+            )
+
+
+def _one_each(features):
+    """Features `(n, D)`; of maps the mean over places."""
+    return features if features.ndim == 2 else features.mean(axis=(1, 2))
+
+
+def _pixel_row(detector, answers, name, masks):
+    """Metrics of the maps of one set, against those of normal images, at the size of its masks."""
+    size = masks.shape[1:]
+    maps = [metrics.at_size(answers[one]["anomaly_map"], size) for one in (name, FRESH)]
+    maps, masks = np.concatenate(maps), np.concatenate([masks, np.zeros(maps[1].shape, bool)])
+    return {
+        "pixel_auroc": metrics.pixel_auroc(maps, masks),
+        "aupro": metrics.aupro(maps, masks),
+        "region_recall": metrics.region_recall(maps, masks, detector.threshold),
+    }
 
 
 def _row(normal_scores, answer, is_normal, resamples, seed):
@@ -155,7 +224,7 @@ def _knn_accuracy(detector, normal, labels, labelled, batch_size, verbose):
     return accuracy, *metrics.share_interval(accuracy, len(labels))
 
 
-def attention_maps(detector, images):
+def attention_maps(detector: Any, images: Array) -> np.ndarray | None:
     """Where the class token of a vision transformer looks, mean over heads.
 
     Args:
@@ -178,7 +247,7 @@ def attention_maps(detector, images):
     return np.concatenate(maps)
 
 
-def markdown(evaluation):
+def markdown(evaluation: Any) -> str:
     """The table as Markdown: each value with its 95 % interval."""
     lines = [
         "| set | images | " + " | ".join(COLUMNS) + " |",
@@ -189,12 +258,19 @@ def markdown(evaluation):
         shown = name.replace("|", "\\|")
         lines.append(f"| {shown} | {len(evaluation.images[name])} | " + " | ".join(cells) + " |")
     lines += ["", f"In brackets: {INTERVALS}. {promise(evaluation)}"]
+    if evaluation.pixels:
+        lines += ["", "| set | " + " | ".join(PIXEL_COLUMNS) + " |"]
+        lines += ["|---|" + "---:|" * len(PIXEL_COLUMNS)]
+        for name, row in evaluation.pixels.items():
+            pixels = " | ".join(f"{row[column]:.3f}" for column in PIXEL_COLUMNS)
+            lines.append(f"| {name} | {pixels} |")
+        lines += ["", PIXEL_MEANING]
     if evaluation.knn_accuracy:
         lines += ["", f"k-NN accuracy of the features: {cell(evaluation.knn_accuracy)}"]
     return "\n".join(lines) + "\n"
 
 
-def promise(evaluation):
+def promise(evaluation: Any) -> str:
     """A sentence on the threshold and the share of normal images that it may flag."""
     return (
         f"Flagged: score above {evaluation.threshold:.4g}, calibrated to flag at most "
@@ -202,13 +278,13 @@ def promise(evaluation):
     )
 
 
-def cell(interval):
+def cell(interval: Any) -> str:
     """A value and its interval as text."""
     value, low, high = interval
     return f"{value:.3f} ({low:.3f}-{high:.3f})"
 
 
-def csv(evaluation):
+def csv(evaluation: Any) -> str:
     """The table as comma-separated values, limits of intervals in columns of their own."""
     text = io.StringIO()
     writer = csv_writer.writer(text, lineterminator="\n")

@@ -17,9 +17,11 @@ import pytest
 from PIL import Image
 
 from sddns_tf import data, export, image_ops
+from sddns_tf.cli import info
 from sddns_tf.cli import score as command
 from sddns_tf.cli.main import main
 from sddns_tf.cli.scorers import Scorer, open_model
+from sddns_tf.convnet import ConvNet
 from sddns_tf.detector import Detector
 from sddns_tf.vit import VisionTransformer
 
@@ -126,6 +128,21 @@ def test_every_kind_of_model_gives_the_detectors_answers(
     told = done.stderr.splitlines()
     assert told[-1].endswith(", 2 not scored")
     assert told[-2] == f"1 files of other kinds left out, such as {photos_folder / 'notes.txt'}"
+
+
+def test_a_detector_of_places_is_scored(normal, photos_folder, tmp_path):
+    backbone = ConvNet(stages=(8, 16))
+    detector = Detector.from_images(
+        backbone, normal[:13], normal[13:], 0.2, layers="auto", bank_size=50, verbose=0
+    )
+    path = tmp_path / "places.keras"
+    detector.save(path)
+    done = score(f"--model={path}", "--images=-", stdin=f"{photos_folder}/a0.png")
+    (row,) = csv.DictReader(io.StringIO(done.stdout))
+    expected = detector.predict(normal[:1], verbose=0)
+    assert float(row["ood_score"]) == pytest.approx(expected["ood_score"][0], abs=1e-3)
+    assert set(row) == {"path", "ood_score", "p_value", "is_ood", "error"}
+    assert list(info.describe(path)["layers"]) == list(detector.extractor.layers)
 
 
 def test_stdin_and_lists_give_rows_in_their_order_as_json(models, photos_folder, tmp_path):

@@ -168,6 +168,9 @@ WRONG = [
     (["--set=negatives.shift=rot45"], "rot45"),
     (["--set=optimizer.learning_rate=fast"], "learning_rate must be a number"),
     (["--set=optimizer.type=Adan"], "optimizer.type must be the name of a Keras optimizer"),
+    (["--set=data.auxiliary=5"], "data.auxiliary must be a string. Received: 5"),
+    (["--set=data.limit=few"], "limit.*few"),
+    (["--set=views.local_size=half"], "local_size.*half"),
     (["--limit=20", "--false_positive_rate=0.01"], "needs at least 99"),
     (["--limit=20", "--calibration_share=0.95"], "calibration_share"),
 ]

@@ -345,8 +345,8 @@ def test_what_is_no_images_is_refused_at_every_door(grass_detector, model, door)
     ask = doors(grass_detector, model)[door]
     takes_nan = door in ("predict", "features of a model")
     for name, images in BAD.items() if takes_nan else [*BAD.items(), ("NaN", NAN)]:
-        if door == "validation_data" and images is None:
-            continue  # None stands for no validation.
+        if door in ("validation_data", "recalibrate") and images is None:
+            continue  # None stands for no validation, and for the calibration there is.
         with pytest.raises(REFUSED, match=MESSAGE):
             ask(images)
             pytest.fail(name)

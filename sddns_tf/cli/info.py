@@ -127,6 +127,7 @@ def _detector(detector):
     extractor = detector.extractor
     return {
         "backbone": _network(extractor.backbone),
+        "layers": extractor.layers,
         "resolution": extractor.resolution,
         "resize": extractor.resize,
         "image_size": extractor.image_size,

@@ -5,7 +5,8 @@ r"""Score image files: a row of CSV or JSON for each, as it goes.
 
 A row has path, ood_score (higher is more out-of-distribution), p_value, is_ood and error: a file
 that cannot be read gets its error and no score, and the others are scored. Memory does not grow
-with their number. A .tflite file is run without TensorFlow.
+with their number. A .tflite file is run without TensorFlow. --output gets its name when it is
+whole; after an interruption, what was scored is in OUTPUT.partial.
 
 Ends with 0 if all images were scored, with 2 if some were not, with 1 if nothing could be done.
 """
@@ -27,7 +28,8 @@ from sddns_tf.cli.console import Parser, positive_int, require, say
 from sddns_tf.cli.errors import UsageError, user_input
 from sddns_tf.cli.scorers import open_model
 
-FIELDS = ("path", "ood_score", "p_value", "is_ood", "error")
+ANSWERS = ("ood_score", "p_value", "is_ood")
+FIELDS = ("path", *ANSWERS, "error")
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -169,7 +171,7 @@ def scored(scorer, paths, batch_size):
             for alike in by_size.values():
                 found = scorer.answer(np.stack([image for _, image in alike]))
                 for number, (row, _) in enumerate(alike):
-                    row.update({name: values[number].item() for name, values in found.items()})
+                    row.update({name: found[name][number].item() for name in ANSWERS})
             yield rows
 
 

@@ -110,14 +110,17 @@ def check(config):
     data_options = DataOptions(**config["data"])
     if not data_options.source:
         raise UsageError("--data is needed. Received: none")
-    with user_input(kinds=(ValueError, TypeError)):
+    with user_input():
         for name in ("epochs", "batch_size"):
             validation.check_int(name, config[name])
         validation.check_choice("resize", data_options.resize, ("squash", "crop"))
         validation.check_number("calibration_share", data_options.calibration_share, 0.0, 0.9)
         _check_arguments(config)
     for name in ("source", "auxiliary", "calibration"):
-        if text := getattr(data_options, name):
+        text = getattr(data_options, name)
+        if not isinstance(text, str | None):
+            raise UsageError(f"data.{name} must be a string. Received: {text!r}")
+        if text:
             sources.parse("data" if name == "source" else name, text, "train")
     if images.needs_auxiliary(config) and not data_options.auxiliary:
         raise UsageError(
@@ -204,8 +207,7 @@ def make_model(config, resolution, length):
 
     keras.utils.set_random_seed(config["seed"])
     options = {key: value_of(f"model.{key}", form, length) for key, form in config["model"].items()}
-    # A TypeError, too, comes of a value of a wrong type in the recipe.
-    with user_input(kinds=(ValueError, TypeError)):
+    with user_input():
         keras.config.set_dtype_policy(config["precision"])
         image_size = config["views"]["image_size"] or round(math.sqrt(math.prod(resolution)))
         model = sddns_tf.SelfDistillation(

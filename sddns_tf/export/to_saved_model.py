@@ -1,5 +1,7 @@
 """A detector as a SavedModel for TensorFlow Serving."""
 
+from __future__ import annotations
+
 import datetime
 import hashlib
 import importlib.metadata
@@ -7,6 +9,7 @@ import json
 import os
 import pathlib
 import platform
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -23,6 +26,7 @@ from sddns_tf.export.verify import (
     save,
     temporary_folder_in,
 )
+from sddns_tf.types import Array
 from sddns_tf.validation import check_bool, check_int
 from sddns_tf.version import __version__
 
@@ -51,15 +55,15 @@ np.savez("answers.npz", **answers)
 
 
 def saved_model(
-    detector,
-    directory,
-    version=None,
-    images=None,
+    detector: Any,
+    directory: str | os.PathLike,
+    version: int | None = None,
+    images: Array | None = None,
     *,
-    include_features=False,
-    max_pixels=64_000_000,
-    training_data=None,
-):
+    include_features: bool = False,
+    max_pixels: int = 64_000_000,
+    training_data: str | None = None,
+) -> pathlib.Path:
     """Write a detector as a SavedModel that TensorFlow Serving loads.
 
     Signatures, all for batches of any size B:
@@ -67,10 +71,11 @@ def saved_model(
     - `serving_default`: `images`, uint8 `(B, H, W, 3)`, of any height and width, to `ood_score`,
       `p_value` and `is_ood`, each `(B,)`, as the detector gives them.
     - `serving_bytes`: `image_bytes`, string `(B,)`, JPEG, PNG, BMP or GIF files (of which the
-      first frame counts) of any sizes in one batch, to the same and `status`, string `(B,)`. It is
-      empty for an image. Of a file that is none, is damaged or has too many pixels it says so; the
-      score is then not a number, the p-value the lowest there is, and `is_ood` true. The other
-      files of the batch are not affected.
+      first frame counts; EXIF orientation is not applied) of any sizes in one batch, to the same
+      and `status`, string `(B,)`. It is empty for an image. Of a file that is none, is damaged, is
+      of a kind that TensorFlow does not decode rightly or has too many pixels it says so; the score
+      is then not a number, the p-value the lowest there is, and `is_ood` true. The other files of
+      the batch are not affected.
     - `serving_at_rate` and `serving_bytes_at_rate`: the same with one more input,
       `false_positive_rate`, float32 `(B,)`, in place of the detector's own. Where it is too small
       for the number of calibration images, or not below 1, `status` says so and `is_ood` is true.

@@ -1,14 +1,18 @@
 """An evaluation as one HTML page that needs no network: tables, charts, pictures."""
 
+from __future__ import annotations
+
 import base64
 import html as escaping
+import os
 import pathlib
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from sddns_tf import evaluation as found
-from sddns_tf import files, image_ops
+from sddns_tf import files, image_ops, plots
 from sddns_tf.report import charts
 from sddns_tf.report.style import STYLE
 
@@ -23,7 +27,14 @@ _MEANING = {
 }
 
 
-def write(path, evaluation, detector, title="Evaluation", configuration=None, gallery_size=12):
+def write(
+    path: str | os.PathLike,
+    evaluation: Any,
+    detector: Any,
+    title: str = "Evaluation",
+    configuration: dict[str, Any] | None = None,
+    gallery_size: int = 12,
+) -> pathlib.Path:
     """Writes an evaluation as a page: whole, or not at all.
 
     The page holds everything, pictures included, and asks the network for nothing. It follows the
@@ -48,7 +59,13 @@ def write(path, evaluation, detector, title="Evaluation", configuration=None, ga
     return pathlib.Path(path)
 
 
-def html(evaluation, detector, title="Evaluation", configuration=None, gallery_size=12):
+def html(
+    evaluation: Any,
+    detector: Any,
+    title: str = "Evaluation",
+    configuration: dict[str, Any] | None = None,
+    gallery_size: int = 12,
+) -> str:
     """The text of the page that `write` writes; arguments as there."""
     title = escaping.escape(title)
     return (
@@ -83,10 +100,26 @@ def _table(evaluation):
     notes = [found.promise(evaluation), f"Below each value: its {found.INTERVALS}."]
     if evaluation.knn_accuracy:
         notes.append(f"k-NN accuracy of the features: {found.cell(evaluation.knn_accuracy)}.")
+    pixels = _pixel_table(evaluation) if evaluation.pixels else ""
     meanings = " ".join(f"<b>{name}</b>: {meaning}" for name, meaning in _MEANING.items())
     return (
         f"<p>{' '.join(notes)}</p><table><thead><tr><th>set</th><th>images</th>{head}</tr></thead>"
         f'<tbody>{"".join(rows)}</tbody></table><p class="soft"><small>{meanings}</small></p>'
+        + pixels
+    )
+
+
+def _pixel_table(evaluation):
+    head = "".join(f'<th scope="col">{name}</th>' for name in found.PIXEL_COLUMNS)
+    rows = [
+        f"<tr><td>{escaping.escape(name)}</td>"
+        + "".join(f'<td data-label="{c}">{row[c]:.3f}</td>' for c in found.PIXEL_COLUMNS)
+        + "</tr>"
+        for name, row in evaluation.pixels.items()
+    ]
+    return (
+        f"<table><thead><tr><th>set</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        f'<p class="soft"><small>{found.PIXEL_MEANING}</small></p>'
     )
 
 
@@ -206,7 +239,11 @@ def _galleries(evaluation, detector, size):
             found.FRESH: _first(np.argsort(-scores[found.FRESH]), flagged[found.FRESH])
         },
     }
+    if detector.is_local:
+        least = {found.FRESH: np.argsort(scores[found.FRESH])}
+        galleries = {"Least anomalous": least, **galleries}
     meanings = {
+        "Least anomalous": "Normal images, the lowest scores.",
         "Most anomalous": "The highest scores of each set.",
         "Borderline": "The scores nearest to the threshold.",
         "Missed": "OOD images that are not flagged, the most normal of each set.",
@@ -229,29 +266,52 @@ def _gallery(evaluation, detector, chosen):
     figures, wide = [], False
     for name, index in chosen:
         image = evaluation.images[name][index]
-        maps = found.attention_maps(detector, image[np.newaxis])
-        wide = maps is not None
-        picture = _picture(image, None if maps is None else maps[0])
         answer = evaluation.answers[name]
+        if detector.is_local:
+            wide = True
+            picture = _overlay(evaluation, image, answer["anomaly_map"][index])
+        else:
+            maps = found.attention_maps(detector, image[np.newaxis])
+            wide = maps is not None
+            picture = _picture(image, None if maps is None else maps[0])
         verdict = "flagged" if answer["is_ood"][index] else "accepted"
         figures.append(
-            f"<figure>{picture}<figcaption>{escaping.escape(name)} #{index}<br>"
+            f"<figure>{picture}<figcaption>{escaping.escape(evaluation.title_of(name, index))}<br>"
             f"score {answer['ood_score'][index]:.3f}, p {answer['p_value'][index]:.2g}, {verdict}"
             "</figcaption></figure>"
         )
     width = "9.5rem" if wide else "6rem"
-    note = (
-        '<p class="soft"><small>Right: bright where the network looks.</small></p>' if wide else ""
-    )
+    right = "bright where the network looks."
+    if detector.is_local:
+        right = (
+            "places above the threshold, from yellow to red, which is twice as far from the bank; "
+            "one scale for all images."
+        )
+    note = f'<p class="soft"><small>Right: {right}</small></p>' if wide else ""
     return f'<div class="gallery" style="--w:{width}">{"".join(figures)}</div>{note}'
 
 
-def _picture(image, attention):
+def _overlay(evaluation, image, anomaly_map):
+    """An image, and beside it what lies above the threshold painted over it."""
+    image = _thumbnail(image)
+    painted = plots.overlay(image, anomaly_map, evaluation.threshold, evaluation.lowest_score)
+    kind = "pair small" if max(image.shape[:2]) <= 64 else "pair"
+    sides = "".join(f'<span><img src="{_data_uri(x)}" alt=""></span>' for x in (image, painted))
+    return f'<div class="{kind}">{sides}</div>'
+
+
+def _thumbnail(image):
     height, width = image.shape[:2]
     scale = min(1.0, _THUMBNAIL / max(height, width))
     if scale < 1.0:
         size = max(1, round(height * scale)), max(1, round(width * scale))
         image = np.clip(np.round(image_ops.resize(image[np.newaxis], *size)[0]), 0, 255)
+    return image
+
+
+def _picture(image, attention):
+    height, width = image.shape[:2]
+    image = _thumbnail(image)
     shown = f'<img src="{_data_uri(image)}" alt="">'
     kind = "pair small" if max(height, width) <= 64 else "pair"
     if attention is None:
