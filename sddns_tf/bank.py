@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -347,3 +348,10 @@ class Reservoir:
     def rows(self) -> np.ndarray:
         """The rows kept so far, float32 `(N, C)`."""
         return self._rows
+
+
+def __getattr__(name: str) -> Any:
+    """What was documented here before `features` had a module of its own."""
+    if name in ("FeatureExtractor", "extract_features", "image_size_of"):
+        return getattr(importlib.import_module("sddns_tf.features"), name)
+    raise AttributeError(f"module 'sddns_tf.bank' has no attribute {name!r}")

@@ -25,7 +25,7 @@ class OODProbe(keras.callbacks.Callback):
     before those in the list of callbacks.
 
     Args:
-        bank: In-distribution training images `(M, H, W, 3)`, uint8 or float in 0-255; a few
+        bank_images: In-distribution training images `(M, H, W, 3)`, uint8 or float in 0-255; a few
             thousand do.
         held_out: In-distribution images that are not trained on, `(N, H, W, 3)`.
         shifts: Names from `shifts.NAMES`, or callables.
@@ -42,7 +42,7 @@ class OODProbe(keras.callbacks.Callback):
 
     def __init__(
         self,
-        bank: Array,
+        bank_images: Array,
         held_out: Any,
         shifts: Sequence[str | Callable] = ("rot90", "perm4"),
         ood: Any = None,
@@ -52,7 +52,7 @@ class OODProbe(keras.callbacks.Callback):
         super().__init__()
         check_int("every", every)
         check_int("batch_size", batch_size)
-        self.bank = image_array(bank, "bank")
+        self.bank_images = image_array(bank_images, "bank_images")
         self.held_out = image_array(held_out, "held_out")
         self.shifts = (shifts,) if isinstance(shifts, str) else tuple(shifts)
         self.ood = {name: image_array(x, f"ood[{name!r}]") for name, x in (ood or {}).items()}
@@ -71,7 +71,7 @@ class OODProbe(keras.callbacks.Callback):
         self._extractor = FeatureExtractor(
             self.model.teacher_backbone,
             image_size=self.model.views.image_size,
-            resolution=self.bank.shape[1:3],
+            resolution=self.bank_images.shape[1:3],
             mean=self.model.mean,
             std=self.model.std,
         )
@@ -81,7 +81,7 @@ class OODProbe(keras.callbacks.Callback):
         if epoch % self.every and not self._is_first:
             return
         self._is_first = False
-        features = self._features(self.bank)
+        features = self._features(self.bank_images)
         scores = bank.ood_score(self._features(self.held_out), features).numpy()
         for name, images in self._sets.items():
             ood_scores = bank.ood_score(self._features(images), features).numpy()
@@ -93,7 +93,7 @@ class OODProbe(keras.callbacks.Callback):
     def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         return {
-            "bank": self.bank,
+            "bank_images": self.bank_images,
             "held_out": self.held_out,
             "shifts": self.shifts,
             "ood": self.ood,
