@@ -1,8 +1,13 @@
 """The bank of in-distribution features: the out-of-distribution score, compression, sampling."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import numpy as np
 import tensorflow as tf
 
+from sddns_tf.types import Array
 from sddns_tf.validation import check_choice, check_int, check_number
 
 # Above this many distances per iteration, k-means sees mini-batches instead of the whole set.
@@ -14,16 +19,16 @@ _FARTHEST_AT_ONCE = 256
 
 
 def ood_score(
-    features,
-    bank,
-    temperature=0.04,
-    offset=0.1,
-    k=None,
+    features: Array,
+    bank: Array,
+    temperature: float = 0.04,
+    offset: float = 0.1,
+    k: int | None = None,
     *,
-    metric="cosine",
-    weights=None,
-    block_size=65_536,
-):
+    metric: str = "cosine",
+    weights: Array | None = None,
+    block_size: int = 65_536,
+) -> tf.Tensor:
     """How far out of distribution features lie: higher means more out-of-distribution.
 
     `-log sum_m w_m exp((s(f, b_m) - offset) / temperature)`, the weights summing to 1, over the
@@ -157,7 +162,9 @@ def _over_blocks(block, combine, rows, block_size):
     return total
 
 
-def compress(features, size, method="kmeans", seed=0):
+def compress(
+    features: Array, size: int, method: str = "kmeans", seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """A smaller bank that scores like the whole one.
 
     Args:
@@ -227,7 +234,7 @@ def _kcenter_centers(features, size, seed):
     return features[_farthest_first(features, size, seed)]
 
 
-def coreset(places, size, seed=0):
+def coreset(places: Array, size: int, seed: int = 0) -> np.ndarray:
     """The rows of a bank of places: some of the places, each the farthest from those before it.
 
     Greedy k-center by Euclidean distance, in 64 random directions where there are more channels:
@@ -316,14 +323,14 @@ class Reservoir:
         random keys, which is the same.
     """
 
-    def __init__(self, capacity, seed=0):
+    def __init__(self, capacity: int, seed: int = 0) -> None:
         check_int("capacity", capacity)
         self._capacity = capacity
         self._generator = np.random.default_rng(seed)
         self._keys = np.zeros([0])
-        self._rows = None
+        self._rows: Any = None
 
-    def offer(self, rows):
+    def offer(self, rows: Any) -> None:
         """Show it further rows, float `(N, C)`."""
         keys = self._generator.random(len(rows))
         highest = self._keys.max() if len(self._keys) == self._capacity else np.inf
@@ -337,6 +344,6 @@ class Reservoir:
         self._keys, self._rows = keys, kept
 
     @property
-    def rows(self):
+    def rows(self) -> np.ndarray:
         """The rows kept so far, float32 `(N, C)`."""
         return self._rows

@@ -1,10 +1,13 @@
 """Scores to p-values: the conformal rank, and what counts as equal."""
 
+from __future__ import annotations
+
 import math
 
 import numpy as np
 import tensorflow as tf
 
+from sddns_tf.types import Array
 from sddns_tf.validation import check_number
 
 # How much a cosine of one image may differ with the batch it is in; exports are held to it too.
@@ -13,7 +16,7 @@ COSINE_ROUNDING = 4e-6
 PLACE_ROUNDING = 1.6e-5
 
 
-def rounding(temperature, is_local=False):
+def rounding(temperature: float, is_local: bool = False) -> float:
     """By how much a score may differ from itself, with the batch it is in or in an export.
 
     Args:
@@ -26,7 +29,7 @@ def rounding(temperature, is_local=False):
     return (PLACE_ROUNDING if is_local else COSINE_ROUNDING) / temperature
 
 
-def largest_flagged_rank(calibration_size, false_positive_rate):
+def largest_flagged_rank(calibration_size: int, false_positive_rate: float) -> int:
     """The largest `1 + #{calibration scores >= score}` whose p-value is within the rate.
 
     In float32, as the detector's p-values are, so that 5 of 99 + 1 is within 0.05.
@@ -35,7 +38,7 @@ def largest_flagged_rank(calibration_size, false_positive_rate):
     p_values = np.arange(1, calibration_size + 1, dtype=np.float32) / np.float32(
         calibration_size + 1
     )
-    rank = np.count_nonzero(p_values <= np.float32(false_positive_rate))
+    rank = int(np.count_nonzero(p_values <= np.float32(false_positive_rate)))
     if not rank:
         raise ValueError(
             f"A false positive rate of {false_positive_rate} takes at least "
@@ -45,7 +48,7 @@ def largest_flagged_rank(calibration_size, false_positive_rate):
     return rank
 
 
-def snapped(scores, calibration_scores, rounding):
+def snapped(scores: Array, calibration_scores: Array, rounding: float) -> tf.Tensor:
     """Scores, those that only rounding sets apart from a calibration score made equal to it.
 
     The scores of one image differ in their last bits with the size of the batch, the place in it
@@ -70,7 +73,7 @@ def snapped(scores, calibration_scores, rounding):
     return tf.where(scores - below <= rounding, below, raised)
 
 
-def lowered(maps, scores):
+def lowered(maps: Array, scores: Array) -> tf.Tensor:
     """Maps that end where the images' scores do, which `snapped` may have lowered.
 
     So a place lies above the threshold only where its image's score does.
@@ -85,7 +88,7 @@ def lowered(maps, scores):
     return tf.minimum(maps, scores[:, tf.newaxis, tf.newaxis])
 
 
-def merged(scores, rounding):
+def merged(scores: Array, rounding: float) -> np.ndarray:
     """Calibration scores in ascending order, those that rounding alone may set apart made equal.
 
     Each is raised to the highest score of its group, by half of `rounding` at most. Raising

@@ -1,7 +1,13 @@
 """`ConvNet`: a small convolutional network that trains on two CPU cores."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 from keras import layers
+from typing_extensions import Self
 
 from sddns_tf.validation import check_int
 
@@ -37,7 +43,7 @@ class ConvNet(keras.Model):
     >>> model = SelfDistillation(backbone, MultiCrop(image_size=32, local_views=2))
     """
 
-    def __init__(self, stages=(32, 64, 128), groups=8, **kwargs):
+    def __init__(self, stages: Sequence[int] = (32, 64, 128), groups: Any = 8, **kwargs) -> None:
         check_int("groups", groups)
         if not isinstance(stages, (list, tuple)) or not stages:
             raise ValueError(f"`stages` must be channels of each stage. Received: stages={stages}")
@@ -58,12 +64,12 @@ class ConvNet(keras.Model):
         self.stages = tuple(stages)
         self.groups = groups
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         return {"name": self.name, "stages": self.stages, "groups": self.groups}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """The network of a configuration."""
         return cls(**config)
 

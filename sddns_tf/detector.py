@@ -1,11 +1,17 @@
 """A trained backbone, its bank and its calibration as one model that answers for images."""
 
+from __future__ import annotations
+
 import math
+import os
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+from typing_extensions import Self
 
 from sddns_tf import building, files, image_ops
 from sddns_tf.bank import compress, coreset, ood_score
@@ -13,6 +19,7 @@ from sddns_tf.calibration import largest_flagged_rank, lowered, merged, rounding
 from sddns_tf.features import FeatureExtractor, extract_features, image_size_of, stream_features
 from sddns_tf.image_sources import image_source
 from sddns_tf.local import counted_places
+from sddns_tf.types import Array
 from sddns_tf.validation import check_int, check_number
 
 # Rows of the bank that all places of a batch are compared with at once.
@@ -76,15 +83,15 @@ class Detector(keras.Model):
 
     def __init__(
         self,
-        extractor,
-        bank_size,
-        calibration_size,
+        extractor: Any,
+        bank_size: int,
+        calibration_size: int,
         *,
-        temperature=0.04,
-        offset=0.1,
-        k=None,
+        temperature: float = 0.04,
+        offset: float = 0.1,
+        k: int | None = None,
         **kwargs,
-    ):
+    ) -> None:
         super().__init__(**{**kwargs, "dtype": "float32", "autocast": False})
         check_int("bank_size", bank_size)
         check_int("calibration_size", calibration_size)
@@ -131,27 +138,27 @@ class Detector(keras.Model):
     @classmethod
     def from_images(
         cls,
-        backbone,
-        bank_images,
-        calibration_images,
-        false_positive_rate=0.05,
+        backbone: keras.Model,
+        bank_images: Any,
+        calibration_images: Any,
+        false_positive_rate: float = 0.05,
         *,
-        image_size=None,
-        resolution=None,
-        layers=None,
-        ignore=None,
-        resize="squash",
-        mean=image_ops.IMAGENET_MEAN,
-        std=image_ops.IMAGENET_STD,
-        temperature=0.04,
-        offset=0.1,
-        k=None,
-        bank_size=None,
-        bank_method="kmeans",
-        batch_size=None,
-        seed=0,
-        verbose="auto",
-    ):
+        image_size: int | tuple[int, int] | None = None,
+        resolution: int | tuple[int, int] | None = None,
+        layers: Any = None,
+        ignore: Any = None,
+        resize: str = "squash",
+        mean: Sequence[float] = image_ops.IMAGENET_MEAN,
+        std: Sequence[float] = image_ops.IMAGENET_STD,
+        temperature: float = 0.04,
+        offset: float = 0.1,
+        k: int | None = None,
+        bank_size: int | None = None,
+        bank_method: str = "kmeans",
+        batch_size: int | None = None,
+        seed: int = 0,
+        verbose: int | str = "auto",
+    ) -> Detector:
         """A calibrated detector from a trained backbone and in-distribution images.
 
         The backbone is copied: training it further does not change the detector.
@@ -217,9 +224,10 @@ class Detector(keras.Model):
         extractor = FeatureExtractor(
             backbone, image_size, resolution, layers=layers, resize=resize, mean=mean, std=std
         ).snapshot()
-        score = {"temperature": temperature, "offset": offset, "k": k}
+        score: dict[str, Any] = {"temperature": temperature, "offset": offset, "k": k}
+        options: dict[str, Any] = {"batch_size": batch_size or 256, "verbose": verbose}
         if layers is not None:
-            options = {"batch_size": batch_size or building.PLACES_BATCH, "verbose": verbose}
+            options["batch_size"] = batch_size or building.PLACES_BATCH
             return cls._of_places(
                 extractor,
                 (bank_images, calibration_images),
@@ -232,7 +240,6 @@ class Detector(keras.Model):
             )
         _check_no_ignore(ignore)
         # Calibration first: it is the smaller set, and where it is too small nothing is wasted.
-        options = {"batch_size": batch_size or 256, "verbose": verbose}
         calibration_features = extract_features(
             extractor, calibration_images, name="calibration_images", **options
         )
@@ -274,20 +281,20 @@ class Detector(keras.Model):
     @classmethod
     def from_features(
         cls,
-        extractor,
-        bank_features,
-        calibration_features,
-        false_positive_rate=0.05,
+        extractor: Any,
+        bank_features: Array,
+        calibration_features: Array,
+        false_positive_rate: float = 0.05,
         *,
-        bank_weights=None,
-        ignore=None,
-        temperature=0.04,
-        offset=0.1,
-        k=None,
-        bank_size=None,
-        bank_method="kmeans",
-        seed=0,
-    ):
+        bank_weights: Array | None = None,
+        ignore: Any = None,
+        temperature: float = 0.04,
+        offset: float = 0.1,
+        k: int | None = None,
+        bank_size: int | None = None,
+        bank_method: str = "kmeans",
+        seed: int = 0,
+    ) -> Detector:
         """A calibrated detector from features that were extracted before.
 
         Of an extractor with layers the bank's features are those of places, `(M, C)`, and the
@@ -361,7 +368,7 @@ class Detector(keras.Model):
         detector._calibrate(detector._scores(calibration), false_positive_rate)
         return detector
 
-    def compressed(self, size, method="kmeans", seed=0):
+    def compressed(self, size: int, method: str = "kmeans", seed: int = 0) -> Detector:
         """A detector of the same extractor whose bank has at most `size` rows.
 
         The calibration scores stay those of the whole bank; the scores of a compressed bank are
@@ -392,7 +399,7 @@ class Detector(keras.Model):
         centers, weights = _compressed(self.bank.numpy(), size, method, seed, self.is_local)
         return self._with(centers, weights, self.calibration_scores.numpy())
 
-    def with_calibration_scores(self, scores):
+    def with_calibration_scores(self, scores: Array) -> Detector:
         """A detector of the same extractor and bank, calibrated with scores measured elsewhere.
 
         An export whose scores are not quite the detector's is calibrated with its own.
@@ -416,11 +423,11 @@ class Detector(keras.Model):
         other._set_rate(self.false_positive_rate)
         return other
 
-    def call(self, images):
+    def call(self, images: Array) -> dict[str, tf.Tensor]:
         """Images `(B, H, W, 3)` to a dict of scores, p-values and decisions, each `(B,)`."""
         return self.answer(self.extractor(images))
 
-    def answer(self, features):
+    def answer(self, features: Array) -> dict[str, tf.Tensor]:
         """What the detector answers for images of which `features` gave the features.
 
         Args:
@@ -444,7 +451,7 @@ class Detector(keras.Model):
             answers["anomaly_map"] = lowered(found["anomaly_map"], score)
         return answers
 
-    def scores(self, features, block_size=None):
+    def scores(self, features: Array, block_size: int | None = None) -> dict[str, tf.Tensor]:
         """Scores as they are measured, before the calibration scores next below them decide.
 
         Args:
@@ -458,7 +465,7 @@ class Detector(keras.Model):
         """
         arguments = (self.bank, self.temperature, self.offset, self.k)
         if not self.is_local:
-            block = {} if block_size is None else {"block_size": block_size}
+            block: dict[str, Any] = {} if block_size is None else {"block_size": block_size}
             return {
                 "ood_score": ood_score(features, *arguments, weights=self.bank_weights, **block)
             }
@@ -477,7 +484,14 @@ class Detector(keras.Model):
     def _snapped(self, score):
         return snapped(score, self.calibration_scores, self.rounding)
 
-    def predict(self, x, batch_size=None, verbose="auto", steps=None, callbacks=None):
+    def predict(
+        self,
+        x: Array,
+        batch_size: int | None = None,
+        verbose: int | str = "auto",
+        steps: Any = None,
+        callbacks: Any = None,
+    ) -> dict[str, np.ndarray]:
         """`keras.Model.predict`: NumPy arrays for a whole set of images.
 
         Args:
@@ -498,11 +512,11 @@ class Detector(keras.Model):
         x = image_source(x, "x", allow_nan=True)
         return super().predict(x, batch_size, verbose, steps, callbacks)
 
-    def save(self, filepath, *args, **kwargs):
+    def save(self, filepath: str | os.PathLike, *args, **kwargs) -> None:
         """`keras.Model.save`, whole or not at all: a failed save leaves what was there."""
         files.save_keras(super().save, filepath, *args, **kwargs)
 
-    def features(self, images):
+    def features(self, images: Array) -> tf.Tensor:
         """L2-normalized features of a batch of images, or feature maps.
 
         Args:
@@ -514,8 +528,13 @@ class Detector(keras.Model):
         return self.extractor(images)
 
     def recalibrate(
-        self, images=None, false_positive_rate=None, *, batch_size=None, verbose="auto"
-    ):
+        self,
+        images: Array | None = None,
+        false_positive_rate: float | None = None,
+        *,
+        batch_size: int | None = None,
+        verbose: int | str = "auto",
+    ) -> None:
         """Calibrate on other images, or change the false positive rate, or both, in place.
 
         Args:
@@ -540,7 +559,9 @@ class Detector(keras.Model):
         scores = self._scores_of_images(images, batch_size, verbose)
         self._calibrate(scores, rate)
 
-    def extend(self, images, *, batch_size=None, verbose="auto"):
+    def extend(
+        self, images: Array, *, batch_size: int | None = None, verbose: int | str = "auto"
+    ) -> None:
         """Take images for normal from now on, such as false alarms, in place, without training.
 
         Their features join the bank; of a local detector those of their places that score above
@@ -581,27 +602,27 @@ class Detector(keras.Model):
         return places
 
     @property
-    def is_local(self):
+    def is_local(self) -> bool:
         """Whether places are compared, and answers hold an `anomaly_map`."""
         return self.extractor.map_size is not None
 
     @property
-    def false_positive_rate(self):
+    def false_positive_rate(self) -> float:
         """Largest share of exchangeable normal images that is flagged."""
         return float(str(self.rate.numpy()))  # The shortest decimal: 0.05, not 0.0500000007.
 
     @property
-    def threshold(self):
+    def threshold(self) -> float:
         """The `ood_score` above which images are flagged."""
         return float(self.calibration_scores.numpy()[-int(self.largest_flagged_rank.numpy())])
 
     @property
-    def lowest_score(self):
+    def lowest_score(self) -> float:
         """The score of what is in the bank: no score is lower."""
         return (self.offset - 1.0) / self.temperature
 
     @property
-    def rounding(self):
+    def rounding(self) -> float:
         """By how much a score may differ from itself: with the batch it is in, or in an export.
 
         What lies this little above a calibration score counts as equal to it, so that equal images
@@ -643,7 +664,7 @@ class Detector(keras.Model):
         self.largest_flagged_rank.assign(largest_flagged_rank(size, false_positive_rate))
         self.rate.assign(false_positive_rate)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         return {
             "name": self.name,
@@ -656,7 +677,7 @@ class Detector(keras.Model):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """A detector of a configuration, its bank still empty."""
         extractor = keras.saving.deserialize_keras_object(config["extractor"])
         return cls(**{**config, "extractor": extractor})
@@ -678,7 +699,7 @@ def _check_no_ignore(ignore):
         )
 
 
-def pretrained(name="cifar10-small"):
+def pretrained(name: str = "cifar10-small") -> Detector:
     """A trained and calibrated detector from inside the package.
 
     `"cifar10-small"`: a convolutional network of 32 channels trained on CIFAR-10's training images

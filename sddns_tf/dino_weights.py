@@ -5,10 +5,15 @@ the prefixes `module.`, `backbone.` and `head.` that wrappers add. To read a `.p
 `sddns convert-dino`.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
+import keras
 import numpy as np
 
 
-def load_backbone(backbone, state):
+def load_backbone(backbone: keras.Model, state: Any) -> None:
     """Assigns DINO's parameters to a vision transformer.
 
     Everything is checked before anything is assigned. At `image_size` the features are DINO's. At
@@ -38,7 +43,7 @@ def load_backbone(backbone, state):
     return backbone
 
 
-def load_head(head, state):
+def load_head(head: keras.Model, state: Any) -> None:
     """Assigns DINO's parameters to a projection head.
 
     Everything is checked before anything is assigned.
@@ -71,7 +76,7 @@ def load_head(head, state):
     return head
 
 
-def split_prefix(name):
+def split_prefix(name: str) -> tuple[str | None, str]:
     """Splits a parameter's name into the part that it says it belongs to and its own name.
 
     Args:

@@ -3,14 +3,18 @@
 `evaluate` scores; `markdown`, `csv` and `report.html` tell.
 """
 
+from __future__ import annotations
+
 import csv as csv_writer
 import dataclasses
 import io
+from typing import Any
 
 import numpy as np
 
 from sddns_tf import metrics
 from sddns_tf.features import extract_features
+from sddns_tf.types import Array
 
 COLUMNS = ("auroc", "aupr_in", "aupr_out", "fpr95", "flagged")
 PIXEL_COLUMNS = ("pixel_auroc", "aupro", "region_recall")
@@ -54,11 +58,11 @@ class Evaluation:
     lowest_score: float = -22.5
     files: dict = dataclasses.field(default_factory=dict)
 
-    def title_of(self, name, index):
+    def title_of(self, name: str, index: int) -> str:
         """What an image is called: its file where it came from one, else its number."""
         return str(self.files[name][index]) if name in self.files else f"{name} #{index}"
 
-    def as_dict(self):
+    def as_dict(self) -> dict[str, Any]:
         """What goes into a JSON file: everything but images, single answers and features."""
         return {
             "confidence": 0.95,
@@ -81,19 +85,19 @@ class Evaluation:
 
 
 def evaluate(
-    detector,
-    normal,
-    ood,
-    labels=None,
-    labelled=None,
-    masks=None,
-    files=None,
-    resamples=1000,
-    feature_count=300,
-    batch_size=256,
-    seed=0,
-    verbose="auto",
-):
+    detector: Any,
+    normal: Array,
+    ood: Any,
+    labels: Array | None = None,
+    labelled: Any = None,
+    masks: Array | None = None,
+    files: Any = None,
+    resamples: int = 1000,
+    feature_count: int = 300,
+    batch_size: int = 256,
+    seed: int = 0,
+    verbose: int | str = "auto",
+) -> Evaluation:
     """Scores normal images and each OOD set, and measures how well they are told apart.
 
     Args:
@@ -140,7 +144,7 @@ def evaluate(
         name: _row(normal_scores, answer, name == FRESH, resamples, seed)
         for name, answer in answers.items()
     }
-    extract = {"batch_size": batch_size, "verbose": 0}
+    extract: dict[str, Any] = {"batch_size": batch_size, "verbose": 0}
     return Evaluation(
         rows=rows,
         images=images,
@@ -220,7 +224,7 @@ def _knn_accuracy(detector, normal, labels, labelled, batch_size, verbose):
     return accuracy, *metrics.share_interval(accuracy, len(labels))
 
 
-def attention_maps(detector, images):
+def attention_maps(detector: Any, images: Array) -> np.ndarray | None:
     """Where the class token of a vision transformer looks, mean over heads.
 
     Args:
@@ -243,7 +247,7 @@ def attention_maps(detector, images):
     return np.concatenate(maps)
 
 
-def markdown(evaluation):
+def markdown(evaluation: Any) -> str:
     """The table as Markdown: each value with its 95 % interval."""
     lines = [
         "| set | images | " + " | ".join(COLUMNS) + " |",
@@ -258,15 +262,15 @@ def markdown(evaluation):
         lines += ["", "| set | " + " | ".join(PIXEL_COLUMNS) + " |"]
         lines += ["|---|" + "---:|" * len(PIXEL_COLUMNS)]
         for name, row in evaluation.pixels.items():
-            cells = " | ".join(f"{row[column]:.3f}" for column in PIXEL_COLUMNS)
-            lines.append(f"| {name} | {cells} |")
+            pixels = " | ".join(f"{row[column]:.3f}" for column in PIXEL_COLUMNS)
+            lines.append(f"| {name} | {pixels} |")
         lines += ["", PIXEL_MEANING]
     if evaluation.knn_accuracy:
         lines += ["", f"k-NN accuracy of the features: {cell(evaluation.knn_accuracy)}"]
     return "\n".join(lines) + "\n"
 
 
-def promise(evaluation):
+def promise(evaluation: Any) -> str:
     """A sentence on the threshold and the share of normal images that it may flag."""
     return (
         f"Flagged: score above {evaluation.threshold:.4g}, calibrated to flag at most "
@@ -274,13 +278,13 @@ def promise(evaluation):
     )
 
 
-def cell(interval):
+def cell(interval: Any) -> str:
     """A value and its interval as text."""
     value, low, high = interval
     return f"{value:.3f} ({low:.3f}-{high:.3f})"
 
 
-def csv(evaluation):
+def csv(evaluation: Any) -> str:
     """The table as comma-separated values, limits of intervals in columns of their own."""
     text = io.StringIO()
     writer = csv_writer.writer(text, lineterminator="\n")

@@ -1,14 +1,20 @@
 """Images to features or feature maps: resize, normalize, backbone; whole data sets, streamed."""
 
+from __future__ import annotations
+
 import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+from typing_extensions import Self
 
 from sddns_tf import image_ops, local
 from sddns_tf.image_sources import image_source
 from sddns_tf.networks import check_names, copy_of
+from sddns_tf.types import Array
 from sddns_tf.validation import (
     check_choice,
     check_images,
@@ -18,7 +24,7 @@ from sddns_tf.validation import (
 )
 
 
-def image_size_of(images):
+def image_size_of(images: Array) -> tuple[int, int] | None:
     """Height and width of the images of a set, or None if they are not all of one known size.
 
     Args:
@@ -92,16 +98,16 @@ class FeatureExtractor(keras.Model):
 
     def __init__(
         self,
-        backbone,
-        image_size=None,
-        resolution=None,
+        backbone: keras.Model,
+        image_size: int | tuple[int, int] | None = None,
+        resolution: int | tuple[int, int] | None = None,
         *,
-        layers=None,
-        resize="squash",
-        mean=image_ops.IMAGENET_MEAN,
-        std=image_ops.IMAGENET_STD,
+        layers: Any = None,
+        resize: str = "squash",
+        mean: Sequence[float] = image_ops.IMAGENET_MEAN,
+        std: Sequence[float] = image_ops.IMAGENET_STD,
         **kwargs,
-    ):
+    ) -> None:
         # Images in 0-255 would lose their last bits if Keras cast them to the global policy.
         super().__init__(**{**kwargs, "dtype": "float32", "autocast": False})
         if image_size is None:
@@ -147,7 +153,7 @@ class FeatureExtractor(keras.Model):
             for name, value in (("channel_mean", "zeros"), ("channel_deviation", "ones"))
         )
 
-    def call(self, images):
+    def call(self, images: Array) -> tf.Tensor:
         """Images `(B, H, W, 3)` to features `(B, D)` or feature maps `(B, h, w, C)`."""
         images = self.preprocess(images)
         if self.layer_names is not None:
@@ -156,7 +162,7 @@ class FeatureExtractor(keras.Model):
         features = self.backbone(images, training=False)
         return tf.math.l2_normalize(tf.cast(features, tf.float32), axis=-1)
 
-    def standardize(self, mean, deviation):
+    def standardize(self, mean: Sequence[float], deviation: Any) -> Array:
         """Set mean and deviation of each channel of the maps over the bank, in place.
 
         Args:
@@ -167,7 +173,7 @@ class FeatureExtractor(keras.Model):
         self.channel_mean.assign(before + spread * mean)
         self.channel_deviation.assign(spread * deviation)
 
-    def at_resolution(self, images):
+    def at_resolution(self, images: Array) -> tf.Tensor:
         """Images at the resolution at which they show all that the backbone sees of them.
 
         Args:
@@ -180,7 +186,7 @@ class FeatureExtractor(keras.Model):
         images = check_images(images)
         return image_ops.fit(images, *(self.resolution or self.image_size), self.resize)
 
-    def preprocess(self, images):
+    def preprocess(self, images: Array) -> tf.Tensor:
         """What the backbone sees of images.
 
         Args:
@@ -192,7 +198,7 @@ class FeatureExtractor(keras.Model):
         images = image_ops.resize(self.at_resolution(images), *self.image_size)
         return image_ops.normalize(images, self.mean, self.std)
 
-    def snapshot(self):
+    def snapshot(self) -> FeatureExtractor:
         """An extractor whose backbone is a copy: training the backbone further does not change it.
 
         Returns:
@@ -204,11 +210,11 @@ class FeatureExtractor(keras.Model):
         return copy
 
     @functools.cached_property
-    def compiled_call(self):
+    def compiled_call(self) -> Callable:
         """The call as one compiled function, traced once for each size of image."""
         return tf.function(self.__call__, jit_compile=self.jit_compile, reduce_retracing=True)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         return {
             "name": self.name,
@@ -222,7 +228,7 @@ class FeatureExtractor(keras.Model):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """The extractor of a configuration, its backbone included."""
         backbone = keras.saving.deserialize_keras_object(config["backbone"])
         return cls(**{**config, "backbone": backbone})
@@ -239,7 +245,14 @@ def _feature_dim(backbone, inputs):
     return shape[-1]
 
 
-def extract_features(extractor, images, *, batch_size=256, verbose="auto", name="images"):
+def extract_features(
+    extractor: Any,
+    images: Array,
+    *,
+    batch_size: int = 256,
+    verbose: int | str = "auto",
+    name: str = "images",
+) -> np.ndarray:
     """Features of a whole set of images.
 
     The compiled forward belongs to the extractor: keep the extractor to extract again (after
@@ -272,7 +285,14 @@ def extract_features(extractor, images, *, batch_size=256, verbose="auto", name=
     return np.concatenate(list(stream))
 
 
-def stream_features(extractor, images, *, batch_size=256, verbose="auto", name="images"):
+def stream_features(
+    extractor: Any,
+    images: Array,
+    *,
+    batch_size: int = 256,
+    verbose: int | str = "auto",
+    name: str = "images",
+) -> Iterator[np.ndarray]:
     """Features of a whole set of images, batch by batch: they need not fit into memory.
 
     Args:

@@ -1,14 +1,18 @@
 """Files that are there whole or not at all: written under another name, then renamed."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
 import pathlib
 import uuid
+from collections.abc import Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """A temporary path beside `path`, renamed to it at the end of the block.
 
     A process killed at any moment leaves the old file or the new one. After an error the old one is
@@ -35,7 +39,7 @@ def replacing(path):
         unfinished.unlink(missing_ok=True)
 
 
-def write_text(path, text):
+def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a text file, whole or not at all.
 
     Args:
@@ -46,7 +50,7 @@ def write_text(path, text):
         unfinished.write_text(text, encoding="utf-8")
 
 
-def write_json(path, value):
+def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write a value as JSON, whole or not at all.
 
     Args:
@@ -56,7 +60,7 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def save_keras(save, filepath, *args, **kwargs):
+def save_keras(save: Any, filepath: str | os.PathLike, *args, **kwargs) -> None:
     """Save a Keras model whole or not at all.
 
     Args:

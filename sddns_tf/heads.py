@@ -1,9 +1,14 @@
 """DINO's projection head."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import keras
 import tensorflow as tf
 from keras import layers, ops
 
+from sddns_tf.types import Array
 from sddns_tf.validation import check_bool, check_int
 
 
@@ -30,7 +35,7 @@ class WeightNormDense(layers.Layer):
         Salimans and Kingma, "Weight Normalization", arXiv 1602.07868.
     """
 
-    def __init__(self, units, trainable_gain=False, **kwargs):
+    def __init__(self, units: int, trainable_gain: bool = False, **kwargs) -> None:
         kwargs["dtype"] = "float32"
         super().__init__(**kwargs)
         check_int("units", units)
@@ -38,7 +43,7 @@ class WeightNormDense(layers.Layer):
         self.units = units
         self.trainable_gain = trainable_gain
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         """Creates the weights."""
         # Uniform in +-1/sqrt(fan in), the default of the linear layer that DINO normalizes.
         self.kernel = self.add_weight(
@@ -53,17 +58,17 @@ class WeightNormDense(layers.Layer):
             trainable=self.trainable_gain,
         )
 
-    def call(self, inputs):
+    def call(self, inputs: Array) -> tf.Tensor:
         """Inputs `(..., D)` to float32 `(..., units)`."""
         kernel = ops.convert_to_tensor(self.kernel)
         scale = self.gain * ops.rsqrt(ops.sum(ops.square(kernel), axis=0))
         return ops.matmul(inputs, kernel * scale)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         """Shape of the output."""
         return (*input_shape[:-1], self.units)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         config = super().get_config()
         config.update({"units": self.units, "trainable_gain": self.trainable_gain})
@@ -108,13 +113,13 @@ class ProjectionHead(keras.Model):
 
     def __init__(
         self,
-        num_prototypes=4096,
-        hidden_dim=2048,
-        bottleneck_dim=256,
-        num_layers=3,
-        norm_last_layer=True,
+        num_prototypes: int = 4096,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        num_layers: int = 3,
+        norm_last_layer: bool = True,
         **kwargs,
-    ):
+    ) -> None:
         super().__init__(**kwargs)
         for name, number in (
             ("num_prototypes", num_prototypes),
@@ -143,14 +148,14 @@ class ProjectionHead(keras.Model):
             num_prototypes, trainable_gain=not norm_last_layer, name="last_layer"
         )
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         """Creates the weights."""
         shape = tuple(input_shape)
         for layer in (*self.mlp, self.last_layer):
             layer.build(shape)
             shape = layer.compute_output_shape(shape)
 
-    def call(self, features):
+    def call(self, features: Array) -> tf.Tensor:
         """Features `(..., D)` to float32 logits `(..., num_prototypes)`."""
         x = features
         for layer in self.mlp[:-1]:
@@ -159,15 +164,15 @@ class ProjectionHead(keras.Model):
         # `epsilon` is for the squared length.
         return self.last_layer(tf.math.l2_normalize(x, axis=-1, epsilon=1e-24))
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         """Shape of the output."""
         return (*input_shape[:-1], self.num_prototypes)
 
-    def compute_output_spec(self, features):
+    def compute_output_spec(self, features: Array) -> keras.KerasTensor:
         """Shape and dtype of the output."""
         return keras.KerasTensor(self.compute_output_shape(features.shape), dtype="float32")
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         config = super().get_config()
         config.update(

@@ -8,7 +8,14 @@ Inside this module and `views` images are *planes*, `(..., 3, H, W)`: a matrix p
 whole rows and columns of a channel.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
 import tensorflow as tf
+
+from sddns_tf.types import Array
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -19,7 +26,7 @@ LUMA = (0.299, 0.587, 0.114)
 RESIZES = ("squash", "crop")
 
 
-def bicubic_kernel(x, a=-0.5):
+def bicubic_kernel(x: tf.Tensor, a: float = -0.5) -> tf.Tensor:
     """Keys' cubic convolution kernel.
 
     Args:
@@ -38,7 +45,12 @@ def bicubic_kernel(x, a=-0.5):
     return tf.where(x < 1.0, near, tf.where(x < 2.0, far, tf.zeros_like(x)))
 
 
-def resampling_matrix(in_size, out_size, start=0.0, extent=None):
+def resampling_matrix(
+    in_size: Array | int,
+    out_size: Array | int,
+    start: Array | float = 0.0,
+    extent: Array | None = None,
+) -> tf.Tensor:
     """Matrices that crop an interval of pixels and resize it, antialiased bicubic.
 
     Equal to cropping the interval first and then resizing it with Pillow's `BICUBIC`, before
@@ -74,7 +86,7 @@ def resampling_matrix(in_size, out_size, start=0.0, extent=None):
     return weights / tf.reduce_sum(weights, axis=-1, keepdims=True)
 
 
-def gaussian_matrix(size, sigma):
+def gaussian_matrix(size: int, sigma: Array) -> tf.Tensor:
     """Matrices that blur along one axis with a Gaussian, renormalised at the edges.
 
     Args:
@@ -91,20 +103,20 @@ def gaussian_matrix(size, sigma):
     return weights / tf.reduce_sum(weights, axis=-1, keepdims=True)
 
 
-def to_planes(images):
+def to_planes(images: Array) -> tf.Tensor:
     """Images `(..., H, W, 3)` of any number type to float32 planes `(..., 3, H, W)`."""
     images = tf.cast(images, tf.float32)
     rank = images.shape.rank
     return tf.transpose(images, [*range(rank - 3), rank - 1, rank - 3, rank - 2])
 
 
-def from_planes(planes):
+def from_planes(planes: Array) -> tf.Tensor:
     """Planes `(..., 3, H, W)` to images `(..., H, W, 3)`."""
     rank = planes.shape.rank
     return tf.transpose(planes, [*range(rank - 3), rank - 2, rank - 1, rank - 3])
 
 
-def resample(planes, rows, columns):
+def resample(planes: Array, rows: Array, columns: Array) -> tf.Tensor:
     """Apply one matrix along the height and one along the width.
 
     Args:
@@ -119,7 +131,7 @@ def resample(planes, rows, columns):
     return tf.matmul(planes, columns[..., tf.newaxis, :, :], transpose_b=True)
 
 
-def resize(images, height, width):
+def resize(images: Array, height: int, width: int) -> tf.Tensor:
     """Resize images with antialiased bicubic interpolation, as Pillow does, without rounding.
 
     Args:
@@ -142,7 +154,7 @@ def resize(images, height, width):
     return tf.clip_by_value(resized, 0.0, 255.0)
 
 
-def fit(images, height, width, mode="squash"):
+def fit(images: Array, height: int, width: int, mode: str = "squash") -> tf.Tensor:
     """Bring images of any shape to one shape.
 
     Args:
@@ -160,7 +172,7 @@ def fit(images, height, width, mode="squash"):
     return resize(images, height, width)
 
 
-def center_crop(images, height, width):
+def center_crop(images: Array, height: int, width: int) -> tf.Tensor:
     """The largest central part with the aspect ratio of `height` to `width`.
 
     Args:
@@ -183,7 +195,7 @@ def center_crop(images, height, width):
     return images[:, top : top + new_rows, left : left + new_columns]
 
 
-def from_16_bits(values):
+def from_16_bits(values: Any) -> Array:
     """16-bit values as 8-bit ones: 0-65535 to 0-255, whatever range an image uses of it.
 
     Args:
@@ -197,7 +209,9 @@ def from_16_bits(values):
     return (values // 257).astype("uint8")
 
 
-def normalize(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+def normalize(
+    images: Array, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> tf.Tensor:
     """The one place where 0-255 becomes the normalised floats a backbone takes.
 
     Args:
@@ -208,12 +222,11 @@ def normalize(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     Returns:
         Float32 tensor of the shape of `images`: `(images / 255 - mean) / std`.
     """
-    mean = tf.constant(mean, tf.float32)
-    std = tf.constant(std, tf.float32)
-    return (tf.cast(images, tf.float32) - 255.0 * mean) / (255.0 * std)
+    center, spread = tf.constant(mean, tf.float32), tf.constant(std, tf.float32)
+    return (tf.cast(images, tf.float32) - 255.0 * center) / (255.0 * spread)
 
 
-def shift_hue(planes, shift):
+def shift_hue(planes: Array, shift: Array) -> tf.Tensor:
     """Rotate the hue in HSV space, as Pillow and torchvision do; value and saturation stay.
 
     Args:
@@ -242,7 +255,15 @@ def shift_hue(planes, shift):
     return tf.stack([channel(5 / 6), channel(3 / 6), channel(1 / 6)], axis=-3)
 
 
-def jitter_color(planes, brightness, contrast, saturation, hue, contrast_first, saturation_first):
+def jitter_color(
+    planes: Array,
+    brightness: Array,
+    contrast: Array,
+    saturation: Array,
+    hue: Array,
+    contrast_first: Array,
+    saturation_first: Array,
+) -> tf.Tensor:
     """Brightness, contrast, saturation and hue of each image, in the image's own order.
 
     Brightness scales, contrast blends with the mean grey value, saturation blends with the grey
@@ -291,12 +312,12 @@ def jitter_color(planes, brightness, contrast, saturation, hue, contrast_first, 
     )
 
 
-def gray_matrix():
+def gray_matrix() -> tf.Tensor:
     """The matrix `(3, 3)` that makes all channels of a pixel its grey value."""
     return tf.ones([3, 1]) * tf.constant([LUMA])
 
 
-def mix_channels(matrices, planes):
+def mix_channels(matrices: Array, planes: Array) -> tf.Tensor:
     """A product of a matrix with the channels of each pixel.
 
     A matrix product even where a sum would do: XLA puts what is element by element into one
@@ -316,6 +337,6 @@ def mix_channels(matrices, planes):
     return tf.reshape(tf.matmul(matrices, pixels), tf.concat([lead, [rows, height, width]], 0))
 
 
-def solarize(planes, threshold=128.0):
+def solarize(planes: Array, threshold: float = 128.0) -> tf.Tensor:
     """Invert every value at or above the threshold; planes in 0-255 of any shape."""
     return tf.where(planes < threshold, planes, 255.0 - planes)

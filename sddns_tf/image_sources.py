@@ -54,6 +54,11 @@ def image_source(x, name="x", *, trains=False, allow_nan=False):
     )
 
 
+def image_batch(x, name="x"):
+    """One batch to train on: images, or a dictionary of images and auxiliary ones."""
+    return _checked_batch(x, name, trains=True, allow_nan=False)[0]
+
+
 def validation_source(validation_data):
     """What `fit` takes as `validation_data`: as its `x`, or a tuple of that alone."""
     parts = validation_data

@@ -6,8 +6,13 @@ Reference:
     term).
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import tensorflow as tf
 
+from sddns_tf.types import Array
 from sddns_tf.validation import check_number
 
 # Logits are cosines: a spread below this is rounding, and so is a share of the batch.
@@ -15,7 +20,9 @@ _LEAST_SPREAD = 1e-6
 _LEAST_SHARE = 1e-20
 
 
-def teacher_probabilities(teacher_logits, center, teacher_temperature):
+def teacher_probabilities(
+    teacher_logits: Array, center: Array, teacher_temperature: Any
+) -> tf.Tensor:
     """Centred and sharpened output of the teacher, `softmax((logits - center) / temperature)`.
 
     Args:
@@ -31,7 +38,7 @@ def teacher_probabilities(teacher_logits, center, teacher_temperature):
     return tf.stop_gradient(tf.nn.softmax((logits - center) / teacher_temperature))
 
 
-def spread(values, global_mean=tf.identity):
+def spread(values: Any, global_mean: Any = tf.identity) -> tf.Tensor:
     """Standard deviation over the batch, the root of its mean square over the last axis.
 
     Args:
@@ -45,7 +52,7 @@ def spread(values, global_mean=tf.identity):
     return tf.sqrt(tf.reduce_mean(variance))
 
 
-def batch_moments(values, global_mean=tf.identity):
+def batch_moments(values: Any, global_mean: Any = tf.identity) -> tuple[tf.Tensor, tf.Tensor]:
     """Mean and variance over the batch.
 
     Args:
@@ -61,7 +68,7 @@ def batch_moments(values, global_mean=tf.identity):
     return mean, global_mean(tf.reduce_mean(tf.square(values - mean), axes))
 
 
-def standardized(values, moments):
+def standardized(values: Any, moments: Any) -> tf.Tensor:
     """Values with the mean of each channel taken away, divided by its standard deviation.
 
     What varies less than a hundredth of what channels vary on average, or less than float32's
@@ -79,7 +86,12 @@ def standardized(values, moments):
     return (tf.cast(values, tf.float32) - mean) * tf.math.rsqrt(variance + floor)
 
 
-def balanced_probabilities(teacher_logits, temperature=0.5, iterations=3, global_mean=tf.identity):
+def balanced_probabilities(
+    teacher_logits: Array,
+    temperature: float = 0.5,
+    iterations: int = 3,
+    global_mean: Any = tf.identity,
+) -> tf.Tensor:
     """Outputs of the teacher that tell images apart and use all prototypes equally.
 
     The logits are centered over the batch, measured by their `spread` and sharpened by a softmax;
@@ -113,8 +125,12 @@ def balanced_probabilities(teacher_logits, temperature=0.5, iterations=3, global
 
 
 def distillation_loss(
-    teacher_logits, student_logits, center, teacher_temperature, student_temperature=0.1
-):
+    teacher_logits: Array,
+    student_logits: Array,
+    center: Array,
+    teacher_temperature: Any,
+    student_temperature: float = 0.1,
+) -> tf.Tensor:
     """Cross-entropy of student views against the centered teacher's other views.
 
     Args:
@@ -134,7 +150,9 @@ def distillation_loss(
     return cross_entropy(targets, student_logits, student_temperature)
 
 
-def cross_entropy(targets, student_logits, student_temperature=0.1):
+def cross_entropy(
+    targets: Array, student_logits: Array, student_temperature: float = 0.1
+) -> tf.Tensor:
     """Cross-entropy of student views against the targets of other views of the same images.
 
     The mean over all pairs (teacher view `t`, student view `s`, `s != t`) and over the batch of
@@ -177,7 +195,7 @@ def cross_entropy(targets, student_logits, student_temperature=0.1):
     return tf.reduce_sum(tf.reduce_mean(per_view, axis=1)) / num_pairs
 
 
-def uniformity_loss(student_logits, student_temperature=0.1):
+def uniformity_loss(student_logits: Array, student_temperature: float = 0.1) -> tf.Tensor:
     """Cross-entropy of the student's output for negatives against the uniform distribution.
 
     `-(1/K) sum_k log P_s[k] = logsumexp(z) - mean(z)` with `z = logits / temperature`: smallest,
@@ -195,7 +213,7 @@ def uniformity_loss(student_logits, student_temperature=0.1):
     return tf.reduce_mean(tf.reduce_logsumexp(scaled, axis=-1) - tf.reduce_mean(scaled, axis=-1))
 
 
-def updated_center(center, teacher_logits, momentum=0.9):
+def updated_center(center: Array, teacher_logits: Array, momentum: float = 0.9) -> tf.Tensor:
     """Exponential moving average of the teacher's mean output.
 
     Args:
@@ -216,7 +234,7 @@ def updated_center(center, teacher_logits, momentum=0.9):
     return momentum * center + (1.0 - momentum) * mean
 
 
-def relative_entropy(probabilities):
+def relative_entropy(probabilities: Array) -> tf.Tensor:
     """Entropy over the last axis, relative to that of the uniform distribution.
 
     Args:
@@ -230,7 +248,7 @@ def relative_entropy(probabilities):
     return entropy / tf.math.log(float(probabilities.shape[-1]))
 
 
-def relative_spread(features, global_mean=tf.identity):
+def relative_spread(features: Array, global_mean: Any = tf.identity) -> tf.Tensor:
     """Standard deviation of L2-normalized features, relative to that of isotropic ones.
 
     Args:

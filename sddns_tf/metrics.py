@@ -1,11 +1,17 @@
 """How well scores tell normal images from the rest, features tell classes, and how sure that is."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import numpy as np
+
+from sddns_tf.types import Array
 
 _BLOCK_ELEMENTS = 2**24  # largest matrix of cosines held at once: 64 MiB of float32
 
 
-def as_scores(scores, name="scores"):
+def as_scores(scores: Array, name: str = "scores") -> np.ndarray:
     """Checks an array of scores and returns it as float64.
 
     Args:
@@ -34,7 +40,7 @@ def as_scores(scores, name="scores"):
     return values
 
 
-def ood_metrics(id_scores, ood_scores):
+def ood_metrics(id_scores: Array, ood_scores: Array) -> dict[str, float]:
     """How well a score separates out-of-distribution from in-distribution images.
 
     Scores follow `bank.ood_score`: higher means more out-of-distribution.
@@ -87,7 +93,13 @@ def ood_metrics(id_scores, ood_scores):
     }
 
 
-def ood_metric_intervals(id_scores, ood_scores, confidence=0.95, resamples=1000, seed=0):
+def ood_metric_intervals(
+    id_scores: Array,
+    ood_scores: Array,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, tuple[float, float]]:
     """Bootstrap intervals of `ood_metrics`: how much they would move with other test images.
 
     Both sets are drawn anew from themselves, with replacement, `resamples` times; an interval
@@ -134,7 +146,7 @@ def ood_metric_intervals(id_scores, ood_scores, confidence=0.95, resamples=1000,
     }
 
 
-def share_interval(share, count, confidence=0.95):
+def share_interval(share: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's interval of a share: of images flagged, say, or classified rightly.
 
     Of a share of 0 or 1 it has width too: no image flagged of ten does not mean that none will be.
@@ -166,7 +178,7 @@ def share_interval(share, count, confidence=0.95):
     return float(found.low), float(found.high)
 
 
-def percentile_interval(values, confidence=0.95):
+def percentile_interval(values: Any, confidence: float = 0.95) -> tuple[float, float]:
     """The middle `confidence` of resampled values, as `(low, high)`."""
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]
     low, high = np.quantile(values, tails)
@@ -211,7 +223,7 @@ def _average_precision(counts, true_positives, false_positives):
     return (counts * precision).sum() / counts.sum()
 
 
-def at_size(maps, size):
+def at_size(maps: Array, size: tuple[int, int]) -> np.ndarray:
     """Anomaly maps at the size of masks, bilinear.
 
     Args:
@@ -231,7 +243,7 @@ def at_size(maps, size):
     return zoom(maps, factors, order=1, mode="nearest", grid_mode=True)
 
 
-def pixel_auroc(maps, masks):
+def pixel_auroc(maps: Array, masks: Array) -> float:
     """The chance that a damaged pixel scores higher than a sound one, ties counting half.
 
     Args:
@@ -254,7 +266,7 @@ def pixel_auroc(maps, masks):
     return float(roc_auc_score(masks.ravel(), maps.ravel()))
 
 
-def aupro(maps, masks, limit=0.3):
+def aupro(maps: Array, masks: Array, limit: float = 0.3) -> float:
     """Area under the per-region overlap, over false positive rates from 0 to `limit`.
 
     The overlap at a threshold is the share of a damaged region that scores at least as high, mean
@@ -299,7 +311,7 @@ def aupro(maps, masks, limit=0.3):
     return float(np.trapezoid(overlaps, rates) / limit)
 
 
-def region_recall(maps, masks, threshold):
+def region_recall(maps: Array, masks: Array, threshold: float | None) -> float:
     """The share of a damaged region that is flagged, mean over the regions of all images.
 
     At the threshold of a detector it tells how much of the damage shows at the false alarm rate
@@ -356,7 +368,14 @@ def _regions(masks):
     return label(masks, around)
 
 
-def knn_accuracy(bank_features, bank_labels, features, labels, k=20, temperature=0.04):
+def knn_accuracy(
+    bank_features: Array,
+    bank_labels: Array,
+    features: Array,
+    labels: Array,
+    k: int = 20,
+    temperature: float = 0.04,
+) -> float:
     """Accuracy of the weighted nearest-neighbour classifier of DINO.
 
     A check of the features wherever labels exist, with nothing to train. Each of the `k` bank

@@ -1,8 +1,11 @@
 """What is asked of a network, and independent copies that are held equal to it."""
 
+from __future__ import annotations
+
 import contextlib
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -200,7 +203,9 @@ def moving_statistics(norms: list[keras.Layer]) -> list[keras.Variable]:
 
 
 @contextlib.contextmanager
-def normalizing_by_batch(backbone: keras.Layer, norms: list, part, momentum) -> Iterator[None]:
+def normalizing_by_batch(
+    backbone: keras.Layer, norms: list, part: Any, momentum: float
+) -> Iterator[None]:
     """Called in training meanwhile, a frozen backbone normalizes by its batch, and drops nothing.
 
     Its moving statistics follow those of its batches. Were they the student's, averaged twice, they
@@ -235,7 +240,7 @@ def normalizing_by_batch(backbone: keras.Layer, norms: list, part, momentum) -> 
 
 
 @contextlib.contextmanager
-def moving_statistics_of(backbone: keras.Layer, part) -> Iterator[None]:
+def moving_statistics_of(backbone: keras.Layer, part: Any) -> Iterator[None]:
     """Afterwards moving statistics are as the images of a part made them, of none as before.
 
     Replicas take the mean of theirs: one network, whichever of them is saved.

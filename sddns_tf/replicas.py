@@ -1,11 +1,13 @@
 """One global batch on however many replicas: each one's part of it, and means over all of it."""
 
+from __future__ import annotations
+
 import contextlib
 import itertools
 import threading
 import weakref
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -27,7 +29,7 @@ class Part(NamedTuple):
     held: tf.Tensor | int
     weight: tf.Tensor | float
 
-    def mean(self, values):
+    def mean(self, values: Any) -> Any:
         """Mean over all images of the global batch, of means over the images of each replica.
 
         Args:
@@ -134,7 +136,7 @@ def holding(part: Part) -> Iterator[None]:
         _current.part = before
 
 
-def uniform(shape, seed, **kwargs) -> tf.Tensor:
+def uniform(shape: Any, seed: int, **kwargs) -> tf.Tensor:
     """Uniform numbers whose last axis runs over the images of this replica.
 
     Under a distribution strategy each replica holds a contiguous part of the global batch. It

@@ -5,8 +5,11 @@ continues where it stood. All are `keras.optimizers.schedules.LearningRateSchedu
 as the learning rate of any Keras optimizer and everywhere `SelfDistillation` takes a number.
 """
 
+from __future__ import annotations
+
 import math
 import numbers
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -22,16 +25,16 @@ class Constant(keras.optimizers.schedules.LearningRateSchedule):
         value: Float.
     """
 
-    def __init__(self, value):
+    def __init__(self, value: Any) -> None:
         check_number("value", value)
         self.value = float(value)
 
-    def __call__(self, step):
+    def __call__(self, step: int) -> tf.Tensor:
         """The value; `step` is ignored."""
         del step
         return tf.constant(self.value, tf.float32)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         return {"value": self.value}
 
@@ -52,7 +55,7 @@ class Linear(keras.optimizers.schedules.LearningRateSchedule):
         0.5
     """
 
-    def __init__(self, start, end, end_step, start_step=0):
+    def __init__(self, start: float, end: float, end_step: int, start_step: int = 0) -> None:
         check_number("start", start)
         check_number("end", end)
         check_int("start_step", start_step, low=0)
@@ -67,7 +70,7 @@ class Linear(keras.optimizers.schedules.LearningRateSchedule):
         self.end_step = end_step
         self.start_step = start_step
 
-    def __call__(self, step):
+    def __call__(self, step: int) -> tf.Tensor:
         """Value at `step`, a float32 scalar."""
         length = max(self.end_step - self.start_step, 1)
         progress = tf.clip_by_value(
@@ -75,7 +78,7 @@ class Linear(keras.optimizers.schedules.LearningRateSchedule):
         )
         return self.start + (self.end - self.start) * progress
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         return {
             "start": self.start,
@@ -108,7 +111,7 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
         arXiv 2104.14294, section 3.2.
     """
 
-    def __init__(self, start, end, total_steps, warmup_steps=0):
+    def __init__(self, start: float, end: float, total_steps: int, warmup_steps: int = 0) -> None:
         check_number("start", start)
         check_number("end", end)
         check_int("total_steps", total_steps)
@@ -123,7 +126,7 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
         self.total_steps = total_steps
         self.warmup_steps = warmup_steps
 
-    def __call__(self, step):
+    def __call__(self, step: int) -> tf.Tensor:
         """Value at `step`, a float32 scalar."""
         step = tf.cast(step, tf.float32)
         warmup = self.start * step / max(self.warmup_steps, 1)
@@ -132,7 +135,7 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
         cosine = self.end + 0.5 * (self.start - self.end) * (1.0 + tf.cos(math.pi * progress))
         return tf.where(step < self.warmup_steps, warmup, cosine)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         return {
             "start": self.start,
@@ -155,20 +158,20 @@ class GrowingMomentum(keras.optimizers.schedules.LearningRateSchedule):
         `num_updates` of `tf.train.ExponentialMovingAverage`.
     """
 
-    def __init__(self, end=0.996):
+    def __init__(self, end: float = 0.996) -> None:
         self.end = end
 
-    def __call__(self, step):
+    def __call__(self, step: int) -> tf.Tensor:
         """Value at `step`, a float32 scalar."""
         step = tf.cast(step, tf.float32)
         return tf.minimum(self.end, (1.0 + step) / (10.0 + step))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         return {"end": self.end}
 
 
-def get(value):
+def get(value: Any) -> keras.optimizers.schedules.LearningRateSchedule:
     """A schedule from a number, a schedule or the serialised form of one.
 
     Args:

@@ -1,5 +1,19 @@
 """`SelfDistillation`: student, EMA teacher and centre, trained on images without labels."""
 
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from typing_extensions import Self
+
+from sddns_tf.types import Array
+
+if TYPE_CHECKING:
+    from sddns_tf.views import MultiCrop
+
 import types
 import warnings
 
@@ -8,7 +22,7 @@ import tensorflow as tf
 
 from sddns_tf import files, image_ops, losses, networks, replicas, schedules, validation
 from sddns_tf.heads import ProjectionHead
-from sddns_tf.image_sources import image_source, validation_source
+from sddns_tf.image_sources import image_batch, image_source, validation_source
 from sddns_tf.keras_private import batches_counted, inner
 
 _LOGGED = (
@@ -109,23 +123,23 @@ class SelfDistillation(keras.Model):
 
     def __init__(
         self,
-        backbone,
-        views,
-        negatives=None,
-        head=None,
-        student_temperature=0.1,
-        teacher_temperature=None,
-        teacher_momentum=None,
-        center_momentum=0.9,
-        negative_weight=1.0,
-        weight_decay=None,
-        gradient_clip_norm=3.0,
-        frozen_last_layer_steps=0,
-        mean=image_ops.IMAGENET_MEAN,
-        std=image_ops.IMAGENET_STD,
-        seed=0,
+        backbone: keras.Model,
+        views: MultiCrop,
+        negatives: Any = None,
+        head: keras.Model | None = None,
+        student_temperature: float = 0.1,
+        teacher_temperature: Any = None,
+        teacher_momentum: Any = None,
+        center_momentum: float = 0.9,
+        negative_weight: Any = 1.0,
+        weight_decay: Any = None,
+        gradient_clip_norm: float | None = 3.0,
+        frozen_last_layer_steps: int = 0,
+        mean: Sequence[float] = image_ops.IMAGENET_MEAN,
+        std: Sequence[float] = image_ops.IMAGENET_STD,
+        seed: int = 0,
         **kwargs,
-    ):
+    ) -> None:
         # Images in 0-255 would lose their last bits if Keras cast them to the global policy.
         super().__init__(**{"autocast": False, **kwargs})
         # Keras remembers a strategy only where there is one, and takes the current one for none.
@@ -178,7 +192,7 @@ class SelfDistillation(keras.Model):
         self._trackers = {name: keras.metrics.Mean(name) for name in _LOGGED}
         self.built = True
 
-    def call(self, images):
+    def call(self, images: Array) -> tf.Tensor:
         """Features of the teacher backbone, L2-normalised.
 
         Args:
@@ -192,7 +206,7 @@ class SelfDistillation(keras.Model):
         features = self.teacher_backbone(self._normalize(images), training=False)
         return tf.math.l2_normalize(tf.cast(features, tf.float32), axis=-1)
 
-    def compile(self, optimizer, **kwargs):
+    def compile(self, optimizer: Any, **kwargs) -> None:
         """Choose the optimizer; the losses are the model's own.
 
         Weight decay never acts on biases and normalizations, the 1-D tensors, whether it is the
@@ -228,7 +242,7 @@ class SelfDistillation(keras.Model):
             optimizer.exclude_from_weight_decay(var_list=spared)
             self.optimizer.build(self.trainable_variables)
 
-    def compile_from_config(self, config):
+    def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile a loaded model as the saved one was."""
         self.compile(**keras.saving.deserialize_keras_object(config))
 
@@ -240,19 +254,19 @@ class SelfDistillation(keras.Model):
 
     def fit(
         self,
-        x=None,
-        y=None,
-        batch_size=None,
-        epochs=1,
-        verbose="auto",
-        callbacks=None,
-        validation_split=0.0,
-        validation_data=None,
-        shuffle=True,
-        class_weight=None,
-        sample_weight=None,
+        x: Array | None = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        verbose: int | str = "auto",
+        callbacks: Any = None,
+        validation_split: float = 0.0,
+        validation_data: Any = None,
+        shuffle: bool = True,
+        class_weight: dict[Any, float] | None = None,
+        sample_weight: Any = None,
         **kwargs,
-    ):
+    ) -> keras.callbacks.History:
         """`keras.Model.fit` on unlabeled images.
 
         Args:
@@ -302,32 +316,43 @@ class SelfDistillation(keras.Model):
                 if hasattr(callback, "release"):
                     callback.release()
 
-    def evaluate(self, x=None, y=None, *args, sample_weight=None, **kwargs):
+    def evaluate(
+        self, x: Array | None = None, y: Any = None, *args, sample_weight: Any = None, **kwargs
+    ) -> Any:
         """`keras.Model.evaluate` on unlabeled images, as for `fit`."""
         if not kwargs.get("_use_cached_eval_dataset"):  # `fit` has checked its validation data.
             _refuse_labels(y=y, sample_weight=sample_weight)
             x = image_source(x, "x", trains=True)
         return super().evaluate(x, None, *args, **kwargs)
 
-    def predict(self, x, *args, **kwargs):
+    def predict(self, x: Array, *args, **kwargs) -> np.ndarray:
         """`keras.Model.predict`: features `(N, D)` of a whole set of images."""
         return super().predict(image_source(x, "x", allow_nan=True), *args, **kwargs)
 
-    def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
+    def train_on_batch(
+        self,
+        x: Array,
+        y: Any = None,
+        sample_weight: Any = None,
+        class_weight: dict[Any, float] | None = None,
+        return_dict: bool = False,
+    ) -> Any:
         """`keras.Model.train_on_batch` on one batch, as for `fit`."""
         _refuse_labels(y=y, sample_weight=sample_weight, class_weight=class_weight)
-        return super().train_on_batch(image_source(x, "x", trains=True), return_dict=return_dict)
+        return super().train_on_batch(image_batch(x), return_dict=return_dict)
 
-    def test_on_batch(self, x, y=None, sample_weight=None, return_dict=False):
+    def test_on_batch(
+        self, x: Array, y: Any = None, sample_weight: Any = None, return_dict: bool = False
+    ) -> Any:
         """`keras.Model.test_on_batch` on one batch, as for `fit`."""
         _refuse_labels(y=y, sample_weight=sample_weight)
-        return super().test_on_batch(image_source(x, "x", trains=True), return_dict=return_dict)
+        return super().test_on_batch(image_batch(x), return_dict=return_dict)
 
-    def save(self, filepath, *args, **kwargs):
+    def save(self, filepath: str | os.PathLike, *args, **kwargs) -> None:
         """`keras.Model.save`, whole or not at all: a failed save leaves what was there."""
         files.save_keras(super().save, filepath, *args, **kwargs)
 
-    def train_step(self, data):
+    def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         """One step on a batch: the algorithm of the paper."""
         images, auxiliary, part = self._unpack(data)
         views, negatives = self._draw(images, auxiliary, part)
@@ -350,7 +375,7 @@ class SelfDistillation(keras.Model):
         self.step.assign_add(1)
         return _as_keras_reduces(logs)
 
-    def test_step(self, data):
+    def test_step(self, data: Any) -> dict[str, tf.Tensor]:
         """The same losses on held-out images, without any update."""
         images, auxiliary, part = self._unpack(data)
         views, negatives = self._draw(images, auxiliary, part)
@@ -586,11 +611,11 @@ class SelfDistillation(keras.Model):
         return {name: tracker.result() for name, tracker in self._trackers.items()}
 
     @property
-    def metrics(self):
+    def metrics(self) -> list[keras.metrics.Metric]:
         """Running means of what is logged; reset at each epoch."""
         return list(self._trackers.values())
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         serialize = keras.saving.serialize_keras_object
         return {
@@ -613,7 +638,7 @@ class SelfDistillation(keras.Model):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """The model that `get_config` describes, with new weights."""
         parts = ("backbone", "views", "negatives", "head")
         objects = {name: keras.saving.deserialize_keras_object(config[name]) for name in parts}

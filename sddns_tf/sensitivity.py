@@ -1,5 +1,15 @@
 """Label-free choice of the shift: how sensitive the score is to shifts it was not trained on."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sddns_tf.types import Array
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 import numpy as np
 import tensorflow as tf
 
@@ -8,7 +18,14 @@ from sddns_tf import metrics, plots, shifts
 PROBES = ("rot90", "rot360", "perm4", "perm16", "pixel_perm")
 
 
-def sensitivity(detector, images, trained_on=None, probes=PROBES, seed=0, batch_size=256):
+def sensitivity(
+    detector: Any,
+    images: Array,
+    trained_on: str | Callable | None = None,
+    probes: Sequence[str | Callable] = PROBES,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> dict[str, float]:
     """How well the score tells held-out in-distribution images from their shifted selves.
 
     The sensitivity to one probe shift T is the AUROC of the scores of `images` against those of
@@ -51,7 +68,13 @@ def sensitivity(detector, images, trained_on=None, probes=PROBES, seed=0, batch_
     return {**result, "mean": float(np.mean(list(result.values())))}
 
 
-def rank_correlation(sensitivities, aurocs, confidence=0.95, resamples=2000, seed=0):
+def rank_correlation(
+    sensitivities: Array,
+    aurocs: Array,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
     """How well sensitivities rank strategies as true AUROCs do: Spearman's correlation.
 
     The interval is the bootstrap's over strategies. Of few strategies it is wide, as it should be;
@@ -98,7 +121,7 @@ def rank_correlation(sensitivities, aurocs, confidence=0.95, resamples=2000, see
     return float(spearmanr(*pairs).statistic), *metrics.percentile_interval(drawn, confidence)
 
 
-def bar_chart(sensitivities, aurocs=None):
+def bar_chart(sensitivities: Array, aurocs: Array | None = None) -> Figure:
     """Sensitivity of each strategy, the highest first, beside its true AUROC where that is known.
 
     Args:

@@ -9,25 +9,29 @@ Reference:
     semantics make the best negatives on average.
 """
 
+from __future__ import annotations
+
 import itertools
 import math
 import warnings
+from collections.abc import Callable
 
 import keras
 import tensorflow as tf
 
 from sddns_tf.replicas import uniform as uniform
+from sddns_tf.types import Array
 
 
 @keras.saving.register_keras_serializable("sddns_tf")
-def identity(images, seed):
+def identity(images: Array, seed: int) -> tf.Tensor:
     """No shift: the auxiliary image itself is the negative. `seed` is not used."""
     del seed
     return images
 
 
 @keras.saving.register_keras_serializable("sddns_tf")
-def rot90(images, seed):
+def rot90(images: Array, seed: int) -> tf.Tensor:
     """Rotate each image by 90, 180 or 270 degrees, never by 0."""
     _check_squares(images, "rot90")
     turns = _random_integers(tf.shape(images)[0], 3, seed)[:, tf.newaxis, tf.newaxis, tf.newaxis]
@@ -39,14 +43,14 @@ def rot90(images, seed):
 
 
 @keras.saving.register_keras_serializable("sddns_tf")
-def rot360(images, seed):
+def rot360(images: Array, seed: int) -> tf.Tensor:
     """Rotate each image by a uniform angle; bilinear, black where nothing was, size kept."""
     _check_squares(images, "rot360")
     angles = uniform([tf.shape(images)[0]], seed, maxval=2.0 * math.pi)
     return rotate(images, angles)
 
 
-def rotate(images, angles):
+def rotate(images: Array, angles: Array) -> tf.Tensor:
     """Rotate about the centre, counter-clockwise; bilinear, black outside, size kept.
 
     Args:
@@ -80,7 +84,7 @@ def rotate(images, angles):
 
 
 @keras.saving.register_keras_serializable("sddns_tf")
-def perm4(images, seed):
+def perm4(images: Array, seed: int) -> tf.Tensor:
     """Put the 2x2 grid of patches in a random order other than the identity."""
     orders = list(itertools.permutations(range(4)))[1:]
     draw = _random_integers(tf.shape(images)[0], len(orders), seed)
@@ -88,13 +92,13 @@ def perm4(images, seed):
 
 
 @keras.saving.register_keras_serializable("sddns_tf")
-def perm16(images, seed):
+def perm16(images: Array, seed: int) -> tf.Tensor:
     """Put the 4x4 grid of patches in a random order."""
     return _reorder_patches(images, _random_orders(images, 16, seed), 4, "perm16")
 
 
 @keras.saving.register_keras_serializable("sddns_tf")
-def pixel_perm(images, seed):
+def pixel_perm(images: Array, seed: int) -> tf.Tensor:
     """Put all pixels in one random order, the same for each channel."""
     _check_squares(images, "pixel_perm")
     size = images.shape[1]
@@ -104,7 +108,7 @@ def pixel_perm(images, seed):
 
 
 @keras.saving.register_keras_serializable("sddns_tf")
-def cut_paste(images, seed):
+def cut_paste(images: Array, seed: int) -> tf.Tensor:
     """Paste a piece of each image over another place of it, a little darker or brighter.
 
     Local damage: the piece has 2 to 15 % of the area and an aspect ratio from 0.3 to 3.3, either
@@ -159,7 +163,7 @@ NAMES = tuple(shift.__name__ for shift in _PAPER)  # the paper's own
 BEYOND_THE_PAPER = tuple(name for name in _SHIFTS if name not in NAMES)
 
 
-def get(shift):
+def get(shift: str | Callable) -> Callable:
     """A shift by its name, or the given callable.
 
     Args:
@@ -187,14 +191,14 @@ def get(shift):
     )
 
 
-def name_of(shift):
+def name_of(shift: str | Callable) -> str:
     """The name of a shift that is given by its name or as a callable."""
     if isinstance(shift, str):
         return shift
     return getattr(shift, "__name__", type(shift).__name__)
 
 
-def checked(shift, images, shifted):
+def checked(shift: str | Callable, images: Array, shifted: Array) -> tf.Tensor:
     """What a shift gave, which must have the shape and type of what it was given.
 
     Args:
@@ -220,7 +224,7 @@ def checked(shift, images, shifted):
     )
 
 
-def warn_if_not_savable(shift):
+def warn_if_not_savable(shift: str | Callable) -> None:
     """Warn where a model that makes its negatives with this shift could not be saved.
 
     Args:

@@ -1,8 +1,11 @@
 """The one rule for images and for arguments, and what is said where it is broken."""
 
+from __future__ import annotations
+
 import math
 import numbers
 import warnings
+from typing import Any
 
 import keras
 import numpy as np
@@ -10,11 +13,12 @@ import tensorflow as tf
 from PIL import Image
 
 from sddns_tf import pictures
+from sddns_tf.types import Array
 
 _FORM = "`{name}` must be uint8 or float in 0-255, of shape (batch, height, width, 3)."
 
 
-def check_images(images, name="images"):
+def check_images(images: Array, name: str = "images") -> Any:
     """The images of a call, refused if they are none: see `image_array` for the rule.
 
     In a graph, where there are no values, shape and dtype are all that is looked at. Not a number
@@ -44,7 +48,7 @@ def check_images(images, name="images"):
     return images
 
 
-def image_array(images, name="images", *, allow_nan=False):
+def image_array(images: Array, name: str = "images", *, allow_nan: bool = False) -> np.ndarray:
     """Images in memory as one array, by the rule that holds wherever images are taken.
 
     They have the shape `(N, H, W, 3)`, N at least 1, and lie in 0-255: as uint8, as any other
@@ -89,7 +93,7 @@ def _stacked(images, name):
     return np.stack(arrays) if arrays else np.zeros((0, 1, 1, 3), np.uint8)
 
 
-def check_form(images, name):
+def check_form(images: Array, name: str) -> None:
     """Raise a `ValueError` unless shape and dtype are those of a batch of images.
 
     Args:
@@ -118,7 +122,7 @@ def _is_number(dtype):
     return dtype.is_integer or dtype.is_floating
 
 
-def in_range(values, name, allow_nan=False):
+def in_range(values: Any, name: str, allow_nan: bool = False) -> Any:
     """Values of images of any shape, refused unless they lie in 0-255.
 
     Args:
@@ -149,7 +153,7 @@ def in_range(values, name, allow_nan=False):
     return values
 
 
-def out_of_range(name, low, high):
+def out_of_range(name: str, low: float, high: float) -> str:
     """What is said of images that reach from `low` to `high`."""
     hint = ""
     if low < 0:
@@ -159,7 +163,7 @@ def out_of_range(name, low, high):
     return f"`{name}` must hold values in 0-255.{hint} Received: {low:.6g} to {high:.6g}"
 
 
-def warn_of_black(name, low, high):
+def warn_of_black(name: str, low: float, high: float) -> None:
     """Warn of float images in 0-1, which are taken for images in 0-255."""
     warnings.warn(
         f"`{name}` are nearly black: expected values in 0-255, received {low:.3g} to {high:.3g}. "
@@ -168,7 +172,7 @@ def warn_of_black(name, low, high):
     )
 
 
-def check_int(name, value, low=1, high=None):
+def check_int(name: str, value: Any, low: int = 1, high: int | None = None) -> None:
     """Raise a `ValueError` unless an argument is an int in a range; `True` is none.
 
     Args:
@@ -185,7 +189,7 @@ def check_int(name, value, low=1, high=None):
     raise ValueError(f"`{name}` must be {kind}. Received: {name}={value!r}")
 
 
-def check_bool(name, value):
+def check_bool(name: str, value: Any) -> None:
     """Raise a `ValueError` unless an argument is True or False.
 
     Args:
@@ -196,7 +200,15 @@ def check_bool(name, value):
         raise ValueError(f"`{name}` must be True or False. Received: {name}={value!r}")
 
 
-def check_number(name, value, low=None, high=None, *, above=None, below=None):
+def check_number(
+    name: str,
+    value: Any,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+) -> None:
     """Raise a `ValueError` unless an argument is a finite number in a range.
 
     Args:
@@ -240,7 +252,7 @@ def _limits(low, high, above=None, below=None):
     return "".join(f" {word}" for word in " and ".join(words).split())
 
 
-def check_choice(name, value, choices):
+def check_choice(name: str, value: Any, choices: Any) -> str:
     """The value of an argument that takes one of a few strings.
 
     Args:
@@ -259,7 +271,16 @@ def check_choice(name, value, choices):
     return value
 
 
-def check_numbers(name, values, count, low=None, high=None, *, above=None, ascending=False):
+def check_numbers(
+    name: str,
+    values: Any,
+    count: int,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    above: float | None = None,
+    ascending: bool = False,
+) -> tuple[float, ...]:
     """The numbers of an argument that holds several, as a tuple of floats.
 
     Args:
@@ -295,7 +316,7 @@ def check_numbers(name, values, count, low=None, high=None, *, above=None, ascen
     return tuple(float(value) for value in values)
 
 
-def check_size(name, size):
+def check_size(name: str, size: Any) -> tuple[int, int]:
     """`32` or `(32, 48)` as a pair of positive ints (height, width).
 
     Args:

@@ -1,11 +1,17 @@
 """The views of an image: DINO's multi-crop, and the negatives made from it."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
+from typing_extensions import Self
 
 from sddns_tf import image_ops, shifts
+from sddns_tf.types import Array
 from sddns_tf.validation import check_choice, check_int, check_number, check_numbers
 
 SOURCES = ("in_distribution", "auxiliary", "both")
@@ -61,23 +67,23 @@ class MultiCrop:
 
     def __init__(
         self,
-        image_size,
-        local_views=8,
-        local_size=None,
-        global_area=(0.4, 1.0),
-        local_area=(0.05, 0.4),
-        aspect_ratio=(3 / 4, 4 / 3),
-        flip=0.5,
-        color_jitter=0.8,
-        brightness=0.4,
-        contrast=0.4,
-        saturation=0.2,
-        hue=0.1,
-        grayscale=0.2,
-        blur=(1.0, 0.1, 0.5),
-        blur_sigma=(0.1, 2.0),
-        solarize=(0.0, 0.2, 0.0),
-    ):
+        image_size: int,
+        local_views: int = 8,
+        local_size: int | None = None,
+        global_area: Sequence[float] = (0.4, 1.0),
+        local_area: Sequence[float] = (0.05, 0.4),
+        aspect_ratio: Sequence[float] = (3 / 4, 4 / 3),
+        flip: float = 0.5,
+        color_jitter: float = 0.8,
+        brightness: float = 0.4,
+        contrast: float = 0.4,
+        saturation: float = 0.2,
+        hue: float = 0.1,
+        grayscale: float = 0.2,
+        blur: Sequence[float] = (1.0, 0.1, 0.5),
+        blur_sigma: Sequence[float] = (0.1, 2.0),
+        solarize: Sequence[float] = (0.0, 0.2, 0.0),
+    ) -> None:
         check_int("image_size", image_size)
         check_int("local_views", local_views, low=0)
         if local_size is not None:
@@ -97,7 +103,7 @@ class MultiCrop:
         self.image_size = image_size
         self.local_views = local_views
         self.local_size = local_size or image_size // 2
-        shares = {"high": 1.0, "above": 0.0, "ascending": True}
+        shares: dict[str, Any] = {"high": 1.0, "above": 0.0, "ascending": True}
         self.global_area = check_numbers("global_area", global_area, 2, **shares)
         self.local_area = check_numbers("local_area", local_area, 2, **shares)
         self.aspect_ratio = check_numbers(
@@ -115,11 +121,11 @@ class MultiCrop:
         self.solarize = check_numbers("solarize", solarize, 3, 0.0, 1.0)
 
     @property
-    def sizes(self):
+    def sizes(self) -> tuple[int, ...]:
         """Sides of the views in pixels, one per group."""
         return (self.image_size, self.local_size) if self.local_views else (self.image_size,)
 
-    def __call__(self, images, seed):
+    def __call__(self, images: Array, seed: int) -> list[tf.Tensor]:
         """All views of each image.
 
         Args:
@@ -133,7 +139,7 @@ class MultiCrop:
         groups = [self._global_views(images, tf.constant([[0], [1]]), global_seed)]
         return groups + self._local_views(images, local_seed)
 
-    def negative(self, images, seed):
+    def negative(self, images: Array, seed: int) -> list[tf.Tensor]:
         """The views a negative is made from: one global, of either recipe, and the local ones.
 
         Args:
@@ -211,7 +217,7 @@ class MultiCrop:
         to_gray = tf.where(gray, image_ops.gray_matrix(), tf.eye(3))
         return image_ops.mix_channels(to_gray, planes)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         return {
             "image_size": self.image_size,
@@ -233,7 +239,7 @@ class MultiCrop:
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """The object that `get_config` describes."""
         return cls(**config)
 
@@ -258,7 +264,7 @@ class Negatives:
         Rafiee et al., arXiv 2201.06378.
     """
 
-    def __init__(self, shift="rot90", source="auxiliary"):
+    def __init__(self, shift: str | Callable = "rot90", source: Any = "auxiliary") -> None:
         check_choice("source", source, SOURCES)
         apply = shifts.get(shift)
         if apply is shifts.identity and source != "auxiliary":
@@ -273,11 +279,13 @@ class Negatives:
         self._apply = apply
 
     @property
-    def needs_auxiliary(self):
+    def needs_auxiliary(self) -> bool:
         """Whether the training batches must hold auxiliary images."""
         return self.source != "in_distribution"
 
-    def __call__(self, views, images, auxiliary, seed):
+    def __call__(
+        self, views: Any, images: Array, auxiliary: Array | None, seed: int
+    ) -> list[tf.Tensor]:
         """Negatives of a batch.
 
         Args:
@@ -314,7 +322,7 @@ class Negatives:
         by_image = tf.reshape(shifted, tf.shape(by_image))
         return tf.ensure_shape(tf.transpose(by_image, [1, 0, 2, 3, 4]), group.shape)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         shift = self.shift
         if not isinstance(shift, str):
@@ -322,7 +330,7 @@ class Negatives:
         return {"shift": shift, "source": self.source}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """The object that `get_config` describes."""
         shift = config["shift"]
         if isinstance(shift, dict):

@@ -3,13 +3,17 @@
 In one file on purpose, long as it is: a reader follows an image from its patches to the feature.
 """
 
+from __future__ import annotations
+
 import math
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 from keras import layers, ops
 
+from sddns_tf.types import Array
 from sddns_tf.validation import check_bool, check_int, check_number, check_size
 
 
@@ -58,14 +62,14 @@ class PatchEmbedding(layers.Layer):
         hidden_dim: Length of a token.
     """
 
-    def __init__(self, patch_size, hidden_dim, **kwargs):
+    def __init__(self, patch_size: int, hidden_dim: int, **kwargs) -> None:
         super().__init__(**kwargs)
         check_int("patch_size", patch_size)
         check_int("hidden_dim", hidden_dim)
         self.patch_size = patch_size
         self.hidden_dim = hidden_dim
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         """Creates the weights."""
         # Uniform in +-1/sqrt(fan in): DINO leaves this kernel at the convolution's own default.
         self.kernel = self.add_weight(
@@ -75,7 +79,7 @@ class PatchEmbedding(layers.Layer):
         )
         self.bias = self.add_weight(name="bias", shape=(self.hidden_dim,), initializer="zeros")
 
-    def call(self, images):
+    def call(self, images: Array) -> tf.Tensor:
         """Images `(B, H, W, C)` to tokens `(B, N, hidden_dim)`, patches in row-major order."""
         _, height, width, channels = ops.shape(images)
         patch = self.patch_size
@@ -86,12 +90,12 @@ class PatchEmbedding(layers.Layer):
         x = ops.reshape(x, (-1, rows * columns, patch * patch * channels))
         return ops.matmul(x, ops.reshape(self.kernel, (-1, self.hidden_dim))) + self.bias
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         """Shape of the output."""
         sides = [side and side // self.patch_size for side in input_shape[1:3]]
         return (input_shape[0], None if None in sides else math.prod(sides), self.hidden_dim)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         config = super().get_config()
         config.update({"patch_size": self.patch_size, "hidden_dim": self.hidden_dim})
@@ -110,14 +114,14 @@ class SelfAttention(layers.Layer):
         qkv_bias: Whether queries, keys and values have a bias.
     """
 
-    def __init__(self, num_heads, qkv_bias=True, **kwargs):
+    def __init__(self, num_heads: int, qkv_bias: bool = True, **kwargs) -> None:
         super().__init__(**kwargs)
         check_int("num_heads", num_heads)
         check_bool("qkv_bias", qkv_bias)
         self.num_heads = num_heads
         self.qkv_bias = qkv_bias
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         """Creates the weights."""
         dim = input_shape[-1]
         self.qkv = layers.Dense(
@@ -133,7 +137,7 @@ class SelfAttention(layers.Layer):
         self.qkv.build(input_shape)
         self.projection.build(input_shape)
 
-    def call(self, tokens, wanted=None):
+    def call(self, tokens: Array, wanted: Any = None) -> tf.Tensor:
         """Tokens `(B, N, D)` to tokens `(B, N, D)`, or to the first `wanted` of them."""
         _, length, dim = ops.shape(tokens)
         weights, value = self._weights_and_value(tokens, wanted)
@@ -141,7 +145,7 @@ class SelfAttention(layers.Layer):
         x = ops.reshape(ops.transpose(x, (0, 2, 1, 3)), (-1, wanted or length, dim))
         return self.projection(x)
 
-    def weights_of(self, tokens):
+    def weights_of(self, tokens: Array) -> tf.Tensor:
         """How much each token attends to each other one: float32 `(B, num_heads, N, N)`."""
         return self._weights_and_value(tokens)[0]
 
@@ -155,11 +159,11 @@ class SelfAttention(layers.Layer):
         logits = tf.matmul(query * head_dim**-0.5, key, transpose_b=True)
         return ops.softmax(ops.cast(logits, "float32"), axis=-1), value
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         """Shape of the output."""
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         config = super().get_config()
         config.update({"num_heads": self.num_heads, "qkv_bias": self.qkv_bias})
@@ -180,7 +184,7 @@ class StochasticDepth(layers.Layer):
         Huang et al., "Deep Networks with Stochastic Depth", arXiv 1603.09382.
     """
 
-    def __init__(self, rate, **kwargs):
+    def __init__(self, rate: float, **kwargs) -> None:
         super().__init__(**kwargs)
         check_number("rate", rate, 0.0, below=1.0)
         self.rate = float(rate)
@@ -188,11 +192,11 @@ class StochasticDepth(layers.Layer):
             self.seed_generator = keras.random.SeedGenerator()
         self.built = True
 
-    def call(self, inputs, training=False):
+    def call(self, inputs: Array, training: bool = False) -> tf.Tensor:
         """The branch `(B, ...)`, or zeros for the samples that lose it."""
         return self.scaled(inputs, self.draw(inputs, training))
 
-    def draw(self, inputs, training):
+    def draw(self, inputs: Array, training: bool) -> tf.Tensor:
         """What each sample's branch is multiplied with, `(B, 1, ...)`; `None` for 1."""
         if not training or self.rate == 0:
             return None
@@ -201,15 +205,15 @@ class StochasticDepth(layers.Layer):
         uniform = keras.random.uniform(shape, dtype="float32", seed=self.seed_generator)
         return ops.where(uniform < keep, 1.0 / keep, 0.0)
 
-    def scaled(self, inputs, scale):
+    def scaled(self, inputs: Array, scale: Any) -> tf.Tensor:
         """The branch with what was drawn for it."""
         return inputs if scale is None else inputs * ops.cast(scale, inputs.dtype)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         """Shape of the output."""
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         config = super().get_config()
         config.update({"rate": self.rate})
@@ -230,13 +234,13 @@ class TransformerBlock(layers.Layer):
 
     def __init__(
         self,
-        num_heads,
-        mlp_dim,
-        qkv_bias=True,
-        drop_path_rate=0.0,
-        layer_norm_epsilon=1e-6,
+        num_heads: int,
+        mlp_dim: int,
+        qkv_bias: bool = True,
+        drop_path_rate: float = 0.0,
+        layer_norm_epsilon: float = 1e-6,
         **kwargs,
-    ):
+    ) -> None:
         super().__init__(**kwargs)
         check_int("num_heads", num_heads)
         check_int("mlp_dim", mlp_dim)
@@ -249,7 +253,7 @@ class TransformerBlock(layers.Layer):
         self.drop_path_rate = float(drop_path_rate)
         self.layer_norm_epsilon = layer_norm_epsilon
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         """Creates the weights."""
         dtype = self.dtype_policy
         epsilon = self.layer_norm_epsilon
@@ -272,7 +276,9 @@ class TransformerBlock(layers.Layer):
             layer.build(input_shape)
         self.mlp_output.build((*input_shape[:-1], self.mlp_dim))
 
-    def call(self, tokens, training=False, wanted=None, recompute=False):
+    def call(
+        self, tokens: Array, training: bool = False, wanted: Any = None, recompute: bool = False
+    ) -> tf.Tensor:
         """Tokens `(B, N, D)` to tokens `(B, N, D)`.
 
         Args:
@@ -293,15 +299,15 @@ class TransformerBlock(layers.Layer):
 
         return keras.remat(branches)(tokens) if recompute else branches(tokens)
 
-    def attention_weights(self, tokens):
+    def attention_weights(self, tokens: Array) -> tf.Tensor:
         """How much each token attends to each other one: float32 `(B, num_heads, N, N)`."""
         return self.attention.weights_of(self.attention_norm(tokens))
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         """Shape of the output."""
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         config = super().get_config()
         config.update(
@@ -367,18 +373,18 @@ class VisionTransformer(keras.Model):
 
     def __init__(
         self,
-        image_size=224,
-        patch_size=16,
-        hidden_dim=384,
-        depth=12,
-        num_heads=6,
-        mlp_ratio=4.0,
-        qkv_bias=True,
-        drop_path_rate=0.0,
-        layer_norm_epsilon=1e-6,
-        recompute=False,
+        image_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        hidden_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_path_rate: float = 0.0,
+        layer_norm_epsilon: float = 1e-6,
+        recompute: bool = False,
         **kwargs,
-    ):
+    ) -> None:
         super().__init__(**kwargs)
         for name, number in (
             ("patch_size", patch_size),
@@ -434,7 +440,7 @@ class VisionTransformer(keras.Model):
         self.norm = layers.LayerNormalization(epsilon=layer_norm_epsilon, dtype=dtype, name="norm")
         self.build((None, *sides, 3))
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         """Creates the weights."""
         # A model that is loaded is built again by Keras.
         if self.built:
@@ -454,7 +460,7 @@ class VisionTransformer(keras.Model):
         for layer in (*self.blocks, self.norm):
             layer.build(tokens_shape)
 
-    def call(self, images, training=False):
+    def call(self, images: Array, training: bool = False) -> tf.Tensor:
         """Normalized images `(B, height, width, 3)` to features `(B, hidden_dim)`."""
         tokens = self._embed(images)
         recompute = bool(self.recompute and training)
@@ -464,7 +470,7 @@ class VisionTransformer(keras.Model):
         tokens = self.blocks[-1](tokens, training=training, wanted=1, recompute=recompute)
         return self.norm(tokens[:, 0])
 
-    def token_maps(self, images, passed=None):
+    def token_maps(self, images: Array, passed: Any = None) -> Any:
         """Tokens of patches, as maps.
 
         Args:
@@ -485,7 +491,7 @@ class VisionTransformer(keras.Model):
             found[count] = tokens
         return [ops.reshape(found[n][:, 1:], (-1, *grid, self.hidden_dim)) for n in passed]
 
-    def attention_weights(self, images):
+    def attention_weights(self, images: Array) -> tf.Tensor:
         """Attention of the last block, as shown in the DINO paper's figures.
 
         Args:
@@ -500,12 +506,12 @@ class VisionTransformer(keras.Model):
             tokens = block(tokens, training=False)
         return self.blocks[-1].attention_weights(tokens)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
         """Shape of the output."""
         self._check_shape(input_shape)
         return (input_shape[0], self.hidden_dim)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         config = super().get_config()
         config.update(
@@ -581,7 +587,9 @@ class VisionTransformer(keras.Model):
             )
 
 
-def vit_tiny(image_size=224, patch_size=16, **kwargs):
+def vit_tiny(
+    image_size: int | tuple[int, int] = 224, patch_size: int = 16, **kwargs
+) -> VisionTransformer:
     """ViT-Ti: a `VisionTransformer` of width 192 with 12 blocks of 3 heads.
 
     Args:
@@ -599,7 +607,9 @@ def vit_tiny(image_size=224, patch_size=16, **kwargs):
     return VisionTransformer(image_size=image_size, patch_size=patch_size, **kwargs)
 
 
-def vit_small(image_size=224, patch_size=16, **kwargs):
+def vit_small(
+    image_size: int | tuple[int, int] = 224, patch_size: int = 16, **kwargs
+) -> VisionTransformer:
     """ViT-S: a `VisionTransformer` of width 384 with 12 blocks of 6 heads.
 
     Args:
@@ -617,7 +627,9 @@ def vit_small(image_size=224, patch_size=16, **kwargs):
     return VisionTransformer(image_size=image_size, patch_size=patch_size, **kwargs)
 
 
-def vit_base(image_size=224, patch_size=16, **kwargs):
+def vit_base(
+    image_size: int | tuple[int, int] = 224, patch_size: int = 16, **kwargs
+) -> VisionTransformer:
     """ViT-B: a `VisionTransformer` of width 768 with 12 blocks of 12 heads.
 
     Args:

@@ -91,6 +91,11 @@ def loaded(program):
         FLAGS.unparse_flags()
 
 
+def takes_absl_flags(module):
+    """Whether a program's options are absl's, which are defined when it is imported."""
+    return isinstance(getattr(module, "FLAGS", None), flags.FlagValues)
+
+
 def run_argparse_until_parsed(main, arguments):
     """Call a program whose options argparse takes, and stop it when it has them."""
     parse = argparse.ArgumentParser.parse_args
@@ -121,7 +126,7 @@ def understand(command):
         understand_sddns(program.removeprefix("sddns "), arguments)
         return
     with loaded(program) as module:
-        if hasattr(module, "FLAGS"):
+        if takes_absl_flags(module):
             FLAGS([program, *arguments])
         elif arguments or inspect.signature(module.main).parameters:
             run_argparse_until_parsed(module.main, arguments)
@@ -233,7 +238,7 @@ def options_of_ours():
             continue
         with loaded(program) as module:
             found |= {f"--{name}" for name in FLAGS}
-            if not hasattr(module, "FLAGS") and inspect.signature(module.main).parameters:
+            if not takes_absl_flags(module) and inspect.signature(module.main).parameters:
                 with (
                     contextlib.redirect_stdout(io.StringIO()) as shown,
                     contextlib.suppress(SystemExit),
@@ -395,7 +400,7 @@ def test_a_command_runs(command, exported, monkeypatch, capsys):
         assert cli.main([program.removeprefix("sddns "), *arguments]) == 0, capsys.readouterr().err
         return
     with loaded(program) as module:
-        if hasattr(module, "FLAGS"):
+        if takes_absl_flags(module):
             FLAGS([program, *arguments])
             module.main([program])
         else:

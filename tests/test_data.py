@@ -12,7 +12,7 @@ from absl import logging
 from PIL import Image
 from skimage import data as photographs
 
-from sddns_tf import data
+from sddns_tf import data, image_ops
 
 SIDE = 24
 
@@ -131,6 +131,30 @@ def test_resizing_agrees_with_pillow(coffee):
     assert difference.max() <= 3
     assert difference.mean() < 0.5
     np.testing.assert_array_equal(data.load_arrays(coffee, image_size=SIDE), coffee)
+
+
+@pytest.mark.parametrize("resize", ["squash", "crop"])
+@pytest.mark.parametrize("size", [(20, 36), (36, 20), 28])
+def test_rectangles_and_crops_are_those_of_the_extractor(tmp_path, resize, size):
+    photograph = photographs.coffee()[:90, :160]
+    height, width = (size, size) if isinstance(size, int) else size
+    expected = image_ops.fit(tf.constant(photograph[None]), height, width, resize).numpy()
+    save(tmp_path / "a.png", photograph)
+    np.savez(tmp_path / "set.npz", photograph[None])
+    options = {"image_size": size, "resize": resize}
+    for source in (tmp_path, tmp_path / "set.npz", photograph[None], [photograph]):
+        for read in (
+            data.load_arrays(source, **options),
+            stack(data.load(source, batch_size=1, **options)),
+        ):
+            assert read.shape == (1, height, width, 3)
+            assert np.abs(read - expected).max() <= 0.51
+
+
+def test_a_path_must_be_one_of_a_folder_or_an_archive(tmp_path):
+    path = save(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"folder or of an \.npz file. Received: .*a\.png"):
+        data.load(path, batch_size=1)
 
 
 def test_overshoot_of_bicubic_is_clipped():

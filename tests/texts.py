@@ -10,6 +10,7 @@ import json
 import pathlib
 import re
 import shlex
+import textwrap
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -155,6 +156,9 @@ def all_code():
 
 
 def code_of_docstring(text):
-    """What stands behind `>>>` and `...`."""
-    lines = (line.strip() for line in inspect.cleandoc(text).splitlines())
-    return "".join(line[4:] + "\n" for line in lines if line[:3] in (">>>", "...") and line[3:])
+    """What stands behind `>>>` and `...`, and in blocks of Python."""
+    text = inspect.cleandoc(text)
+    lines = (line.strip() for line in text.splitlines())
+    shown = "".join(line[4:] + "\n" for line in lines if line[:3] in (">>>", "...") and line[3:])
+    blocks = [textwrap.dedent(block) for _, kind, block in _FENCE.findall(text) if kind == "python"]
+    return "\n".join([shown, *blocks]).strip()

@@ -14,8 +14,8 @@ PACKAGE = ROOT / "sddns_tf"
 
 # From the ground up. Rooms of one level do not import each other; a room imports lower ones only.
 LEVELS = (
-    ("pictures",),
-    ("version", "keras_private", "files", "validation", "replicas", "image_ops"),
+    ("types", "version", "pictures"),
+    ("keras_private", "files", "validation", "replicas", "image_ops"),
     ("networks", "losses", "schedules", "metrics", "calibration", "image_sources"),
     ("vit", "convnet", "heads", "shifts", "bank", "local"),
     ("dino_weights", "views", "features", "data"),

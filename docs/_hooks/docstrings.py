@@ -1,11 +1,10 @@
-"""Docstrings are written as Keras writes them; mkdocstrings knows some headings by other names."""
+"""Docstrings are written as Keras writes them; mkdocstrings knows the parts by other forms."""
 
 import re
 
 import griffe
 
-# Under `Example:` it would take code for text.
-_EXAMPLE = re.compile(r"^(\s*)Example:\n", re.MULTILINE)
+_EXAMPLE = re.compile(r"^( *)Example:\n((?:.*\S.*\n?|\n(?=\1 +\S))+)", re.MULTILINE)
 
 
 class KerasHeadings(griffe.Extension):
@@ -15,4 +14,12 @@ class KerasHeadings(griffe.Extension):
         """Called with each module, class and function."""
         del kwargs
         if obj.docstring:
-            obj.docstring.value = _EXAMPLE.sub(r"\1Examples:\n", obj.docstring.value)
+            obj.docstring.value = _EXAMPLE.sub(_as_examples, obj.docstring.value)
+
+
+def _as_examples(match):
+    """A section `Examples:`, whose code is indented; under `Example:` code is taken for text."""
+    indentation, block = match.groups()
+    if not block.startswith(f"{indentation} "):
+        block = re.sub(r"^(?=.*\S)", "    ", block, flags=re.MULTILINE)
+    return f"{indentation}Examples:\n{block}"

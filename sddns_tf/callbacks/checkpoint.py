@@ -1,14 +1,21 @@
 """`Checkpoint`: keeps the training state on disk while a run goes on."""
 
+from __future__ import annotations
+
+import os
+import pathlib
 import shutil
 import signal
 import sys
 import threading
+from typing import Any
 
 import keras
 from absl import logging
+from typing_extensions import Self
 
 from sddns_tf.callbacks import training_state
+from sddns_tf.types import Array
 from sddns_tf.validation import check_int
 
 
@@ -38,7 +45,7 @@ class Checkpoint(keras.callbacks.Callback):
     See `training_state.parts_left` on going on in the middle of an epoch.
     """
 
-    def __init__(self, folder, every=500, keep=2):
+    def __init__(self, folder: str | os.PathLike, every: int = 500, keep: int = 2) -> None:
         super().__init__()
         check_int("every", every)
         check_int("keep", keep)
@@ -48,7 +55,7 @@ class Checkpoint(keras.callbacks.Callback):
         self._terminated = False
         self._listens = False
 
-    def restore(self, model):
+    def restore(self, model: keras.Model) -> int:
         """Put the newest state into a compiled model.
 
         Args:
@@ -60,11 +67,11 @@ class Checkpoint(keras.callbacks.Callback):
         training_state.restore(model, self.folder)
         return training_state.step_of(model)
 
-    def last(self):
+    def last(self) -> pathlib.Path | None:
         """Path of the newest state, or `None`."""
         return next(reversed(training_state.saved(self.folder)), None)
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Any = None) -> None:
         """Write a first state, and listen for SIGTERM."""
         del logs
         self._since = 0
@@ -75,12 +82,12 @@ class Checkpoint(keras.callbacks.Callback):
             self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
             self._listens = True
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(self, batch: Array, logs: Any = None) -> None:
         """Remember where a call of the step, which may be several steps, begins."""
         del logs
         self._begin = batch
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: Array, logs: Any = None) -> None:
         """Write where it is time to."""
         del logs
         self._since += batch - self._begin + 1
@@ -88,27 +95,27 @@ class Checkpoint(keras.callbacks.Callback):
             self.save()
         self._exit_if_terminated()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """A signal may have come during the other callbacks."""
         del epoch, logs
         if self._terminated:
             self.save()
         self._exit_if_terminated()
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Any = None) -> None:
         """Write the last state, and give SIGTERM back."""
         del logs
         self.save()
         self.release()
         self._exit_if_terminated()
 
-    def release(self):
+    def release(self) -> None:
         """Give SIGTERM back to who had it. `fit` sees to it, whether it ends well or not."""
         if self._listens and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
             self._listens = False
 
-    def save(self):
+    def save(self) -> None:
         """Write the state now."""
         self._since = 0
         if _writes_here(self.model.distribute_strategy):
@@ -138,12 +145,12 @@ class Checkpoint(keras.callbacks.Callback):
             )
             sys.exit(0)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         return {"folder": self.folder, "every": self.every, "keep": self.keep}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """The callback that `get_config` describes."""
         return cls(**config)
 

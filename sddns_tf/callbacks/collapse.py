@@ -1,10 +1,16 @@
 """`CollapseMonitor`: says when a training has collapsed, and how."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import keras
 import numpy as np
 from absl import logging
+from typing_extensions import Self
 
 from sddns_tf.callbacks import training_state
+from sddns_tf.types import Array
 from sddns_tf.validation import check_bool, check_int, check_number
 
 _WATCHED = (
@@ -84,13 +90,13 @@ class CollapseMonitor(keras.callbacks.Callback):
 
     def __init__(
         self,
-        window=20,
-        patience=5,
-        uniform_above=0.995,
-        one_prototype_below=0.02,
-        constant_below=0.5,
-        stop_training=False,
-    ):
+        window: int = 20,
+        patience: int = 5,
+        uniform_above: float = 0.995,
+        one_prototype_below: float = 0.02,
+        constant_below: float = 0.5,
+        stop_training: bool = False,
+    ) -> None:
         super().__init__()
         check_int("window", window)
         check_int("patience", patience)
@@ -105,24 +111,25 @@ class CollapseMonitor(keras.callbacks.Callback):
         self.stop_training = stop_training
         self.state = self.collapse = None
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Any = None) -> None:
         """Forget what an earlier run looked like."""
         del logs
         self.state = self.collapse = None
-        self._windows, self._reported, self._widest = 0, set(), 0.0
+        self._windows, self._widest = 0, 0.0
+        self._reported: set[str] = set()
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Keras' running means start anew with each epoch."""
         del epoch, logs
         self._start, self._seen, self._sums = 0, 0, np.zeros(len(_WATCHED))
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: Array, logs: Any = None) -> None:
         """At the end of each window, look at its means."""
         self._seen = batch + 1
         if self._seen - self._start >= self.window:
             self._look(logs)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """An epoch shorter than a window is one."""
         del epoch
         if self._start == 0 and self._seen:
@@ -173,7 +180,7 @@ class CollapseMonitor(keras.callbacks.Callback):
         if self.stop_training:
             self.model.stop_training = True
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         return {
             "window": self.window,
@@ -185,6 +192,6 @@ class CollapseMonitor(keras.callbacks.Callback):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """The callback that `get_config` describes."""
         return cls(**config)

@@ -1,11 +1,17 @@
 """`NotFinite`: stops a training, or takes it back, where a number is no longer finite."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import keras
 import numpy as np
 import tensorflow as tf
 from absl import logging
+from typing_extensions import Self
 
 from sddns_tf.callbacks import training_state
+from sddns_tf.types import Array
 from sddns_tf.validation import check_int
 
 
@@ -31,7 +37,7 @@ class NotFinite(keras.callbacks.Callback):
         >>> model.fit(batches, callbacks=[NotFinite(kept, rollbacks=3), kept])
     """
 
-    def __init__(self, checkpoint=None, rollbacks=0):
+    def __init__(self, checkpoint: Any = None, rollbacks: int = 0) -> None:
         super().__init__()
         check_int("rollbacks", rollbacks, low=0)
         if rollbacks and checkpoint is None:
@@ -41,14 +47,14 @@ class NotFinite(keras.callbacks.Callback):
         self.checkpoint = checkpoint
         self.rollbacks = rollbacks
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Any = None) -> None:
         """Compile the look at the weights."""
         del logs
         self._rolled_back = 0
         self._watched = [v for v in self.model.weights if keras.backend.is_float_dtype(v.dtype)]
         self._are_finite = tf.function(self._look)
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: Array, logs: Any = None) -> None:
         """Look; go back or stop."""
         del batch
         found = [f"{name} (logged)" for name in ("positive_loss", "negative_loss", "loss")
@@ -76,12 +82,12 @@ class NotFinite(keras.callbacks.Callback):
         values = [tf.convert_to_tensor(variable.value) for variable in self._watched]
         return tf.stack([tf.reduce_all(tf.math.is_finite(value)) for value in values])
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         serialize = keras.saving.serialize_keras_object
         return {"checkpoint": serialize(self.checkpoint), "rollbacks": self.rollbacks}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """The callback that `get_config` describes."""
         return cls(keras.saving.deserialize_keras_object(config["checkpoint"]), config["rollbacks"])

@@ -1,12 +1,20 @@
 """Pictures of a training for TensorBoard: what the network sees, and how scores separate."""
 
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
 import keras
 import numpy as np
 import tensorflow as tf
+from typing_extensions import Self
 
 from sddns_tf import bank, plots, shifts
 from sddns_tf.callbacks import training_state
 from sddns_tf.features import FeatureExtractor, extract_features
+from sddns_tf.types import Array
 from sddns_tf.validation import check_int, image_array
 
 
@@ -34,7 +42,15 @@ class TrainingPictures(keras.callbacks.Callback):
         >>> model.fit(batches, callbacks=[pictures, keras.callbacks.TensorBoard("logs")])
     """
 
-    def __init__(self, log_dir, bank, held_out, auxiliary=None, every=5, shift="rot90"):
+    def __init__(
+        self,
+        log_dir: str | os.PathLike,
+        bank: Array,
+        held_out: Any,
+        auxiliary: Array | None = None,
+        every: int = 5,
+        shift: str | Callable = "rot90",
+    ) -> None:
         super().__init__()
         self.log_dir = str(log_dir)
         check_int("every", every)
@@ -44,7 +60,7 @@ class TrainingPictures(keras.callbacks.Callback):
         self.every = every
         self.shift = shift
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Any = None) -> None:
         """Open the event file, show the views, and shift the held-out images once."""
         del logs
         self._writer = tf.summary.create_file_writer(f"{self.log_dir}/pictures")
@@ -60,7 +76,7 @@ class TrainingPictures(keras.callbacks.Callback):
         if training_state.step_of(self.model) == 0:
             self._show_views()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Every few epochs, show how scores separate."""
         del logs
         if epoch % self.every:
@@ -74,7 +90,7 @@ class TrainingPictures(keras.callbacks.Callback):
             self._show("separation", plots.score_histograms(normal, {name: shifted}))
         self._writer.flush()
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Any = None) -> None:
         """Close the event file."""
         del logs
         self._writer.close()
@@ -99,7 +115,7 @@ class TrainingPictures(keras.callbacks.Callback):
     def _show(self, name, figure):
         tf.summary.image(name, _pixels(figure)[np.newaxis])
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         return {
             "log_dir": self.log_dir,
@@ -111,7 +127,7 @@ class TrainingPictures(keras.callbacks.Callback):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """The callback that `get_config` describes."""
         return cls(**keras.saving.deserialize_keras_object(config))
 

@@ -1,10 +1,17 @@
 """`OODProbe`: how well scores separate, every few epochs."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import keras
 import tensorflow as tf
+from typing_extensions import Self
 
 from sddns_tf import bank, metrics, shifts
 from sddns_tf.features import FeatureExtractor, extract_features
+from sddns_tf.types import Array
 from sddns_tf.validation import check_int, image_array
 
 
@@ -34,8 +41,14 @@ class OODProbe(keras.callbacks.Callback):
     """
 
     def __init__(
-        self, bank, held_out, shifts=("rot90", "perm4"), ood=None, every=1, batch_size=256
-    ):
+        self,
+        bank: Array,
+        held_out: Any,
+        shifts: Sequence[str | Callable] = ("rot90", "perm4"),
+        ood: Any = None,
+        every: int = 1,
+        batch_size: int = 256,
+    ) -> None:
         super().__init__()
         check_int("every", every)
         check_int("batch_size", batch_size)
@@ -46,7 +59,7 @@ class OODProbe(keras.callbacks.Callback):
         self.every = every
         self.batch_size = batch_size
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Any = None) -> None:
         """Shift the held-out images once, so that every epoch is measured on the same ones."""
         del logs
         self._is_first = True
@@ -63,7 +76,7 @@ class OODProbe(keras.callbacks.Callback):
             std=self.model.std,
         )
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Measure, and write into the logs."""
         if epoch % self.every and not self._is_first:
             return
@@ -77,7 +90,7 @@ class OODProbe(keras.callbacks.Callback):
     def _features(self, images):
         return extract_features(self._extractor, images, batch_size=self.batch_size, verbose=0)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         return {
             "bank": self.bank,
@@ -89,6 +102,6 @@ class OODProbe(keras.callbacks.Callback):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """The callback that `get_config` describes."""
         return cls(**keras.saving.deserialize_keras_object(config))

@@ -1,13 +1,18 @@
 """Training states on disk, whole or not at all: what a broken run goes on from."""
 
+from __future__ import annotations
+
+import os
 import pathlib
 import zipfile
 import zlib
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 from absl import logging
+from typing_extensions import Self
 
 from sddns_tf import files
 from sddns_tf.keras_private import inner, learning_rate_of
@@ -27,26 +32,26 @@ class ScaledSchedule(keras.optimizers.schedules.LearningRateSchedule):
         >>> optimizer.learning_rate = ScaledSchedule(optimizer.learning_rate_schedule, 0.5)
     """
 
-    def __init__(self, schedule, factor):
+    def __init__(self, schedule: Any, factor: float) -> None:
         self.schedule = schedule
         self.factor = factor
 
-    def __call__(self, step):
+    def __call__(self, step: int) -> tf.Tensor:
         """The learning rate at a step."""
         return self.factor * self.schedule(step)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """Constructor arguments."""
         serialize = keras.saving.serialize_keras_object
         return {"schedule": serialize(self.schedule), "factor": self.factor}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """The schedule that `get_config` describes."""
         return cls(keras.saving.deserialize_keras_object(config["schedule"]), config["factor"])
 
 
-def save(model, folder, keep=2):
+def save(model: keras.Model, folder: str | os.PathLike, keep: int = 2) -> pathlib.Path:
     """Write the whole training state of a compiled model: `FOLDER/step-<step>.npz`.
 
     Weights, teacher, centre, step, optimizer and the states of random layers, but not the running
@@ -65,7 +70,9 @@ def save(model, folder, keep=2):
         OSError: If the folder cannot be written to; the message names it.
     """
     folder = pathlib.Path(folder).expanduser()
-    values = {name: value_of(variable) for name, variable in _variables(model).items()}
+    values: dict[str, Any] = {
+        name: value_of(variable) for name, variable in _variables(model).items()
+    }
     values[_FACTOR] = np.float64(_learning_rate_factor(model))
     path = folder / f"step-{step_of(model):08d}.npz"
     try:
@@ -79,17 +86,17 @@ def save(model, folder, keep=2):
     return path
 
 
-def step_of(model):
+def step_of(model: keras.Model) -> int:
     """Steps that a model has done, on however many devices: an int."""
     return int(value_of(model.step))
 
 
-def value_of(variable):
+def value_of(variable: Any) -> np.ndarray:
     """Value of a Keras variable as an array; of one on several devices, that on the first."""
     return np.asarray(tf.convert_to_tensor(variable.value))
 
 
-def restore(model, folder):
+def restore(model: keras.Model, folder: str | os.PathLike) -> pathlib.Path | None:
     """Put the newest whole training state of a folder into a model.
 
     Args:
@@ -115,12 +122,12 @@ def restore(model, folder):
     return None
 
 
-def saved(folder):
+def saved(folder: str | os.PathLike) -> list[pathlib.Path]:
     """Paths of a folder's training states, the oldest first."""
     return sorted(pathlib.Path(folder).expanduser().glob("step-*.npz"))
 
 
-def parts_left(step, steps_per_epoch, epochs):
+def parts_left(step: int, steps_per_epoch: int, epochs: int) -> list[tuple[int, dict[str, int]]]:
     """What is left of a training run: the rest of a broken epoch, then whole ones.
 
     Args:
@@ -150,7 +157,7 @@ def parts_left(step, steps_per_epoch, epochs):
     return parts
 
 
-def scale_learning_rate(model, factor):
+def scale_learning_rate(model: keras.Model, factor: float) -> None:
     """Multiply the learning rate of a compiled model, be it a number or a schedule."""
     optimizer = inner(model.optimizer)
     schedule = learning_rate_of(optimizer)

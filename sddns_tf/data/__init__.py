@@ -4,7 +4,11 @@ Everything downstream (views, shifts, normalisation) happens on the accelerator,
 so all that is left to the input pipeline is to hand over raw pixels.
 """
 
+from __future__ import annotations
+
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -15,6 +19,7 @@ from sddns_tf.data.folder import MAX_PIXELS, Folder
 from sddns_tf.data.pixels import Shaping, name_of, resized
 from sddns_tf.data.tfds import open_tfds
 from sddns_tf.image_sources import image_source
+from sddns_tf.types import Array
 from sddns_tf.validation import check_bool, check_choice, check_int
 
 __all__ = ["image_files", "load", "load_arrays", "with_auxiliary"]
@@ -23,23 +28,23 @@ _EMPTY = "{} must hold at least one batch. Received: an empty dataset"
 
 
 def load(
-    source,
+    source: Any,
     *,
-    batch_size,
-    split="train",
-    data_dir=None,
-    exclude_labels=(),
-    image_size=None,
-    resize="squash",
-    exif_orientation=True,
-    min_size=None,
-    max_pixels=MAX_PIXELS,
-    on_error="raise",
-    shuffle=False,
-    seed=0,
-    drop_remainder=False,
-    first_batch=None,
-):
+    batch_size: int,
+    split: str = "train",
+    data_dir: str | None = None,
+    exclude_labels: Sequence[str] = (),
+    image_size: int | tuple[int, int] | None = None,
+    resize: str = "squash",
+    exif_orientation: bool = True,
+    min_size: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    on_error: str = "raise",
+    shuffle: bool = False,
+    seed: int = 0,
+    drop_remainder: bool = False,
+    first_batch: int | None = None,
+) -> tf.data.Dataset:
     """Turns any source of images into a batched dataset.
 
     Gray images and palettes become RGB; an alpha channel is dropped (nothing is composited on a
@@ -149,20 +154,20 @@ def load(
 
 
 def load_arrays(
-    source,
+    source: Any,
     *,
-    split="train",
-    data_dir=None,
-    exclude_labels=(),
-    image_size=None,
-    resize="squash",
-    exif_orientation=True,
-    min_size=None,
-    max_pixels=MAX_PIXELS,
-    on_error="raise",
-    limit=None,
-    with_labels=False,
-):
+    split: str = "train",
+    data_dir: str | None = None,
+    exclude_labels: Sequence[str] = (),
+    image_size: int | tuple[int, int] | None = None,
+    resize: str = "squash",
+    exif_orientation: bool = True,
+    min_size: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    on_error: str = "raise",
+    limit: int | None = None,
+    with_labels: bool = False,
+) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """Reads any source of images into one array.
 
     Args:
@@ -224,8 +229,13 @@ def load_arrays(
 
 
 def image_files(
-    folder, *, exif_orientation=True, min_size=None, max_pixels=MAX_PIXELS, on_error="raise"
-):
+    folder: str | os.PathLike,
+    *,
+    exif_orientation: bool = True,
+    min_size: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    on_error: str = "raise",
+) -> list[str]:
     """Lists the image files of a folder that `load` reads, in the order in which it reads them.
 
     Args:
@@ -256,7 +266,7 @@ def image_files(
     ]
 
 
-def with_auxiliary(images, auxiliary):
+def with_auxiliary(images: Array, auxiliary: Array | None) -> tf.data.Dataset:
     """Pairs batches of in-distribution images with batches of auxiliary images.
 
     The auxiliary images are repeated as needed, cut into batches of the size of the images'

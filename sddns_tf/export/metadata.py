@@ -7,9 +7,14 @@ buffers these are, so that a device can calibrate again in place, without Tensor
 `examples/edge_inference.py` does.
 """
 
+from __future__ import annotations
+
 import json
+from typing import Any
 
 import numpy as np
+
+from sddns_tf.types import Array
 
 NAME = "sddns_tf"
 _DESCRIPTION_BYTES = 4096  # With room: a device may rewrite it in place, but not lengthen it.
@@ -21,7 +26,7 @@ def _schema():
     return schema_py_generated
 
 
-def operators(file):
+def operators(file: Any) -> list[str]:
     """Names of the operators that a file uses; those that are not built in as `CUSTOM`.
 
     Args:
@@ -38,7 +43,7 @@ def operators(file):
     return sorted({names[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())] for code in codes})
 
 
-def calibration_placeholders(capacity):
+def calibration_placeholders(capacity: int) -> dict[str, Any]:
     """Stand-ins for the calibration, unlike any constant of a network, to be found in the file.
 
     Args:
@@ -56,7 +61,7 @@ def calibration_placeholders(capacity):
     }
 
 
-def described(file, description, placeholders):
+def described(file: Any, description: Any, placeholders: Any) -> bytearray:
     """A file with a description that tells where its calibration is.
 
     Args:
@@ -104,7 +109,7 @@ def _buffer_of(model, name, value):
     return found[0]
 
 
-def description(file):
+def description(file: Any) -> dict[str, Any]:
     """The description that a file carries.
 
     Args:
@@ -119,7 +124,7 @@ def description(file):
     return json.loads(_description_bytes(file).tobytes())
 
 
-def describe(file, values):
+def describe(file: Any, values: Any) -> None:
     """Rewrite some entries of the description, in place.
 
     Args:
@@ -133,7 +138,7 @@ def describe(file, values):
     place[:] = np.frombuffer(text.ljust(len(place)), np.uint8)
 
 
-def calibrate(file, scores, rate):
+def calibrate(file: Any, scores: Array, rate: float) -> None:
     """Rewrite the calibration, in place.
 
     Args:

@@ -1,5 +1,7 @@
 """A detector as a SavedModel for TensorFlow Serving."""
 
+from __future__ import annotations
+
 import datetime
 import hashlib
 import importlib.metadata
@@ -7,6 +9,7 @@ import json
 import os
 import pathlib
 import platform
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -23,6 +26,7 @@ from sddns_tf.export.verify import (
     save,
     temporary_folder_in,
 )
+from sddns_tf.types import Array
 from sddns_tf.validation import check_bool, check_int
 from sddns_tf.version import __version__
 
@@ -51,15 +55,15 @@ np.savez("answers.npz", **answers)
 
 
 def saved_model(
-    detector,
-    directory,
-    version=None,
-    images=None,
+    detector: Any,
+    directory: str | os.PathLike,
+    version: int | None = None,
+    images: Array | None = None,
     *,
-    include_features=False,
-    max_pixels=64_000_000,
-    training_data=None,
-):
+    include_features: bool = False,
+    max_pixels: int = 64_000_000,
+    training_data: str | None = None,
+) -> pathlib.Path:
     """Write a detector as a SavedModel that TensorFlow Serving loads.
 
     Signatures, all for batches of any size B:

@@ -1,7 +1,10 @@
 """A detector as one `.tflite` file for edge devices."""
 
+from __future__ import annotations
+
 import os
 import pathlib
+from typing import Any
 
 import keras
 import numpy as np
@@ -50,15 +53,15 @@ np.savez("answers.npz", **{{k: np.concatenate([a[k] for a in answers]) for k in 
 
 
 def tflite(
-    detector,
-    path,
-    quantization=None,
-    representative_images=None,
-    calibration_images=None,
-    bank_size=1000,
-    batch_size=None,
-    verbose="auto",
-):
+    detector: Any,
+    path: str | os.PathLike,
+    quantization: str | None = None,
+    representative_images: Any = None,
+    calibration_images: Any = None,
+    bank_size: int = 1000,
+    batch_size: int | None = None,
+    verbose: int | str = "auto",
+) -> pathlib.Path:
     """Write a detector as one `.tflite` file of built-in operations.
 
     Its signature `serving_default` takes `images`, uint8 `(B, h, w, 3)`, already at the

@@ -1,5 +1,14 @@
 """Pictures of images: contact sheets, and the network's attention over them."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sddns_tf.types import Array
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 import textwrap
 
 import numpy as np
@@ -8,7 +17,13 @@ from sddns_tf.metrics import as_scores
 from sddns_tf.plots.style import figure_of, wrapped
 
 
-def contact_sheet(images, scores=None, titles=None, columns=8, title=None):
+def contact_sheet(
+    images: Array,
+    scores: Array | None = None,
+    titles: Any = None,
+    columns: int = 8,
+    title: str | None = None,
+) -> Figure:
     """Images in a grid, in the order given, each with its title and score.
 
     Args:
@@ -39,7 +54,7 @@ def contact_sheet(images, scores=None, titles=None, columns=8, title=None):
     return figure
 
 
-def most_and_least_anomalous(images, scores, count=8):
+def most_and_least_anomalous(images: Array, scores: Array, count: int = 8) -> Figure:
     """Contact sheet of the images with the lowest and the highest scores.
 
     Args:
@@ -79,13 +94,13 @@ def most_and_least_anomalous(images, scores, count=8):
     width, height = _grid_size(shown[0], captions[0], columns)
     titles = [wrapped(title, int(10 * width)) for title in ends]
     figure = figure_of(width, sum(height + _title_height(title) for title in titles))
-    parts = figure.subfigures(2, 1)
+    parts: Any = figure.subfigures(2, 1)
     for part, end, lines, title in zip(parts, shown, captions, titles, strict=True):
         _draw_grid(part, end, lines, columns, title)
     return figure
 
 
-def attention_overlay(images, attention, per_head=False):
+def attention_overlay(images: Array, attention: Array, per_head: bool = False) -> Figure:
     """Where the network looks: attention of the CLS token over the image.
 
     One row per image: the image, then the attention averaged over heads and, if asked, that of
@@ -143,7 +158,7 @@ def attention_overlay(images, attention, per_head=False):
     for axes in grid.flat:
         axes.set_axis_off()
     share = 0.12 / figure.get_figwidth()
-    bar = figure.colorbar(
+    bar: Any = figure.colorbar(
         overlay, ax=grid, ticks=[0, 1], fraction=share, pad=share, aspect=12 * rows
     )
     bar.ax.set_yticklabels(["least\nattention", "most\nattention"], fontsize=8)
@@ -151,7 +166,7 @@ def attention_overlay(images, attention, per_head=False):
     return figure
 
 
-def checked_images(images):
+def checked_images(images: Array) -> np.ndarray:
     """Images to show as uint8 `(B, H, W, 3)`, checked."""
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
@@ -172,9 +187,9 @@ def checked_images(images):
     return np.clip(np.round(images), 0, 255).astype("uint8")
 
 
-def captions_of(images, scores, titles):
+def captions_of(images: Array, scores: Array, titles: Any) -> list[str]:
     """The lines above each image: at most two of title, one of score."""
-    captions = [[] for _ in images]
+    captions: list[list[str]] = [[] for _ in images]
     for name, given in (("titles", titles), ("scores", scores)):
         if given is not None and len(given) != len(images):
             raise ValueError(

@@ -1,5 +1,14 @@
 """Pictures of anomaly maps, drawn against the threshold on one scale for all images."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sddns_tf.types import Array
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 import numpy as np
 
 from sddns_tf.plots.images import captions_of, checked_images
@@ -8,7 +17,9 @@ from sddns_tf.plots.style import figure_of
 _YELLOW, _RED = np.array([240, 228, 66]), np.array([213, 20, 0])
 
 
-def overlay(image, anomaly_map, threshold, lowest=-22.5):
+def overlay(
+    image: Array, anomaly_map: Array, threshold: float | None, lowest: float = -22.5
+) -> np.ndarray:
     """An image with what lies above the threshold painted over it. Needs NumPy and Pillow only.
 
     One scale holds for all images, and nothing below the threshold is painted: a normal image stays
@@ -45,7 +56,14 @@ def overlay(image, anomaly_map, threshold, lowest=-22.5):
     return painted
 
 
-def anomaly_map(images, maps, threshold, lowest=-22.5, titles=None, masks=None):
+def anomaly_map(
+    images: Array,
+    maps: Array,
+    threshold: float | None,
+    lowest: float = -22.5,
+    titles: Any = None,
+    masks: Array | None = None,
+) -> Figure:
     """Images, their anomaly maps and both in one, against the threshold.
 
     Every map is drawn on the same scale: white at the threshold, blue below it down to what is in

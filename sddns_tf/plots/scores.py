@@ -1,5 +1,14 @@
 """Pictures of scores: histograms and receiver operating characteristics."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sddns_tf.types import Array
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,7 +19,7 @@ from sddns_tf.plots.style import BLACK, BLUE, VERMILION, figure_of, line_style, 
 SCORE_LABEL = "OOD score (higher: more out-of-distribution)"
 
 
-def score_histograms(id_scores, ood_scores, threshold=None):
+def score_histograms(id_scores: Array, ood_scores: Array, threshold: float | None = None) -> Figure:
     """Histograms of the scores of normal images against each out-of-distribution set.
 
     One row per set, all on one axis of scores, with the in-distribution scores repeated in each.
@@ -82,7 +91,7 @@ def score_histograms(id_scores, ood_scores, threshold=None):
     return figure
 
 
-def roc_curves(id_scores, ood_scores):
+def roc_curves(id_scores: Array, ood_scores: Array) -> Figure:
     """Receiver operating characteristic of each out-of-distribution set, AUROC in the legend.
 
     Args:

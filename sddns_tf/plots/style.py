@@ -1,5 +1,13 @@
 """Colors, fonts and sizes that all pictures share, and how a figure is written."""
 
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 import pathlib
 import textwrap
 
@@ -12,7 +20,7 @@ LINE_COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 LINE_STYLES = ("-", "--", ":", "-.")
 
 
-def save(figure, path):
+def save(figure: Any, path: str | os.PathLike) -> pathlib.Path:
     """Writes a figure to a file, whole or not at all.
 
     The picture is written beside its destination and renamed when complete, so an interrupted
@@ -44,7 +52,7 @@ def save(figure, path):
     return path
 
 
-def figure_of(width, height):
+def figure_of(width: float, height: float) -> Figure:
     """An empty figure of so many inches.
 
     Raises:
@@ -59,12 +67,12 @@ def figure_of(width, height):
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
-def line_style(index):
+def line_style(index: int) -> dict[str, Any]:
     """Color and dashes of the line of this index."""
     style = LINE_STYLES[index // len(LINE_COLORS) % len(LINE_STYLES)]
     return {"color": LINE_COLORS[index % len(LINE_COLORS)], "linestyle": style}
 
 
-def wrapped(text, width):
+def wrapped(text: str, width: int) -> str:
     """A text in lines of at most so many characters."""
     return "\n".join(line for part in text.split("\n") for line in textwrap.wrap(part, width))

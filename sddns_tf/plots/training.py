@@ -1,5 +1,12 @@
 """Curves of what was logged during training."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 from collections.abc import Mapping
 
 import numpy as np
@@ -7,7 +14,7 @@ import numpy as np
 from sddns_tf.plots.style import figure_of, line_style, wrapped
 
 
-def training_curves(history):
+def training_curves(history: Any) -> Figure:
     """What happened during training, one panel per quantity.
 
     All losses share the first panel, and a quantity and its `val_` twin share one. A quantity
@@ -30,7 +37,7 @@ def training_curves(history):
     """
     curves = _curves(history)
     epochs = max(len(values) for values in curves.values())
-    panels = {}
+    panels: dict[Any, dict[str, Any]] = {}
     for name, values in curves.items():
         quantity = "loss" if name.endswith("loss") else name.removeprefix("val_")
         panels.setdefault((quantity, len(values)), {})[name] = values

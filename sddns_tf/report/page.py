@@ -1,8 +1,12 @@
 """An evaluation as one HTML page that needs no network: tables, charts, pictures."""
 
+from __future__ import annotations
+
 import base64
 import html as escaping
+import os
 import pathlib
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -23,7 +27,14 @@ _MEANING = {
 }
 
 
-def write(path, evaluation, detector, title="Evaluation", configuration=None, gallery_size=12):
+def write(
+    path: str | os.PathLike,
+    evaluation: Any,
+    detector: Any,
+    title: str = "Evaluation",
+    configuration: dict[str, Any] | None = None,
+    gallery_size: int = 12,
+) -> pathlib.Path:
     """Writes an evaluation as a page: whole, or not at all.
 
     The page holds everything, pictures included, and asks the network for nothing. It follows the
@@ -48,7 +59,13 @@ def write(path, evaluation, detector, title="Evaluation", configuration=None, ga
     return pathlib.Path(path)
 
 
-def html(evaluation, detector, title="Evaluation", configuration=None, gallery_size=12):
+def html(
+    evaluation: Any,
+    detector: Any,
+    title: str = "Evaluation",
+    configuration: dict[str, Any] | None = None,
+    gallery_size: int = 12,
+) -> str:
     """The text of the page that `write` writes; arguments as there."""
     title = escaping.escape(title)
     return (
