@@ -131,7 +131,7 @@ def test_every_kind_of_model_gives_the_detectors_answers(
 
 
 def test_a_detector_of_places_is_scored(normal, photos_folder, tmp_path):
-    backbone = ConvNet(stages=(8, 16))
+    backbone = ConvNet(stages=(8, 8, 8, 8, 8))
     detector = Detector.from_images(
         backbone, normal[:13], normal[13:], 0.2, layers="auto", bank_size=50, verbose=0
     )
@@ -142,7 +142,7 @@ def test_a_detector_of_places_is_scored(normal, photos_folder, tmp_path):
     expected = detector.predict(normal[:1], verbose=0)
     assert float(row["ood_score"]) == pytest.approx(expected["ood_score"][0], abs=1e-3)
     assert set(row) == {"path", "ood_score", "p_value", "is_ood", "error"}
-    assert list(info.describe(path)["layers"]) == list(detector.extractor.layers)
+    assert list(info.describe(path)["layers"]) == list(detector.extractor.layer_names)
 
 
 def test_stdin_and_lists_give_rows_in_their_order_as_json(models, photos_folder, tmp_path):

@@ -127,7 +127,7 @@ def _detector(detector):
     extractor = detector.extractor
     return {
         "backbone": _network(extractor.backbone),
-        "layers": extractor.layers,
+        "layers": extractor.layer_names,
         "resolution": extractor.resolution,
         "resize": extractor.resize,
         "image_size": extractor.image_size,
