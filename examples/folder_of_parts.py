@@ -46,7 +46,7 @@ HELD_OUT_SHARE = 0.2
 
 
 def make_backbone():
-    """A small convolutional network: damage is local, and there are few photographs."""
+    """Return a small convolutional network: damage is local, and there are few photographs."""
     layers = keras.layers
     images = keras.Input((None, None, 3))
     x = layers.Conv2D(32, 4, strides=2, padding="same")(images)
@@ -63,14 +63,14 @@ def make_backbone():
 
 
 def load(folder):
-    """The images of a folder that can be read, `(N, S, S, 3)`; the others are logged."""
+    """Return the images of a folder that can be read, `(N, S, S, 3)`; the others are logged."""
     return sddns_tf.data.load_arrays(
         f"folder:{folder}", image_size=FLAGS.image_size, on_error="skip"
     )
 
 
 def load_good_parts(good, calibration):
-    """Images to train on, and images to set the threshold."""
+    """Map images to train on, and images to set the threshold."""
     parts = load(good)
     if calibration:
         return parts, load(calibration)
@@ -142,7 +142,7 @@ def make_folders(root):
 
 
 def _damage(piece, generator):
-    """A dark or bright scratch or stain somewhere on a piece."""
+    """Return a dark or bright scratch or stain somewhere on a piece."""
     y, x = np.mgrid[:96, :96]
     centre_y, centre_x = generator.uniform(24, 72, 2)
     angle = generator.uniform(0, np.pi)

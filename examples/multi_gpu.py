@@ -58,7 +58,7 @@ def make_model():
 
 
 def make_images():
-    """Crops of a photograph of grass, uint8 `(2000, 32, 32, 3)`."""
+    """Return crops of a photograph of grass, uint8 `(2000, 32, 32, 3)`."""
     generator = np.random.default_rng(FLAGS.seed)
     grass = skimage.data.grass()
     corners = generator.integers(0, grass.shape[0] - IMAGE_SIZE + 1, (2_000, 2))

@@ -48,7 +48,7 @@ AUXILIARY_PHOTOGRAPHS = (
 
 
 def photograph(name):
-    """A photograph of scikit-image in grey, uint8 `(H, W)`."""
+    """Return a photograph of scikit-image in grey, uint8 `(H, W)`."""
     pixels = getattr(skimage.data, name)()
     pixels = pixels[0] if isinstance(pixels, tuple) else pixels
     if pixels.ndim == 3:
@@ -57,7 +57,7 @@ def photograph(name):
 
 
 def crops(photo, count, generator, size=CROP_SIZE):
-    """Random square crops, resized to `IMAGE_SIZE`: uint8 `(count, 32, 32, 3)`."""
+    """Return random square crops, resized to `IMAGE_SIZE`: uint8 `(count, 32, 32, 3)`."""
     size = min(size, *photo.shape)
     tops = generator.integers(0, photo.shape[0] - size + 1, count)
     lefts = generator.integers(0, photo.shape[1] - size + 1, count)
@@ -115,7 +115,9 @@ def make_data(generator):
 
 
 def make_backbone():
-    """A small convolutional network; any Keras model from images to one vector each would do.
+    """Return a small convolutional network.
+
+    Any Keras model from images to one vector each would do.
 
     Textures are local and minutes are short: convolutions learn them sooner than attention. Mean
     and spread of each channel are the feature; without a last normalization, which would take the

@@ -27,7 +27,7 @@ RESIZES = ("squash", "crop")
 
 
 def bicubic_kernel(x: tf.Tensor, a: float = -0.5) -> tf.Tensor:
-    """Keys' cubic convolution kernel.
+    """Evaluate Keys' cubic convolution kernel.
 
     Args:
         x: Float tensor of any shape, distances in (scaled) pixels.
@@ -51,7 +51,7 @@ def resampling_matrix(
     start: Array | float = 0.0,
     extent: Array | None = None,
 ) -> tf.Tensor:
-    """Matrices that crop an interval of pixels and resize it, antialiased bicubic.
+    """Return matrices that crop an interval of pixels and resize it, antialiased bicubic.
 
     Equal to cropping the interval first and then resizing it with Pillow's `BICUBIC`, before
     rounding: pixels outside the interval have no weight.
@@ -87,7 +87,7 @@ def resampling_matrix(
 
 
 def gaussian_matrix(size: int, sigma: Array) -> tf.Tensor:
-    """Matrices that blur along one axis with a Gaussian, renormalised at the edges.
+    """Return matrices that blur along one axis with a Gaussian, renormalised at the edges.
 
     Args:
         size: Number of pixels along the axis, int.
@@ -104,14 +104,14 @@ def gaussian_matrix(size: int, sigma: Array) -> tf.Tensor:
 
 
 def to_planes(images: Array) -> tf.Tensor:
-    """Images `(..., H, W, 3)` of any number type to float32 planes `(..., 3, H, W)`."""
+    """Map images `(..., H, W, 3)` of any number type to float32 planes `(..., 3, H, W)`."""
     images = tf.cast(images, tf.float32)
     rank = images.shape.rank
     return tf.transpose(images, [*range(rank - 3), rank - 1, rank - 3, rank - 2])
 
 
 def from_planes(planes: Array) -> tf.Tensor:
-    """Planes `(..., 3, H, W)` to images `(..., H, W, 3)`."""
+    """Map planes `(..., 3, H, W)` to images `(..., H, W, 3)`."""
     rank = planes.shape.rank
     return tf.transpose(planes, [*range(rank - 3), rank - 2, rank - 1, rank - 3])
 
@@ -173,7 +173,7 @@ def fit(images: Array, height: int, width: int, mode: str = "squash") -> tf.Tens
 
 
 def center_crop(images: Array, height: int, width: int) -> tf.Tensor:
-    """The largest central part with the aspect ratio of `height` to `width`.
+    """Return the largest central part with the aspect ratio of `height` to `width`.
 
     Args:
         images: `(B, H, W, C)`; H and W may be unknown at trace time.
@@ -212,7 +212,7 @@ def from_16_bits(values: Any) -> Array:
 def normalize(
     images: Array, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
 ) -> tf.Tensor:
-    """The one place where 0-255 becomes the normalised floats a backbone takes.
+    """Scale images in 0-255 to the normalised floats a backbone takes.
 
     Args:
         images: uint8 or float in 0-255, `(..., 3)`.
@@ -264,7 +264,7 @@ def jitter_color(
     contrast_first: Array,
     saturation_first: Array,
 ) -> tf.Tensor:
-    """Brightness, contrast, saturation and hue of each image, in the image's own order.
+    """Change brightness, contrast, saturation and hue of each image, in the image's own order.
 
     Brightness scales, contrast blends with the mean grey value, saturation blends with the grey
     image. Without rounding and clipping in between, these three commute with one another, and
@@ -313,12 +313,12 @@ def jitter_color(
 
 
 def gray_matrix() -> tf.Tensor:
-    """The matrix `(3, 3)` that makes all channels of a pixel its grey value."""
+    """Return the matrix `(3, 3)` that makes all channels of a pixel its grey value."""
     return tf.ones([3, 1]) * tf.constant([LUMA])
 
 
 def mix_channels(matrices: Array, planes: Array) -> tf.Tensor:
-    """A product of a matrix with the channels of each pixel.
+    """Multiply a matrix with the channels of each pixel.
 
     A matrix product even where a sum would do: XLA puts what is element by element into one
     loop, and there computes what comes before once for each channel of what comes after.

@@ -126,7 +126,7 @@ class MultiCrop:
         return (self.image_size, self.local_size) if self.local_views else (self.image_size,)
 
     def __call__(self, images: Array, seed: int) -> list[tf.Tensor]:
-        """All views of each image.
+        """Draw all views of each image.
 
         Args:
             images: uint8 or float in 0-255, `(B, H, W, 3)`.
@@ -140,7 +140,7 @@ class MultiCrop:
         return groups + self._local_views(images, local_seed)
 
     def negative(self, images: Array, seed: int) -> list[tf.Tensor]:
-        """The views a negative is made from: one global, of either recipe, and the local ones.
+        """Draw the views a negative is made from: one global, of either recipe, and the local ones.
 
         Args:
             images: uint8 or float in 0-255, `(B, H, W, 3)`.
@@ -183,7 +183,7 @@ class MultiCrop:
         return image_ops.from_planes(planes)
 
     def _crop(self, images, draws, size, area):
-        """Random resized crop and flip: planes `(V, B, 3, size, size)`."""
+        """Crop, resize and flip at random: planes `(V, B, 3, size, size)`."""
         height, width = images.shape[1:3]
         top, left, crop_height, crop_width = _crop_boxes(
             draws, height, width, area, self.aspect_ratio
@@ -196,7 +196,7 @@ class MultiCrop:
         return tf.clip_by_value(planes, 0.0, 255.0)
 
     def _recolor(self, planes, draws):
-        """Colour jitter, in a random order of its four parts, then grayscale."""
+        """Jitter the color, in a random order of its four parts, then grayscale."""
         jittered = draws.happens(self.color_jitter)
 
         def factor(change):
@@ -218,7 +218,7 @@ class MultiCrop:
         return image_ops.mix_channels(to_gray, planes)
 
     def get_config(self) -> dict[str, Any]:
-        """Constructor arguments."""
+        """Return the constructor arguments."""
         return {
             "image_size": self.image_size,
             "local_views": self.local_views,
@@ -240,7 +240,7 @@ class MultiCrop:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """The object that `get_config` describes."""
+        """Return the object that `get_config` describes."""
         return cls(**config)
 
 
@@ -286,7 +286,7 @@ class Negatives:
     def __call__(
         self, views: Any, images: Array, auxiliary: Array | None, seed: int
     ) -> list[tf.Tensor]:
-        """Negatives of a batch.
+        """Draw the negatives of a batch.
 
         Args:
             views: The `MultiCrop` that makes the positive views.
@@ -323,7 +323,7 @@ class Negatives:
         return tf.ensure_shape(tf.transpose(by_image, [1, 0, 2, 3, 4]), group.shape)
 
     def get_config(self) -> dict[str, Any]:
-        """Constructor arguments."""
+        """Return the constructor arguments."""
         shift = self.shift
         if not isinstance(shift, str):
             shift = keras.saving.serialize_keras_object(shift)
@@ -331,7 +331,7 @@ class Negatives:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """The object that `get_config` describes."""
+        """Return the object that `get_config` describes."""
         shift = config["shift"]
         if isinstance(shift, dict):
             shift = keras.saving.deserialize_keras_object(shift)
@@ -360,7 +360,7 @@ class _Draws:
 
 
 def _crop_boxes(draws, height, width, area, aspect_ratio):
-    """Whole-pixel boxes as torchvision's `RandomResizedCrop` draws them.
+    """Return whole-pixel boxes as torchvision's `RandomResizedCrop` draws them.
 
     Area uniform, aspect ratio log-uniform; the first of ten attempts that fits, else the largest
     box of an allowed aspect ratio (of a square: all of it), here at a random place.

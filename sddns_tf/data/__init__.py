@@ -45,7 +45,7 @@ def load(
     drop_remainder: bool = False,
     first_batch: int | None = None,
 ) -> tf.data.Dataset:
-    """Turns any source of images into a batched dataset.
+    """Turn any source of images into a batched dataset.
 
     Gray images and palettes become RGB; an alpha channel is dropped (nothing is composited on a
     background). 16-bit values become 8-bit ones by `value // 257`, whatever range a file uses. Of a
@@ -168,7 +168,7 @@ def load_arrays(
     limit: int | None = None,
     with_labels: bool = False,
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-    """Reads any source of images into one array.
+    """Read any source of images into one array.
 
     Args:
         source: as for `load`, as are all arguments not named here.
@@ -236,7 +236,7 @@ def image_files(
     max_pixels: int = MAX_PIXELS,
     on_error: str = "raise",
 ) -> list[str]:
-    """Lists the image files of a folder that `load` reads, in the order in which it reads them.
+    """List the image files of a folder that `load` reads, in the order in which it reads them.
 
     Args:
         folder: path of the folder, or the source `"folder:PATH"`.
@@ -267,7 +267,7 @@ def image_files(
 
 
 def with_auxiliary(images: Array, auxiliary: Array | None) -> tf.data.Dataset:
-    """Pairs batches of in-distribution images with batches of auxiliary images.
+    """Pair batches of in-distribution images with batches of auxiliary images.
 
     The auxiliary images are repeated as needed, cut into batches of the size of the images'
     batches (also of a shorter last one), and resized to the images' own resolution, so that
@@ -327,7 +327,7 @@ def with_auxiliary(images: Array, auxiliary: Array | None) -> tf.data.Dataset:
 
 
 def _located(source):
-    """A path as the source it stands for; all else as it is."""
+    """Return a path as the source it stands for; all else as it is."""
     if not isinstance(source, os.PathLike):
         return source
     path = os.path.expanduser(os.fspath(source))
@@ -339,7 +339,7 @@ def _located(source):
 
 
 def _folder(source, shaping, max_pixels, on_error, exif_orientation):
-    """The folder that a source names, or None."""
+    """Return the folder that a source names, or None."""
     check_int("max_pixels", max_pixels)
     check_choice("on_error", on_error, ("raise", "skip"))
     check_bool("exif_orientation", exif_orientation)

@@ -11,7 +11,7 @@ from sddns_tf.data.pixels import Opened, Shaping, by, to_uint8
 
 
 def open_npz(path, shaping):
-    """The images, and labels where there are some, of a NumPy archive."""
+    """Return the images, and labels where there are some, of a NumPy archive."""
     path = os.path.expanduser(path)
     if not os.path.isfile(path):
         raise ValueError(f"npz:{path} must be a file; there is none of that name.")
@@ -39,7 +39,7 @@ def open_npz(path, shaping):
 
 
 def open_array(images, labels, shaping, name):
-    """An array of images, `(N, H, W)` or `(N, H, W, C)`."""
+    """Return an array of images, `(N, H, W)` or `(N, H, W, C)`."""
     if images.ndim == 3 and images.shape[-1] in (1, 3, 4):
         raise ValueError(
             f"{name} must have shape (N, H, W) or (N, H, W, C). Received: {images.shape}, which "

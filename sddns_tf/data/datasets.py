@@ -7,7 +7,7 @@ from sddns_tf.image_sources import in_range_later
 
 
 def open_dataset(dataset, shaping):
-    """A `tf.data.Dataset` of images, dictionaries or pairs, batched or not."""
+    """Return a `tf.data.Dataset` of images, dictionaries or pairs, batched or not."""
     spec = dataset.element_spec
     if isinstance(spec, dict) and "image" in spec:
         keys = [key for key in ("image", "label") if key in spec]

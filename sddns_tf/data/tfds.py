@@ -9,7 +9,7 @@ from sddns_tf.data.pixels import Opened, shuffle_buffer
 
 
 def open_tfds(name, shaping, exclude_labels, split, data_dir, shuffle_files_seed=None):
-    """A prepared TFDS data set with a uint8 `image` feature."""
+    """Return a prepared TFDS data set with a uint8 `image` feature."""
     import tensorflow_datasets as tfds
 
     builder = _tfds_builder(name, data_dir)
