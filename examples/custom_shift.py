@@ -77,10 +77,10 @@ def pieces(generator, rows, count):
 def damaged(images, generator):
     """Return the same pieces, each with a dark or bright round stain."""
     y, x = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE]
-    centres = generator.uniform(6, IMAGE_SIZE - 6, (len(images), 2, 1, 1))
-    stain = (y - centres[:, 0]) ** 2 + (x - centres[:, 1]) ** 2 < 3.5**2
-    colour = generator.choice([15.0, 240.0], (len(images), 1, 1, 1))
-    mixed = 0.3 * images + 0.7 * colour
+    centers = generator.uniform(6, IMAGE_SIZE - 6, (len(images), 2, 1, 1))
+    stain = (y - centers[:, 0]) ** 2 + (x - centers[:, 1]) ** 2 < 3.5**2
+    color = generator.choice([15.0, 240.0], (len(images), 1, 1, 1))
+    mixed = 0.3 * images + 0.7 * color
     return np.where(stain[..., np.newaxis], mixed, images).astype(np.uint8)
 
 

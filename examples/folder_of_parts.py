@@ -83,7 +83,7 @@ def train(images):
     steps = FLAGS.steps
     model = sddns_tf.SelfDistillation(
         backbone=make_backbone(),
-        # The camera and its light do not change: nearly whole images, and no colour jitter.
+        # The camera and its light do not change: nearly whole images, and no color jitter.
         views=sddns_tf.MultiCrop(
             FLAGS.image_size, local_views=2, global_area=(0.6, 1.0), color_jitter=0, grayscale=0
         ),
@@ -144,10 +144,10 @@ def make_folders(root):
 def _damage(piece, generator):
     """Return a dark or bright scratch or stain somewhere on a piece."""
     y, x = np.mgrid[:96, :96]
-    centre_y, centre_x = generator.uniform(24, 72, 2)
+    center_y, center_x = generator.uniform(24, 72, 2)
     angle = generator.uniform(0, np.pi)
-    along = (x - centre_x) * np.cos(angle) + (y - centre_y) * np.sin(angle)
-    across = -(x - centre_x) * np.sin(angle) + (y - centre_y) * np.cos(angle)
+    along = (x - center_x) * np.cos(angle) + (y - center_y) * np.sin(angle)
+    across = -(x - center_x) * np.sin(angle) + (y - center_y) * np.cos(angle)
     length, width = (30, 2.5) if generator.random() < 0.5 else (13, 10)
     mark = (along / length) ** 2 + (across / width) ** 2 < 1
     piece[mark] = 0.25 * piece[mark] + 0.75 * generator.choice([15, 240])

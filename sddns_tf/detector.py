@@ -704,7 +704,7 @@ def pretrained(name: str = "cifar10-small") -> Detector:
 
     `"cifar10-small"`: a convolutional network of 32 channels trained on CIFAR-10's training images
     on one CPU core, with negatives of rotated auxiliary images, and a bank of 1,000 weighted
-    centres. Calibrated at a false positive rate of 0.05 on 2,500 test images (of the first 5,000,
+    centers. Calibrated at a false positive rate of 0.05 on 2,500 test images (of the first 5,000,
     every other one, from the first on). AUROC of 5,000 fresh test images against other sets, and
     their share flagged (of fresh CIFAR-10 images, 4.7 %):
 

@@ -89,7 +89,7 @@ def evaluate(
     normal: Array,
     ood: Any,
     labels: Array | None = None,
-    labelled: Any = None,
+    labeled: Any = None,
     masks: Array | None = None,
     files: Any = None,
     resamples: int = 1000,
@@ -106,7 +106,7 @@ def evaluate(
             `(N, H, W, 3)`.
         ood: Dict from a name to images, uint8 `(M, H', W', 3)`.
         labels: Their classes, ints `(N,)`, for the k-NN accuracy; or None.
-        labelled: Pair of in-distribution training images and their classes, for the same.
+        labeled: Pair of in-distribution training images and their classes, for the same.
         masks: Of a local detector: dict from the name of an OOD set to masks of what is damaged in
             its images, bool `(M, H', W')`. Metrics of its maps are those of its pixels and of all
             normal ones.
@@ -151,7 +151,7 @@ def evaluate(
         answers=answers,
         threshold=detector.threshold,
         false_positive_rate=detector.false_positive_rate,
-        knn_accuracy=_knn_accuracy(detector, normal, labels, labelled, batch_size, verbose),
+        knn_accuracy=_knn_accuracy(detector, normal, labels, labeled, batch_size, verbose),
         features={
             name: _one_each(extract_features(detector.extractor, x[:feature_count], **extract))
             for name, x in images.items()
@@ -209,10 +209,10 @@ def _row(normal_scores, answer, is_normal, resamples, seed):
     return {**{name: (value, *intervals[name]) for name, value in values.items()}, **row}
 
 
-def _knn_accuracy(detector, normal, labels, labelled, batch_size, verbose):
-    if labels is None or labelled is None:
+def _knn_accuracy(detector, normal, labels, labeled, batch_size, verbose):
+    if labels is None or labeled is None:
         return None
-    known, classes = labelled
+    known, classes = labeled
     options = {"batch_size": batch_size, "verbose": verbose}
     accuracy = metrics.knn_accuracy(
         extract_features(detector.extractor, known, **options),

@@ -219,7 +219,7 @@ def updated_center(center: Array, teacher_logits: Array, momentum: float = 0.9) 
     Args:
         center: `(K,)`.
         teacher_logits: `(..., K)`: every positive teacher view of the batch.
-        momentum: Share of the old centre that stays.
+        momentum: Share of the old center that stays.
 
     Returns:
         Float32 `(K,)`.

@@ -379,20 +379,20 @@ def knn_accuracy(
     k: int = 20,
     temperature: float = 0.04,
 ) -> float:
-    """Compute the accuracy of the weighted nearest-neighbour classifier of DINO.
+    """Compute the accuracy of the weighted nearest-neighbor classifier of DINO.
 
     A check of the features wherever labels exist, with nothing to train. Each of the `k` bank
     images nearest by cosine votes for its label with weight `exp(cos / temperature)`; the label
     with the most votes is predicted (the smallest such label, if equal). Features need not be
-    normalised. Images are compared with the bank block by block, so memory stays bounded.
+    normalized. Images are compared with the bank block by block, so memory stays bounded.
 
     Args:
         bank_features: Features with known labels, `(M, D)`, any float dtype.
         bank_labels: Their labels, integers `(M,)`.
         features: Features to classify, `(B, D)`.
         labels: Their true labels, integers `(B,)`. One that the bank lacks counts as a miss.
-        k: Number of neighbours that vote, from 1 to M.
-        temperature: Positive; the lower, the more the nearest neighbours weigh.
+        k: Number of neighbors that vote, from 1 to M.
+        temperature: Positive; the lower, the more the nearest neighbors weigh.
 
     Returns:
         Python float, the share of `features` classified rightly.

@@ -241,7 +241,7 @@ def normalizing_by_batch(
 
 @contextlib.contextmanager
 def moving_statistics_of(backbone: keras.Layer, part: Any) -> Iterator[None]:
-    """Afterwards moving statistics are as the images of a part made them, of none as before.
+    """Afterward moving statistics are as the images of a part made them, of none as before.
 
     Replicas take the mean of theirs: one network, whichever of them is saved.
 

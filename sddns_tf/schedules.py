@@ -172,7 +172,7 @@ class GrowingMomentum(keras.optimizers.schedules.LearningRateSchedule):
 
 
 def get(value: Any) -> keras.optimizers.schedules.LearningRateSchedule:
-    """Return a schedule from a number, a schedule or the serialised form of one.
+    """Return a schedule from a number, a schedule or the serialized form of one.
 
     Args:
         value: Float, int, `LearningRateSchedule`, or a dictionary from

@@ -1,4 +1,4 @@
-"""`SelfDistillation`: student, EMA teacher and centre, trained on images without labels."""
+"""`SelfDistillation`: student, EMA teacher and center, trained on images without labels."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _SMALLEST_BATCH = 32
 
 @keras.saving.register_keras_serializable("sddns_tf")
 class SelfDistillation(keras.Model):
-    """Self-distillation with negative sampling, trained by `fit` on unlabelled images.
+    """Self-distillation with negative sampling, trained by `fit` on unlabeled images.
 
     A student learns to say of every view of an image what a teacher, the moving average of the
     student, says of its global views; and to have no opinion on negatives.
@@ -66,12 +66,12 @@ class SelfDistillation(keras.Model):
     `keras.optimizers.schedules.LearningRateSchedule` of the training step, see `schedules`.
 
     Under a distribution strategy, build the model (its backbone, head and optimizer too) and
-    compile it within `strategy.scope()`; batches are global, and so are losses, centre and logs.
+    compile it within `strategy.scope()`; batches are global, and so are losses, center and logs.
     Where the optimizer has `gradient_accumulation_steps`, a step is still a batch, as it is for
     Keras' learning rate schedules; the teacher and the weight decay move when the optimizer does.
 
     Args:
-        backbone: Any Keras model from normalised images `(B, h, w, 3)` to features `(B, D)` that
+        backbone: Any Keras model from normalized images `(B, h, w, 3)` to features `(B, D)` that
             takes the sizes of all views. It becomes the student's; the teacher's is a copy, so
             load weights to start from before.
         views: `MultiCrop`.
@@ -91,7 +91,7 @@ class SelfDistillation(keras.Model):
             exempt too: see `compile`.
         gradient_clip_norm: Largest norm of the gradient of each single tensor, or `None`.
         frozen_last_layer_steps: Steps for which the head's last layer does not move.
-        mean: Mean of each channel of images scaled to 0-1, for normalisation.
+        mean: Mean of each channel of images scaled to 0-1, for normalization.
         std: Standard deviation of each channel, likewise.
         seed: Integer; fixes the views and negatives of every step.
 
@@ -99,7 +99,7 @@ class SelfDistillation(keras.Model):
         `loss`, `positive_loss`, `negative_loss`; `teacher_entropy`, the mean entropy of the
         teacher's outputs relative to `ln K` (1: uniform, 0: one-hot); `mean_output_entropy`, that
         of their mean over the batch (0: one prototype for all images); `feature_std`, the
-        standard deviation of the teacher's normalised features over the batch, relative to that
+        standard deviation of the teacher's normalized features over the batch, relative to that
         of isotropic features (0: all images look alike); `teacher_spread`, the standard deviation
         of the teacher's logits over the batch; `learning_rate`; `teacher_momentum`.
 
@@ -193,7 +193,7 @@ class SelfDistillation(keras.Model):
         self.built = True
 
     def call(self, images: Array) -> tf.Tensor:
-        """Return features of the teacher backbone, L2-normalised.
+        """Return features of the teacher backbone, L2-normalized.
 
         Args:
             images: uint8 or float in 0-255, `(B, H, W, 3)`; resized to the global views' size.
@@ -570,7 +570,7 @@ class SelfDistillation(keras.Model):
         return tf.logical_and(finite, is_last)
 
     def _update_teacher(self, student_moves):
-        """Where the student moved, move every float of the teacher towards it.
+        """Where the student moved, move every float of the teacher toward it.
 
         But its batch statistics: they are of its own batches, see `_teacher_outputs`.
         """
@@ -597,7 +597,7 @@ class SelfDistillation(keras.Model):
         if images is not None and images * count * batches < _SMALLEST_BATCH:
             warnings.warn(
                 f"DINO needs batches of at least {_SMALLEST_BATCH} images, better hundreds: the "
-                "centre and the negatives are means over the batch. Received: "
+                "center and the negatives are means over the batch. Received: "
                 f"{images} images x {count} replicas x {batches} accumulated batches.",
                 stacklevel=2,
             )

@@ -51,7 +51,7 @@ def rot360(images: Array, seed: int) -> tf.Tensor:
 
 
 def rotate(images: Array, angles: Array) -> tf.Tensor:
-    """Rotate about the centre, counter-clockwise; bilinear, black outside, size kept.
+    """Rotate about the center, counter-clockwise; bilinear, black outside, size kept.
 
     Args:
         images: Squares `(B, S, S, 3)` of any number type.

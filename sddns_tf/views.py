@@ -19,7 +19,7 @@ SOURCES = ("in_distribution", "auxiliary", "both")
 # torchvision's RandomResizedCrop tries this often before it takes the largest box it may.
 _CROP_ATTEMPTS = 10
 
-# A Gaussian this narrow has less than 2e-8 on the neighbouring pixel: nothing in float32.
+# A Gaussian this narrow has less than 2e-8 on the neighboring pixel: nothing in float32.
 _LEAST_SIGMA = 0.168
 
 # Numbers that one view needs: two for each attempt at a crop, and one for each other choice.
@@ -30,8 +30,8 @@ _DRAWS = 2 * _CROP_ATTEMPTS + 15
 class MultiCrop:
     """Two global views and some local ones of each image, computed in the graph as one batch.
 
-    A view is a random resized crop (bicubic, antialiased), flipped, colour-jittered, turned grey,
-    blurred and solarised with the probabilities below. All draws are per view and per image, fixed
+    A view is a random resized crop (bicubic, antialiased), flipped, color-jittered, turned gray,
+    blurred and solarized with the probabilities below. All draws are per view and per image, fixed
     by the seed and the image's place in the global batch, on however many devices.
 
     A *group* is all views of one resolution, `(V, B, h, w, 3)` float32 in 0-255. The first group
@@ -45,16 +45,16 @@ class MultiCrop:
         local_area: The same for a local view. The paper takes `(0.15, 0.4)` for CIFAR.
         aspect_ratio: Smallest and largest width / height of the crop.
         flip: Probability of a horizontal flip.
-        color_jitter: Probability of the colour jitter.
+        color_jitter: Probability of the color jitter.
         brightness: Largest relative change of the brightness.
         contrast: Largest relative change of the contrast.
         saturation: Largest relative change of the saturation.
-        hue: Largest hue shift, in turns of the colour circle, at most 0.5.
-        grayscale: Probability of a grey view.
+        hue: Largest hue shift, in turns of the color circle, at most 0.5.
+        grayscale: Probability of a gray view.
         blur: Probability of Gaussian blur on the first global, second global and local views.
         blur_sigma: Smallest and largest standard deviation, in pixels, where `image_size` is
             224; scaled with `image_size`, for local views as well.
-        solarize: Probability of solarisation on the first global, second global, local views.
+        solarize: Probability of solarization on the first global, second global, local views.
 
     Example:
         >>> views = MultiCrop(image_size=32, local_views=4)

@@ -69,7 +69,7 @@ def own_arguments(words):
 
 @contextlib.contextmanager
 def loaded(program):
-    """The module of an example or a tool; the absl flags that it defines go afterwards."""
+    """The module of an example or a tool; the absl flags that it defines go afterward."""
     before = set(FLAGS)
     if program.startswith("tools."):
         try:

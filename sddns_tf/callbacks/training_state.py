@@ -54,7 +54,7 @@ class ScaledSchedule(keras.optimizers.schedules.LearningRateSchedule):
 def save(model: keras.Model, folder: str | os.PathLike, keep: int = 2) -> pathlib.Path:
     """Write the whole training state of a compiled model: `FOLDER/step-<step>.npz`.
 
-    Weights, teacher, centre, step, optimizer and the states of random layers, but not the running
+    Weights, teacher, center, step, optimizer and the states of random layers, but not the running
     means of what is logged. The file is written under another name, brought to the disk and then
     renamed: a process killed at any moment leaves a whole file or none.
 

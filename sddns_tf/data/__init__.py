@@ -1,6 +1,6 @@
 """Images from a TFDS data set, a folder, an `.npz` file or memory, as batches of uint8 RGB.
 
-Everything downstream (views, shifts, normalisation) happens on the accelerator, a batch at a time,
+Everything downstream (views, shifts, normalization) happens on the accelerator, a batch at a time,
 so all that is left to the input pipeline is to hand over raw pixels.
 """
 
@@ -145,7 +145,7 @@ def load(
     if dataset.cardinality() == 0:
         raise ValueError(
             f"{name_of(source)} has {int(records.cardinality())} images: with drop_remainder=True "
-            f"that is no batch at all. Received: batch_size={batch_size}."
+            f"that is no batch at all. Received: batch_size={batch_size}"
         )
     # Several machines: each takes its part of every batch, not of the files.
     options = tf.data.Options()
@@ -352,9 +352,9 @@ def _folder(source, shaping, max_pixels, on_error, exif_orientation):
 def _open(source, folder, shaping, exif_orientation, *, exclude_labels, **tfds_options):
     kind, _, rest = source.partition(":") if isinstance(source, str) else ("", "", "")
     if isinstance(exclude_labels, str):
-        raise ValueError(f"exclude_labels must be a list of names. Received: {exclude_labels!r}.")
+        raise ValueError(f"exclude_labels must be a list of names. Received: {exclude_labels!r}")
     if exclude_labels and kind != "tfds":
-        raise ValueError(f'exclude_labels needs a "tfds:" source. Received: {name_of(source)}.')
+        raise ValueError(f'exclude_labels needs a "tfds:" source. Received: {name_of(source)}')
 
     if isinstance(source, str):
         if not rest or kind not in ("tfds", "folder", "npz"):

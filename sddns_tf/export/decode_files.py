@@ -32,7 +32,7 @@ def decode(image_bytes, size, max_pixels, resize="squash"):
 
     Args:
         image_bytes: String tensor `(B,)`: JPEG, PNG, BMP or GIF files (of which the first frame
-            counts), of any sizes, grey or with transparency too.
+            counts), of any sizes, gray or with transparency too.
         size: `(height, width)` in pixels, of the images.
         max_pixels: Images of more pixels are not decoded; their size is read from the header.
         resize: How images of another shape are brought to the size: see `image_ops.fit`.

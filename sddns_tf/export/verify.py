@@ -77,7 +77,7 @@ def images_or_synthetic(detector, images, name="images"):
 
 
 def _synthetic_images(size):
-    """Return coloured gradients in all directions under more and more noise, always the same."""
+    """Return colored gradients in all directions under more and more noise, always the same."""
     generator = np.random.default_rng(0)
     directions = generator.normal(size=(CHECKED_IMAGES, 3, 2))
     rows, columns = (np.linspace(-1.0, 1.0, length) for length in size)

@@ -1,6 +1,6 @@
-"""Charts as small inline SVG, drawn for the width of a phone, coloured by the page's CSS.
+"""Charts as small inline SVG, drawn for the width of a phone, colored by the page's CSS.
 
-A page that follows the reader's light or dark mode cannot use pictures with colours of their own:
+A page that follows the reader's light or dark mode cannot use pictures with colors of their own:
 here every mark has a class (`s0`, `s1`, ... for series, `ink`, `faint`) and the page says the rest.
 """
 
@@ -10,7 +10,7 @@ import numpy as np
 
 WIDTH, HEIGHT = 340, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 10, 40
-SERIES = 7  # colours that the page's style sheet has
+SERIES = 7  # colors that the page's style sheet has
 _DASHES = ("", "6 3", "2 2", "8 3 2 3")
 
 
@@ -174,7 +174,7 @@ def _dash(index):
 
 
 def _mark(index, x, y):
-    """Shapes differ as well as colours."""
+    """Shapes differ as well as colors."""
     shapes = (
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="1.8"/>',
         f'<rect x="{x - 1.6:.1f}" y="{y - 1.6:.1f}" width="3.2" height="3.2"/>',
