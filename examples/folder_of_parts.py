@@ -46,7 +46,7 @@ HELD_OUT_SHARE = 0.2
 
 
 def make_backbone():
-    """A small convolutional network: damage is local, and there are few photographs."""
+    """Return a small convolutional network: damage is local, and there are few photographs."""
     layers = keras.layers
     images = keras.Input((None, None, 3))
     x = layers.Conv2D(32, 4, strides=2, padding="same")(images)
@@ -63,14 +63,14 @@ def make_backbone():
 
 
 def load(folder):
-    """The images of a folder that can be read, `(N, S, S, 3)`; the others are logged."""
+    """Return the images of a folder that can be read, `(N, S, S, 3)`; the others are logged."""
     return sddns_tf.data.load_arrays(
         f"folder:{folder}", image_size=FLAGS.image_size, on_error="skip"
     )
 
 
 def load_good_parts(good, calibration):
-    """Images to train on, and images to set the threshold."""
+    """Map images to train on, and images to set the threshold."""
     parts = load(good)
     if calibration:
         return parts, load(calibration)
@@ -83,7 +83,7 @@ def train(images):
     steps = FLAGS.steps
     model = sddns_tf.SelfDistillation(
         backbone=make_backbone(),
-        # The camera and its light do not change: nearly whole images, and no colour jitter.
+        # The camera and its light do not change: nearly whole images, and no color jitter.
         views=sddns_tf.MultiCrop(
             FLAGS.image_size, local_views=2, global_area=(0.6, 1.0), color_jitter=0, grayscale=0
         ),
@@ -142,12 +142,12 @@ def make_folders(root):
 
 
 def _damage(piece, generator):
-    """A dark or bright scratch or stain somewhere on a piece."""
+    """Return a dark or bright scratch or stain somewhere on a piece."""
     y, x = np.mgrid[:96, :96]
-    centre_y, centre_x = generator.uniform(24, 72, 2)
+    center_y, center_x = generator.uniform(24, 72, 2)
     angle = generator.uniform(0, np.pi)
-    along = (x - centre_x) * np.cos(angle) + (y - centre_y) * np.sin(angle)
-    across = -(x - centre_x) * np.sin(angle) + (y - centre_y) * np.cos(angle)
+    along = (x - center_x) * np.cos(angle) + (y - center_y) * np.sin(angle)
+    across = -(x - center_x) * np.sin(angle) + (y - center_y) * np.cos(angle)
     length, width = (30, 2.5) if generator.random() < 0.5 else (13, 10)
     mark = (along / length) ** 2 + (across / width) ** 2 < 1
     piece[mark] = 0.25 * piece[mark] + 0.75 * generator.choice([15, 240])

@@ -116,7 +116,7 @@ class TrainingPictures(keras.callbacks.Callback):
         tf.summary.image(name, _pixels(figure)[np.newaxis])
 
     def get_config(self) -> dict[str, Any]:
-        """Constructor arguments."""
+        """Return the constructor arguments."""
         return {
             "log_dir": self.log_dir,
             "bank_images": self.bank_images,
@@ -128,7 +128,7 @@ class TrainingPictures(keras.callbacks.Callback):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """The callback that `get_config` describes."""
+        """Return the callback that `get_config` describes."""
         return cls(**keras.saving.deserialize_keras_object(config))
 
 
@@ -140,7 +140,7 @@ def _central_squares(images):
 
 
 def _pixels(figure):
-    """A figure as uint8 `(H, W, 4)`."""
+    """Return a figure as uint8 `(H, W, 4)`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)

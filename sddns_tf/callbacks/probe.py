@@ -91,7 +91,7 @@ class OODProbe(keras.callbacks.Callback):
         return extract_features(self._extractor, images, batch_size=self.batch_size, verbose=0)
 
     def get_config(self) -> dict[str, Any]:
-        """Constructor arguments."""
+        """Return the constructor arguments."""
         return {
             "bank_images": self.bank_images,
             "held_out": self.held_out,
@@ -103,5 +103,5 @@ class OODProbe(keras.callbacks.Callback):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """The callback that `get_config` describes."""
+        """Return the callback that `get_config` describes."""
         return cls(**keras.saving.deserialize_keras_object(config))
