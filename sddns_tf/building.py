@@ -11,7 +11,7 @@ from sddns_tf.local import Moments
 # Features this near are those of one image: the square root of twice such a cosine, and room.
 _SHARED_DISTANCE = 1e-4
 # Of so many places for each row of the bank, drawn at random, the coreset chooses.
-_PLACES_FOR_A_ROW = 10
+_PLACES_FOR_A_ROW = 20
 PLACES_BANK_SIZE = 5000
 PLACES_BATCH = 32
 
@@ -19,7 +19,7 @@ PLACES_BATCH = 32
 def bank_of_places(extractor, images, counted, size, seed=0, **options):
     """Return rows for a bank of places, from a stream of images, in bounded memory.
 
-    Of all places that count, some are drawn at random (ten for a row of the bank), and the
+    Of all places that count, some are drawn at random (twenty for a row of the bank), and the
     coreset of these is the bank. On the way mean and deviation of all places are measured; by them
     the extractor is standardized, in place.
 

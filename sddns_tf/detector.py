@@ -1,4 +1,8 @@
-"""A trained backbone, its bank and its calibration as one model that answers for images."""
+"""A trained backbone, its bank and its calibration as one model that answers for images.
+
+Longer than other modules, as it holds one class and what its users read about it: half of it are
+docstrings. What a detector is made of lies in `building`, `features`, `bank` and `calibration`.
+"""
 
 from __future__ import annotations
 
@@ -192,7 +196,7 @@ class Detector(keras.Model):
                 places the default is the nearest one.
             bank_size: None keeps the features of all bank images; an int keeps at most so many
                 centers: see `bank.compress`. Of places 5,000 are kept by default, chosen by
-                `bank.coreset` of ten times as many, drawn at random.
+                `bank.coreset` of twenty times as many, drawn at random.
             bank_method: `"kmeans"` or `"kcenter"`, for features of whole images.
             batch_size: Images per step, 256 by default, 32 with `layers`; a dataset has its own.
             seed: Int, of the compression and of the draw of places.
