@@ -7,8 +7,8 @@ them is held out to set the threshold; the others train. Where several photograp
 give others to set the threshold, with `--calibration=photos/other_good_parts`: a part that trained
 scores lower than a new one, and the threshold would be too low. Writes, to `--output_dir`,
 `scores.csv` (the images of `--check`, the most suspicious first, with their p-values),
-`most_suspicious.png`, which shows the places above the threshold, and `detector.keras`, which `sddns export`
-and `sddns score` take.
+`most_suspicious.png`, which shows the places above the threshold, and `detector.keras`, which
+`sddns export` and `sddns score` take.
 
 The detector is a local one: of good parts at most `--false_positive_rate` show any such place.
 Where something does not count, such as a serial number, `--ignore=mask.png` leaves it out.
