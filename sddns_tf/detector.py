@@ -460,30 +460,26 @@ class Detector(keras.Model):
 
         Args:
             features: As for `answer`.
-            block_size: Rows of the bank that are compared at once: see `bank.ood_score`.
+            block_size: Of a local detector, rows of the bank that are compared at once: see
+                `bank.ood_score`.
 
         Returns:
             Dict of `"ood_score"`, float32 `(B,)`, and of a local detector `"anomaly_map"`, float32
             `(B, h, w)`. A place whose features are not finite has an infinite score, one that is
             ignored the lowest there is.
         """
-        arguments = (self.bank, self.temperature, self.offset, self.k)
         if not self.is_local:
-            block: dict[str, Any] = {} if block_size is None else {"block_size": block_size}
-            return {
-                "ood_score": ood_score(features, *arguments, weights=self.bank_weights, **block)
-            }
-        maps = ood_score(
-            tf.reshape(features, [-1, self.extractor.feature_dim]),
-            *arguments,
-            metric="euclidean",
-            weights=self.bank_weights,
-            block_size=block_size or _BLOCK_OF_PLACES,
-        )
+            return {"ood_score": self._score(features)}
+        places = tf.reshape(features, [-1, self.extractor.feature_dim])
+        maps = self._score(places, metric="euclidean", block_size=block_size or _BLOCK_OF_PLACES)
         maps = tf.reshape(maps, [-1, *self.extractor.map_size])
         maps = tf.where(tf.math.is_nan(maps), math.inf, maps)
         maps = tf.minimum(maps, tf.where(self.counted > 0.5, math.inf, self.lowest_score))
         return {"ood_score": tf.reduce_max(maps, axis=[1, 2]), "anomaly_map": maps}
+
+    def _score(self, features, **kwargs):
+        arguments = (self.bank, self.temperature, self.offset, self.k)
+        return ood_score(features, *arguments, weights=self.bank_weights, **kwargs)
 
     def _snapped(self, score):
         return snapped(score, self.calibration_scores, self.rounding)

@@ -320,7 +320,7 @@ def test_two_processes_equal_one(tmp_path):
     assert not wrong
 
 
-@pytest.mark.parametrize("shift", sddns_tf.shifts.NAMES)
+@pytest.mark.parametrize("shift", (*sddns_tf.shifts.NAMES, "cut_paste"))
 def test_draws_of_a_replica_are_those_of_its_part_of_the_batch(monkeypatch, shift):
     """A stand-in for the replica's context, so that no strategy is needed."""
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
