@@ -66,26 +66,28 @@ def snapped(scores: Array, calibration_scores: Array, rounding: float) -> tf.Ten
         Float32 tensor `(B,)`.
     """
     calibration, column = calibration_scores[tf.newaxis, :], scores[:, tf.newaxis]
-    lowest, highest = scores.dtype.min, scores.dtype.max
+    lowest, highest = -math.inf, math.inf
     below = tf.reduce_max(tf.where(calibration <= column, calibration, lowest), axis=1)
     above = tf.reduce_min(tf.where(calibration >= column, calibration, highest), axis=1)
     raised = tf.where(above - scores <= rounding / 2, above, scores)
     return tf.where(scores - below <= rounding, below, raised)
 
 
-def lowered(maps: Array, scores: Array) -> tf.Tensor:
-    """Return maps that end where the images' scores do, which `snapped` may have lowered.
+def ending_at(maps: Array, scores: Array) -> tf.Tensor:
+    """Return maps that end where the images' scores do, which `snapped` may have moved.
 
     So a place lies above the threshold only where its image's score does.
 
     Args:
         maps: Scores of places, float32 `(B, h, w)`.
-        scores: Scores of the images, float32 `(B,)`, at most the maxima of the maps.
+        scores: Scores of the images, float32 `(B,)`: the maxima of the maps, up to rounding.
 
     Returns:
         Float32 tensor `(B, h, w)`, whose maxima are `scores`.
     """
-    return tf.minimum(maps, scores[:, tf.newaxis, tf.newaxis])
+    highest = tf.reduce_max(maps, axis=[1, 2], keepdims=True)
+    scores = scores[:, tf.newaxis, tf.newaxis]
+    return tf.where(maps >= highest, scores, tf.minimum(maps, scores))
 
 
 def merged(scores: Array, rounding: float) -> np.ndarray:

@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from sddns_tf import building, files, image_ops
 from sddns_tf.bank import compress, coreset, ood_score
-from sddns_tf.calibration import largest_flagged_rank, lowered, merged, rounding, snapped
+from sddns_tf.calibration import ending_at, largest_flagged_rank, merged, rounding, snapped
 from sddns_tf.features import FeatureExtractor, extract_features, image_size_of, stream_features
 from sddns_tf.image_sources import image_source
 from sddns_tf.local import counted_places
@@ -452,7 +452,7 @@ class Detector(keras.Model):
             "is_ood": rank <= self.largest_flagged_rank,
         }
         if self.is_local:
-            answers["anomaly_map"] = lowered(found["anomaly_map"], score)
+            answers["anomaly_map"] = ending_at(found["anomaly_map"], score)
         return answers
 
     def scores(self, features: Array, block_size: int | None = None) -> dict[str, tf.Tensor]:

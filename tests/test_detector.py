@@ -177,7 +177,7 @@ def test_recalibration_reaches_predict_and_leaves_the_detector_on_error():
     assert not other["is_ood"].any()
 
     config, weights = detector.get_config(), detector.get_weights()
-    for arguments in ({}, {"false_positive_rate": 0.01}, {"images": grass(9, 0) / 255.0}):
+    for arguments in ({}, {"false_positive_rate": 0.01}, {"images": grass(9, 0) - 300.0}):
         with pytest.raises(ValueError):
             detector.recalibrate(**arguments, verbose=0)
     with pytest.raises(ValueError, match=r"at least 9 calibration images.*Received: 3"):
@@ -351,7 +351,7 @@ def test_a_detector_from_features_is_that_from_images():
         (np.eye(8)[:, :7], np.eye(8), r"`bank_features` must have shape \(N, 8\)"),
         (np.eye(8), np.zeros((0, 8)), r"`calibration_features` must have shape \(N, 8\)"),
         (np.eye(8) * 2, np.eye(8), "`bank_features` must be L2-normalized"),
-        (np.eye(8) * np.nan, np.eye(8), "not finite for 8 of the 8 bank"),
+        (np.eye(8) * np.nan, np.eye(8), "not finite for 8 of 8 bank"),
     ],
 )
 def test_features_that_do_not_fit_are_named(bank, calibration, message):
@@ -403,7 +403,7 @@ def test_wrong_arguments_are_named():
         Detector.from_images(backbone, ragged, few, 0.1, verbose=0)
     Detector.from_images(backbone, ragged, few, 0.1, resolution=32, verbose=0)
     backbone.set_weights([w * np.nan for w in backbone.get_weights()])
-    with pytest.raises(ValueError, match="not finite for 30 of the 30 bank images"):
+    with pytest.raises(ValueError, match="not finite for 30 of 30 bank images"):
         Detector.from_images(backbone, images, few, 0.1, verbose=0)
 
 

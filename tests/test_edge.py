@@ -27,7 +27,7 @@ VARIANTS = (None, "float16", "dynamic", "int8")
 BATCHES = {None: None, "float16": 8, "dynamic": 1, "int8": None}
 # What XNNPACK has no kernels for: the cast of the pixels, and a little around the score.
 OUTSIDE = {
-    "CAST", "STRIDED_SLICE", "L2_NORMALIZATION", "EQUAL", "SELECT_V2", "GREATER_EQUAL",
+    "CAST", "STRIDED_SLICE", "L2_NORMALIZATION", "EQUAL", "SELECT", "SELECT_V2", "GREATER_EQUAL",
     "LESS_EQUAL", "SUM", "GATHER",
 }  # fmt: skip
 
@@ -284,7 +284,7 @@ def test_xnnpack_takes_the_backbone_as_a_whole(
     partitions, outside = covered_by_xnnpack(path)
     heavy = {"FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D", "BATCH_MATMUL", "SOFTMAX", "GELU"}
     assert not heavy.intersection(outside)
-    assert set(outside) <= OUTSIDE and len(outside) <= 12
+    assert set(outside) <= OUTSIDE and len(outside) <= 18
     # All of them in one partition but for the product with the bank.
     counts = [sum(name in heavy for name in names) for names in partitions]
     assert sum(counts) - max(counts) <= 1

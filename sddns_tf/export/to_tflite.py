@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from sddns_tf.calibration import lowered, merged, snapped
+from sddns_tf.calibration import ending_at, merged, snapped
 from sddns_tf.export import delegates, metadata
 from sddns_tf.export.quantize import backbone_scope, import_quantizer, quantized_model
 from sddns_tf.export.verify import (
@@ -246,7 +246,7 @@ def _answer(detector, calibration, shape):
         p_value = tf.gather(calibration["p_values"], count)
         answers = {"ood_score": score, "p_value": p_value, "is_ood": p_value <= calibration["rate"]}
         if detector.is_local:
-            answers["anomaly_map"] = lowered(found["anomaly_map"], score)
+            answers["anomaly_map"] = ending_at(found["anomaly_map"], score)
         return answers
 
     return answer
