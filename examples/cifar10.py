@@ -34,7 +34,7 @@ BATCH_SIZE = 96
 
 
 def read(name, split):
-    """Images of a prepared set, uint8 `(N, 32, 32, 3)`."""
+    """Return images of a prepared set, uint8 `(N, 32, 32, 3)`."""
     return data.load_arrays(f"tfds:{name}", split=split, data_dir=FLAGS.data_dir, image_size=SIDE)
 
 

@@ -36,7 +36,7 @@ BATCH_SIZE = 16
 
 
 def own():
-    """Two convolutions. Sides of `None` let it take global and local views."""
+    """Return two convolutions. Sides of `None` let it take global and local views."""
     images = keras.Input((None, None, 3))
     x = keras.layers.Conv2D(32, 4, strides=4, activation="gelu")(images)
     x = keras.layers.Conv2D(64, 3, padding="same", activation="gelu")(x)
@@ -44,7 +44,7 @@ def own():
 
 
 def mobilenet_v3():
-    """A network of `keras.applications`, without its classes.
+    """Return a network of `keras.applications`, without its classes.
 
     The images come normalized, so its own preprocessing is off. Its batch statistics see positives
     only: the model takes care of that.
@@ -59,7 +59,7 @@ def mobilenet_v3():
 
 
 def keras_cv():
-    """A backbone of KerasCV, whose map of features is averaged."""
+    """Return a backbone of KerasCV, whose map of features is averaged."""
     from keras_cv.models import ResNetV2Backbone
 
     images = keras.Input((None, None, 3))
@@ -101,7 +101,7 @@ BACKBONES = {
 
 
 def crops(name, rows, count, generator):
-    """Crops of a photograph between two rows, uint8 `(count, 56, 56, 3)`."""
+    """Return crops of a photograph between two rows, uint8 `(count, 56, 56, 3)`."""
     photo = getattr(skimage.data, name)()
     tops = generator.integers(rows[0], rows[1] - IMAGE_SIZE + 1, count)
     lefts = generator.integers(0, photo.shape[1] - IMAGE_SIZE + 1, count)

@@ -64,7 +64,7 @@ def cut_paste(images, seed):
 
 
 def pieces(generator, rows, count):
-    """Pieces of the brick wall between two rows, uint8 `(count, 32, 32, 3)`."""
+    """Return pieces of the brick wall between two rows, uint8 `(count, 32, 32, 3)`."""
     wall = skimage.data.brick()[::2, ::2]
     tops = generator.integers(rows[0], rows[1] - IMAGE_SIZE + 1, count)
     lefts = generator.integers(0, wall.shape[1] - IMAGE_SIZE + 1, count)
@@ -75,17 +75,17 @@ def pieces(generator, rows, count):
 
 
 def damaged(images, generator):
-    """The same pieces, each with a dark or bright round stain."""
+    """Return the same pieces, each with a dark or bright round stain."""
     y, x = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE]
-    centres = generator.uniform(6, IMAGE_SIZE - 6, (len(images), 2, 1, 1))
-    stain = (y - centres[:, 0]) ** 2 + (x - centres[:, 1]) ** 2 < 3.5**2
-    colour = generator.choice([15.0, 240.0], (len(images), 1, 1, 1))
-    mixed = 0.3 * images + 0.7 * colour
+    centers = generator.uniform(6, IMAGE_SIZE - 6, (len(images), 2, 1, 1))
+    stain = (y - centers[:, 0]) ** 2 + (x - centers[:, 1]) ** 2 < 3.5**2
+    color = generator.choice([15.0, 240.0], (len(images), 1, 1, 1))
+    mixed = 0.3 * images + 0.7 * color
     return np.where(stain[..., np.newaxis], mixed, images).astype(np.uint8)
 
 
 def make_backbone():
-    """A small convolutional network; mean and spread of each channel are the feature."""
+    """Return a small convolutional network; mean and spread of each channel are the feature."""
     layers = keras.layers
     images = keras.Input((None, None, 3))
     x = layers.Conv2D(32, 4, strides=2, padding="same")(images)
@@ -99,7 +99,7 @@ def make_backbone():
 
 
 def train(images, shift):
-    """A `SelfDistillation` whose negatives are the images put through the shift."""
+    """Return a `SelfDistillation` whose negatives are the images put through the shift."""
     keras.utils.set_random_seed(FLAGS.seed)
     steps = FLAGS.steps
     model = sddns_tf.SelfDistillation(

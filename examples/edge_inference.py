@@ -28,7 +28,7 @@ import numpy as np
 
 
 def load(path):
-    """The scorer of a `.tflite` file, its batch size (None for any) and image size."""
+    """Return the scorer of a `.tflite` file, its batch size (None for any) and image size."""
     from ai_edge_litert.interpreter import Interpreter
 
     interpreter = Interpreter(str(path))
@@ -38,7 +38,7 @@ def load(path):
 
 
 def read_image(path, size):
-    """An image file as uint8 `(height, width, 3)`, resized as the detector resizes."""
+    """Return an image file as uint8 `(height, width, 3)`, resized as the detector resizes."""
     from PIL import Image
 
     with Image.open(path) as image:
@@ -50,7 +50,7 @@ def read_image(path, size):
 
 
 def score(model, images):
-    """Scores, p-values and decisions of uint8 images `(N, height, width, 3)`.
+    """Return scores, p-values and decisions of uint8 images `(N, height, width, 3)`.
 
     Args:
         model: What `load` gave.
@@ -71,7 +71,7 @@ def score(model, images):
 
 
 def overlay(image, anomaly_map, threshold, lowest):
-    """An image with what lies above the threshold painted over it; one scale for all images.
+    """Return an image with what lies above the threshold painted over it; one scale for all images.
 
     Args:
         image: uint8 `(height, width, 3)`.
@@ -111,7 +111,7 @@ def write_map(folder, path, image, answer, about):
 
 
 def _opened(file):
-    """The file's tables, and its description as bytes that can be rewritten in place."""
+    """Return the file's tables, and its description as bytes that can be rewritten in place."""
     from ai_edge_litert import schema_py_generated as schema
 
     tables = schema.Model.GetRootAs(file)
@@ -122,7 +122,7 @@ def _opened(file):
 
 
 def description(path):
-    """What a `.tflite` file says about itself: outputs, false positive rate, sizes, version."""
+    """Read what a `.tflite` file says about itself: outputs, rate, sizes, version."""
     return json.loads(_opened(bytearray(pathlib.Path(path).read_bytes()))[1].tobytes())
 
 

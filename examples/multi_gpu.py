@@ -5,7 +5,7 @@
 
 The second tries the same on a machine without GPUs: its processor plays two devices (and is slower
 for it). Batches are global: 64 images on two devices are 32 on each. Gradients and the teacher's
-centre are averaged over all of them: the result is that of one device with the same batches.
+center are averaged over all of them: the result is that of one device with the same batches.
 
 Prints images per second and the loss of each epoch. About one minute on two CPU cores. The
 photograph of grass comes inside scikit-image (`pip install -e ".[examples]"`).
@@ -58,7 +58,7 @@ def make_model():
 
 
 def make_images():
-    """Crops of a photograph of grass, uint8 `(2000, 32, 32, 3)`."""
+    """Return crops of a photograph of grass, uint8 `(2000, 32, 32, 3)`."""
     generator = np.random.default_rng(FLAGS.seed)
     grass = skimage.data.grass()
     corners = generator.integers(0, grass.shape[0] - IMAGE_SIZE + 1, (2_000, 2))

@@ -40,7 +40,10 @@ BATCH_SIZE = 16
 
 
 def make_backbone():
-    """The published network. Its position embedding is resampled for images of other sizes."""
+    """Return the published network.
+
+    Its position embedding is resampled for images of other sizes.
+    """
     make = getattr(sddns_tf, FLAGS.preset)
     backbone = make(image_size=TRAINED_AT, patch_size=FLAGS.patch_size)
     if FLAGS.weights:
@@ -67,7 +70,7 @@ def finetune(backbone, images):
 
 
 def crops(name, rows, generator):
-    """Crops of a photograph of scikit-image between two rows, uint8 `(N, 96, 96, 3)`."""
+    """Return crops of a photograph of scikit-image between two rows, uint8 `(N, 96, 96, 3)`."""
     import skimage.data
 
     photo = getattr(skimage.data, name)()

@@ -7,7 +7,7 @@ comes out is judged on gravel, on the brick wall turned by 90 degrees, on cells 
 photographs come inside scikit-image (`pip install -e ".[examples]"`); nothing is downloaded.
 
 Takes about five minutes on two CPU cores. Prints a table of AUROCs beside three baselines (nearest
-neighbour on pixels, the untrained network, self-distillation without negatives for the same time),
+neighbor on pixels, the untrained network, self-distillation without negatives for the same time),
 and writes pictures, the trained model and the detector to `--output_dir`.
 """
 
@@ -48,7 +48,7 @@ AUXILIARY_PHOTOGRAPHS = (
 
 
 def photograph(name):
-    """A photograph of scikit-image in grey, uint8 `(H, W)`."""
+    """Return a photograph of scikit-image in gray, uint8 `(H, W)`."""
     pixels = getattr(skimage.data, name)()
     pixels = pixels[0] if isinstance(pixels, tuple) else pixels
     if pixels.ndim == 3:
@@ -57,7 +57,7 @@ def photograph(name):
 
 
 def crops(photo, count, generator, size=CROP_SIZE):
-    """Random square crops, resized to `IMAGE_SIZE`: uint8 `(count, 32, 32, 3)`."""
+    """Return random square crops, resized to `IMAGE_SIZE`: uint8 `(count, 32, 32, 3)`."""
     size = min(size, *photo.shape)
     tops = generator.integers(0, photo.shape[0] - size + 1, count)
     lefts = generator.integers(0, photo.shape[1] - size + 1, count)
@@ -115,7 +115,9 @@ def make_data(generator):
 
 
 def make_backbone():
-    """A small convolutional network; any Keras model from images to one vector each would do.
+    """Return a small convolutional network.
+
+    Any Keras model from images to one vector each would do.
 
     Textures are local and minutes are short: convolutions learn them sooner than attention. Mean
     and spread of each channel are the feature; without a last normalization, which would take the
@@ -141,7 +143,7 @@ def train(data, steps, negatives):
     keras.utils.set_random_seed(FLAGS.seed)
     model = sddns_tf.SelfDistillation(
         backbone=make_backbone(),
-        # The light of an inspection line does not change: no colour jitter.
+        # The light of an inspection line does not change: no color jitter.
         views=sddns_tf.MultiCrop(IMAGE_SIZE, local_views=2, local_area=(0.15, 0.4), color_jitter=0),
         negatives=negatives,
         head=sddns_tf.ProjectionHead(
@@ -192,9 +194,9 @@ def detector_score(detector):
 
 def pixel_score(data):
     """Distance to the nearest training image, pixel by pixel: a baseline that learns nothing."""
-    neighbours = sklearn.neighbors.NearestNeighbors(n_neighbors=1, algorithm="brute")
-    neighbours.fit(data["training"][:BANK_SIZE, ..., 0].reshape(BANK_SIZE, -1).astype(np.float32))
-    return lambda images: neighbours.kneighbors(images[..., 0].reshape(len(images), -1))[0][:, 0]
+    neighbors = sklearn.neighbors.NearestNeighbors(n_neighbors=1, algorithm="brute")
+    neighbors.fit(data["training"][:BANK_SIZE, ..., 0].reshape(BANK_SIZE, -1).astype(np.float32))
+    return lambda images: neighbors.kneighbors(images[..., 0].reshape(len(images), -1))[0][:, 0]
 
 
 def print_table(scores):
@@ -249,7 +251,7 @@ def main(argv):
     print(f"{plain_seconds:.0f} s")
 
     methods = {
-        "nearest neighbour on pixels": pixel_score(data),
+        "nearest neighbor on pixels": pixel_score(data),
         "untrained backbone": detector_score(make_detector(make_backbone(), data)),
         f"without negatives ({plain_seconds:.0f} s)": detector_score(
             make_detector(plain.teacher_backbone, data)

@@ -49,7 +49,7 @@ def signature_and_inputs(files, rate):
 
 
 def rest_body(files, rate=None):
-    """The JSON of a REST request, in row format: one instance for each file."""
+    """Return the JSON of a REST request, in row format: one instance for each file."""
     signature, inputs = signature_and_inputs(files, rate)
     encoded = [{"b64": base64.b64encode(file).decode()} for file in files]
     inputs = {**inputs, "image_bytes": encoded}
@@ -58,7 +58,7 @@ def rest_body(files, rate=None):
 
 
 def ask_rest(server, model, version, label, timeout, files, rate):
-    """Answers of TensorFlow Serving's REST interface, a dict for each file."""
+    """Return answers of TensorFlow Serving's REST interface, a dict for each file."""
     which = f"/versions/{version}" if version else f"/labels/{label}" if label else ""
     request = urllib.request.Request(
         f"{server.rstrip('/')}/v1/models/{model}{which}:predict", rest_body(files, rate)
@@ -75,7 +75,7 @@ def ask_rest(server, model, version, label, timeout, files, rate):
 
 
 def ask_grpc(stub, model, version, label, timeout, files, rate):
-    """Answers of TensorFlow Serving's gRPC interface, a dict for each file."""
+    """Return answers of TensorFlow Serving's gRPC interface, a dict for each file."""
     import grpc
     import tensorflow as tf
     from tensorflow_serving.apis import predict_pb2
@@ -102,7 +102,7 @@ def ask_grpc(stub, model, version, label, timeout, files, rate):
 
 
 def grpc_stub(server):
-    """A stub of the official `PredictionService`, for messages of any size."""
+    """Return a stub of the official `PredictionService`, for messages of any size."""
     import grpc
     from tensorflow_serving.apis import prediction_service_pb2_grpc
 
@@ -111,7 +111,7 @@ def grpc_stub(server):
 
 
 def answer(ask, paths, rate, retries):
-    """A dict for each file of one request, whether there is an answer or not."""
+    """Return a dict for each file of one request, whether there is an answer or not."""
     files = [pathlib.Path(path).read_bytes() for path in paths]
     for attempt in range(retries + 1):
         try:
@@ -136,7 +136,7 @@ def _json(value):
 
 
 def image_files(places):
-    """The files that are named and those in the folders that are named, in order."""
+    """Yield the files that are named and those in the folders that are named, in order."""
     for place in map(pathlib.Path, places):
         if place.is_dir():
             inside = place.rglob("*")
@@ -148,7 +148,7 @@ def image_files(places):
 
 
 def answers(ask, paths, *, batch_size=16, concurrency=4, rate=None, retries=5):
-    """A dict for each file, in their order, of requests that are sent several at once."""
+    """Yield a dict for each file, in their order, of requests that are sent several at once."""
     batches = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
     with concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
         for batch in pool.map(lambda batch: answer(ask, batch, rate, retries), batches):
@@ -156,7 +156,7 @@ def answers(ask, paths, *, batch_size=16, concurrency=4, rate=None, retries=5):
 
 
 def drift(p_values, calibration_size, significance=0.001):
-    """How far p-values are from those of normal images, and how far is too far.
+    """Tell how far p-values are from those of normal images, and how far is too far.
 
     P-values of normal images are uniform over 1/(N+1), ..., 1, on average over sets of N
     calibration images; with one such set they are as far off as two samples are from each
@@ -184,7 +184,7 @@ def drift(p_values, calibration_size, significance=0.001):
 
 
 def parse(arguments):
-    """The command line."""
+    """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("places", nargs="+", help="image files, or folders of them")
     parser.add_argument("--server", default="localhost:8500", help="HOST:PORT or http://HOST:PORT")

@@ -32,7 +32,7 @@ BATCH_SIZE = 48
 
 
 def crops(rows, count, generator):
-    """Crops of a photograph of grass between two rows, uint8 `(count, 32, 32, 3)`."""
+    """Return crops of a photograph of grass between two rows, uint8 `(count, 32, 32, 3)`."""
     grass = skimage.data.grass()
     tops = generator.integers(rows[0], rows[1] - IMAGE_SIZE + 1, count)
     lefts = generator.integers(0, grass.shape[1] - IMAGE_SIZE + 1, count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ def ood_score(
     weights: Array | None = None,
     block_size: int = 65_536,
 ) -> tf.Tensor:
-    """How far out of distribution features lie: higher means more out-of-distribution.
+    """Score how far out of distribution features lie: higher means more out-of-distribution.
 
     `-log sum_m w_m exp((s(f, b_m) - offset) / temperature)`, the weights summing to 1, over the
     whole bank or over its `k` rows nearest to `f`. Computed in float32 and in log space
@@ -77,7 +78,7 @@ def ood_score(
     log_weights = tf.math.log(weights) - tf.math.log(tf.reduce_sum(weights))
 
     def products(start, length):
-        """How near rows lie to the features: similarities but for what `similarities` adds."""
+        """Tell how near rows lie to the features: similarities but for what `similarities` adds."""
         block = tf.cast(tf.slice(bank, [start, 0], [length, dim]), tf.float32)
         found = tf.matmul(features, block, transpose_b=True)
         # Half of the squared lengths of the rows: of a constant bank, the bias of a dense layer.
@@ -124,7 +125,10 @@ def ood_score(
 
 
 def _check_score_arguments(features, bank, temperature, offset, k, weights, block_size):
-    """Rows and dimension of the bank; a `ValueError` if the arguments do not fit together."""
+    """Return rows and dimension of the bank.
+
+    A `ValueError` if the arguments do not fit together.
+    """
     shapes = f"features of shape {features.shape} and a bank of shape {bank.shape}"
     if features.shape.rank != 2 or bank.shape.rank != 2 or None in bank.shape or 0 in bank.shape:
         raise ValueError(
@@ -165,7 +169,7 @@ def _over_blocks(block, combine, rows, block_size):
 def compress(
     features: Array, size: int, method: str = "kmeans", seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A smaller bank that scores like the whole one.
+    """Compress a bank to a smaller one that scores like the whole one.
 
     Args:
         features: L2-normalized features `(M, D)`.
@@ -347,3 +351,10 @@ class Reservoir:
     def rows(self) -> np.ndarray:
         """The rows kept so far, float32 `(N, C)`."""
         return self._rows
+
+
+def __getattr__(name: str) -> Any:
+    """What was documented here before `features` had a module of its own."""
+    if name in ("FeatureExtractor", "extract_features", "image_size_of"):
+        return getattr(importlib.import_module("sddns_tf.features"), name)
+    raise AttributeError(f"module 'sddns_tf.bank' has no attribute {name!r}")

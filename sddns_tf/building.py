@@ -11,15 +11,15 @@ from sddns_tf.local import Moments
 # Features this near are those of one image: the square root of twice such a cosine, and room.
 _SHARED_DISTANCE = 1e-4
 # Of so many places for each row of the bank, drawn at random, the coreset chooses.
-_PLACES_FOR_A_ROW = 10
+_PLACES_FOR_A_ROW = 20
 PLACES_BANK_SIZE = 5000
 PLACES_BATCH = 32
 
 
 def bank_of_places(extractor, images, counted, size, seed=0, **options):
-    """Rows for a bank of places, from a stream of images, in bounded memory.
+    """Return rows for a bank of places, from a stream of images, in bounded memory.
 
-    Of all places that count, some are drawn at random (ten for a row of the bank), and the
+    Of all places that count, some are drawn at random (twenty for a row of the bank), and the
     coreset of these is the bank. On the way mean and deviation of all places are measured; by them
     the extractor is standardized, in place.
 
@@ -48,7 +48,7 @@ def bank_of_places(extractor, images, counted, size, seed=0, **options):
 
 
 def checked_features(name, features, extractor, is_map=False):
-    """Features as a float32 array of the shape that an extractor gives, all finite.
+    """Return features as a float32 array of the shape that an extractor gives, all finite.
 
     Args:
         name: Name of the argument.
@@ -83,7 +83,7 @@ def checked_features(name, features, extractor, is_map=False):
 
 
 def checked_weights(weights, rows):
-    """Weights of the rows of a bank as a float32 array."""
+    """Return weights of the rows of a bank as a float32 array."""
     weights = np.asarray(weights, np.float32)
     if weights.shape != (rows,) or not (weights >= 0).all() or not weights.sum() > 0:
         raise ValueError(
@@ -115,7 +115,7 @@ def warn_of_shared_images(count, total):
 
 
 def count_shared(bank_features, calibration_features):
-    """How many calibration features are in the bank, up to rounding.
+    """Tell how many calibration features are in the bank, up to rounding.
 
     The features of one image differ in their last bits with the batch, so bytes tell nothing. Equal
     rows lie together in any direction: each is compared with its neighbors in one.

@@ -17,7 +17,7 @@ PLACE_ROUNDING = 1.6e-5
 
 
 def rounding(temperature: float, is_local: bool = False) -> float:
-    """By how much a score may differ from itself, with the batch it is in or in an export.
+    """Tell by how much a score may differ from itself, with the batch it is in or in an export.
 
     Args:
         temperature: Positive float, of the score: see `bank.ood_score`.
@@ -30,7 +30,7 @@ def rounding(temperature: float, is_local: bool = False) -> float:
 
 
 def largest_flagged_rank(calibration_size: int, false_positive_rate: float) -> int:
-    """The largest `1 + #{calibration scores >= score}` whose p-value is within the rate.
+    """Return the largest `1 + #{calibration scores >= score}` whose p-value is within the rate.
 
     In float32, as the detector's p-values are, so that 5 of 99 + 1 is within 0.05.
     """
@@ -49,7 +49,7 @@ def largest_flagged_rank(calibration_size: int, false_positive_rate: float) -> i
 
 
 def snapped(scores: Array, calibration_scores: Array, rounding: float) -> tf.Tensor:
-    """Scores, those that only rounding sets apart from a calibration score made equal to it.
+    """Make scores equal to the calibration scores that only rounding sets them apart from.
 
     The scores of one image differ in their last bits with the size of the batch, the place in it
     and the machine. So a frame that is identical to a calibration frame would count as more
@@ -74,7 +74,7 @@ def snapped(scores: Array, calibration_scores: Array, rounding: float) -> tf.Ten
 
 
 def lowered(maps: Array, scores: Array) -> tf.Tensor:
-    """Maps that end where the images' scores do, which `snapped` may have lowered.
+    """Return maps that end where the images' scores do, which `snapped` may have lowered.
 
     So a place lies above the threshold only where its image's score does.
 
@@ -89,7 +89,7 @@ def lowered(maps: Array, scores: Array) -> tf.Tensor:
 
 
 def merged(scores: Array, rounding: float) -> np.ndarray:
-    """Calibration scores in ascending order, those that rounding alone may set apart made equal.
+    """Sort calibration scores, those that rounding alone may set apart made equal.
 
     Each is raised to the highest score of its group, by half of `rounding` at most. Raising
     calibration scores raises p-values: the promise stays.

@@ -65,12 +65,12 @@ class ConvNet(keras.Model):
         self.groups = groups
 
     def get_config(self) -> dict[str, Any]:
-        """Constructor arguments."""
+        """Return the constructor arguments."""
         return {"name": self.name, "stages": self.stages, "groups": self.groups}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """The network of a configuration."""
+        """Return the network of a configuration."""
         return cls(**config)
 
 

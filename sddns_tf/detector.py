@@ -1,4 +1,8 @@
-"""A trained backbone, its bank and its calibration as one model that answers for images."""
+"""A trained backbone, its bank and its calibration as one model that answers for images.
+
+Longer than other modules, as it holds one class and what its users read about it: half of it are
+docstrings. What a detector is made of lies in `building`, `features`, `bank` and `calibration`.
+"""
 
 from __future__ import annotations
 
@@ -159,7 +163,7 @@ class Detector(keras.Model):
         seed: int = 0,
         verbose: int | str = "auto",
     ) -> Detector:
-        """A calibrated detector from a trained backbone and in-distribution images.
+        """Return a calibrated detector from a trained backbone and in-distribution images.
 
         The backbone is copied: training it further does not change the detector.
 
@@ -192,7 +196,7 @@ class Detector(keras.Model):
                 places the default is the nearest one.
             bank_size: None keeps the features of all bank images; an int keeps at most so many
                 centers: see `bank.compress`. Of places 5,000 are kept by default, chosen by
-                `bank.coreset` of ten times as many, drawn at random.
+                `bank.coreset` of twenty times as many, drawn at random.
             bank_method: `"kmeans"` or `"kcenter"`, for features of whole images.
             batch_size: Images per step, 256 by default, 32 with `layers`; a dataset has its own.
             seed: Int, of the compression and of the draw of places.
@@ -257,7 +261,7 @@ class Detector(keras.Model):
 
     @classmethod
     def _of_places(cls, extractor, images, rate, counted, bank_size, seed, score, options):
-        """A local detector; all images are streamed."""
+        """Return a local detector; all images are streamed."""
         bank_images, calibration_images = images
         if not isinstance(calibration_images, tf.data.Dataset):
             largest_flagged_rank(len(calibration_images), rate)
@@ -295,7 +299,7 @@ class Detector(keras.Model):
         bank_method: str = "kmeans",
         seed: int = 0,
     ) -> Detector:
-        """A calibrated detector from features that were extracted before.
+        """Return a calibrated detector from features that were extracted before.
 
         Of an extractor with layers the bank's features are those of places, `(M, C)`, and the
         calibration's whole maps, `(N, h, w, C)`, both standardized by the bank's mean and
@@ -369,7 +373,7 @@ class Detector(keras.Model):
         return detector
 
     def compressed(self, size: int, method: str = "kmeans", seed: int = 0) -> Detector:
-        """A detector of the same extractor whose bank has at most `size` rows.
+        """Return a detector of the same extractor whose bank has at most `size` rows.
 
         The calibration scores stay those of the whole bank; the scores of a compressed bank are
         nearly theirs. Call `recalibrate` with calibration images for p-values that are exact.
@@ -400,7 +404,7 @@ class Detector(keras.Model):
         return self._with(centers, weights, self.calibration_scores.numpy())
 
     def with_calibration_scores(self, scores: Array) -> Detector:
-        """A detector of the same extractor and bank, calibrated with scores measured elsewhere.
+        """Calibrate a copy of the detector with scores measured elsewhere.
 
         An export whose scores are not quite the detector's is calibrated with its own.
 
@@ -424,11 +428,11 @@ class Detector(keras.Model):
         return other
 
     def call(self, images: Array) -> dict[str, tf.Tensor]:
-        """Images `(B, H, W, 3)` to a dict of scores, p-values and decisions, each `(B,)`."""
+        """Map images `(B, H, W, 3)` to a dict of scores, p-values and decisions, each `(B,)`."""
         return self.answer(self.extractor(images))
 
     def answer(self, features: Array) -> dict[str, tf.Tensor]:
-        """What the detector answers for images of which `features` gave the features.
+        """Return what the detector answers for images of which `features` gave the features.
 
         Args:
             features: Float32 `(B, D)` of L2 norm 1; of a local detector maps `(B, h, w, C)`.
@@ -452,34 +456,30 @@ class Detector(keras.Model):
         return answers
 
     def scores(self, features: Array, block_size: int | None = None) -> dict[str, tf.Tensor]:
-        """Scores as they are measured, before the calibration scores next below them decide.
+        """Return scores as they are measured, before the calibration scores next below them decide.
 
         Args:
             features: As for `answer`.
-            block_size: Rows of the bank that are compared at once: see `bank.ood_score`.
+            block_size: Of a local detector, rows of the bank that are compared at once: see
+                `bank.ood_score`.
 
         Returns:
             Dict of `"ood_score"`, float32 `(B,)`, and of a local detector `"anomaly_map"`, float32
             `(B, h, w)`. A place whose features are not finite has an infinite score, one that is
             ignored the lowest there is.
         """
-        arguments = (self.bank, self.temperature, self.offset, self.k)
         if not self.is_local:
-            block: dict[str, Any] = {} if block_size is None else {"block_size": block_size}
-            return {
-                "ood_score": ood_score(features, *arguments, weights=self.bank_weights, **block)
-            }
-        maps = ood_score(
-            tf.reshape(features, [-1, self.extractor.feature_dim]),
-            *arguments,
-            metric="euclidean",
-            weights=self.bank_weights,
-            block_size=block_size or _BLOCK_OF_PLACES,
-        )
+            return {"ood_score": self._score(features)}
+        places = tf.reshape(features, [-1, self.extractor.feature_dim])
+        maps = self._score(places, metric="euclidean", block_size=block_size or _BLOCK_OF_PLACES)
         maps = tf.reshape(maps, [-1, *self.extractor.map_size])
         maps = tf.where(tf.math.is_nan(maps), math.inf, maps)
         maps = tf.minimum(maps, tf.where(self.counted > 0.5, math.inf, self.lowest_score))
         return {"ood_score": tf.reduce_max(maps, axis=[1, 2]), "anomaly_map": maps}
+
+    def _score(self, features, **kwargs):
+        arguments = (self.bank, self.temperature, self.offset, self.k)
+        return ood_score(features, *arguments, weights=self.bank_weights, **kwargs)
 
     def _snapped(self, score):
         return snapped(score, self.calibration_scores, self.rounding)
@@ -517,7 +517,7 @@ class Detector(keras.Model):
         files.save_keras(super().save, filepath, *args, **kwargs)
 
     def features(self, images: Array) -> tf.Tensor:
-        """L2-normalized features of a batch of images, or feature maps.
+        """Return L2-normalized features of a batch of images, or feature maps.
 
         Args:
             images: uint8 or float in 0-255, `(B, H, W, 3)`, of any height and width.
@@ -638,7 +638,7 @@ class Detector(keras.Model):
         return np.concatenate([self._scores(f) for f in self._stream(images, batch_size, verbose)])
 
     def _scores(self, features):
-        """Scores `(N,)` of calibration features, a few at a time."""
+        """Return scores `(N,)` of calibration features, a few at a time."""
         building.check_finite(features.reshape(len(features), -1), "calibration")
         step = building.PLACES_BATCH if self.is_local else 256
         return np.concatenate(
@@ -665,7 +665,7 @@ class Detector(keras.Model):
         self.rate.assign(false_positive_rate)
 
     def get_config(self) -> dict[str, Any]:
-        """Constructor arguments."""
+        """Return the constructor arguments."""
         return {
             "name": self.name,
             "extractor": keras.saving.serialize_keras_object(self.extractor),
@@ -678,13 +678,13 @@ class Detector(keras.Model):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """A detector of a configuration, its bank still empty."""
+        """Return a detector of a configuration, its bank still empty."""
         extractor = keras.saving.deserialize_keras_object(config["extractor"])
         return cls(**{**config, "extractor": extractor})
 
 
 def _compressed(features, size, method, seed, local):
-    """Rows of a smaller bank and their weights."""
+    """Return rows of a smaller bank and their weights."""
     if not local:
         return compress(features, size, method, seed)
     rows = coreset(features, size, seed)
@@ -700,11 +700,11 @@ def _check_no_ignore(ignore):
 
 
 def pretrained(name: str = "cifar10-small") -> Detector:
-    """A trained and calibrated detector from inside the package.
+    """Return a trained and calibrated detector from inside the package.
 
     `"cifar10-small"`: a convolutional network of 32 channels trained on CIFAR-10's training images
     on one CPU core, with negatives of rotated auxiliary images, and a bank of 1,000 weighted
-    centres. Calibrated at a false positive rate of 0.05 on 2,500 test images (of the first 5,000,
+    centers. Calibrated at a false positive rate of 0.05 on 2,500 test images (of the first 5,000,
     every other one, from the first on). AUROC of 5,000 fresh test images against other sets, and
     their share flagged (of fresh CIFAR-10 images, 4.7 %):
 

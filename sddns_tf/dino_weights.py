@@ -14,7 +14,7 @@ import numpy as np
 
 
 def load_backbone(backbone: keras.Model, state: Any) -> None:
-    """Assigns DINO's parameters to a vision transformer.
+    """Assign DINO's parameters to a vision transformer.
 
     Everything is checked before anything is assigned. At `image_size` the features are DINO's. At
     other sizes DINO's own program places the samples of the position embedding up to a tenth of a
@@ -44,7 +44,7 @@ def load_backbone(backbone: keras.Model, state: Any) -> None:
 
 
 def load_head(head: keras.Model, state: Any) -> None:
-    """Assigns DINO's parameters to a projection head.
+    """Assign DINO's parameters to a projection head.
 
     Everything is checked before anything is assigned.
 
@@ -77,7 +77,7 @@ def load_head(head: keras.Model, state: Any) -> None:
 
 
 def split_prefix(name: str) -> tuple[str | None, str]:
-    """Splits a parameter's name into the part that it says it belongs to and its own name.
+    """Split a parameter's name into the part that it says it belongs to and its own name.
 
     Args:
         name: Parameter's name, such as `"module.head.mlp.0.weight"`.
@@ -95,7 +95,7 @@ def split_prefix(name: str) -> tuple[str | None, str]:
 
 
 def _part(state, wanted):
-    """The entries that belong to `wanted` or do not say, without prefixes."""
+    """Return the entries that belong to `wanted` or do not say, without prefixes."""
     entries = {}
     for full_name, value in state.items():
         part, name = split_prefix(full_name)
@@ -154,7 +154,7 @@ def _head_entries(head):
 
 
 def _check_grid(backbone, state):
-    """Raises ValueError, and says what to do, where the position embedding has another grid."""
+    """Raise ValueError, and say what to do, where the position embedding has another grid."""
     own = tuple(backbone.position_embedding.shape)
     received = state["pos_embed"].shape if "pos_embed" in state else own
     if len(received) != 3 or received[2] != own[2] or received == own:
@@ -173,7 +173,7 @@ def _check_grid(backbone, state):
 
 
 def _assign(model, entries, state):
-    """Assigns `state` to the variables of `entries` if it fits them all, else ValueError."""
+    """Assign `state` to the variables of `entries` if it fits them all, else ValueError."""
     entries = {name: entry for name, *entry in entries}
     problems = [
         f"missing: {name}, expected shape {shape}"

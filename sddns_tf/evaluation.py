@@ -59,11 +59,11 @@ class Evaluation:
     files: dict = dataclasses.field(default_factory=dict)
 
     def title_of(self, name: str, index: int) -> str:
-        """What an image is called: its file where it came from one, else its number."""
+        """Return what an image is called: its file where it came from one, else its number."""
         return str(self.files[name][index]) if name in self.files else f"{name} #{index}"
 
     def as_dict(self) -> dict[str, Any]:
-        """What goes into a JSON file: everything but images, single answers and features."""
+        """Return what goes into a JSON file: everything but images, single answers and features."""
         return {
             "confidence": 0.95,
             "sets": {
@@ -89,7 +89,7 @@ def evaluate(
     normal: Array,
     ood: Any,
     labels: Array | None = None,
-    labelled: Any = None,
+    labeled: Any = None,
     masks: Array | None = None,
     files: Any = None,
     resamples: int = 1000,
@@ -98,7 +98,7 @@ def evaluate(
     seed: int = 0,
     verbose: int | str = "auto",
 ) -> Evaluation:
-    """Scores normal images and each OOD set, and measures how well they are told apart.
+    """Score normal images and each OOD set, and measure how well they are told apart.
 
     Args:
         detector: `Detector`.
@@ -106,7 +106,7 @@ def evaluate(
             `(N, H, W, 3)`.
         ood: Dict from a name to images, uint8 `(M, H', W', 3)`.
         labels: Their classes, ints `(N,)`, for the k-NN accuracy; or None.
-        labelled: Pair of in-distribution training images and their classes, for the same.
+        labeled: Pair of in-distribution training images and their classes, for the same.
         masks: Of a local detector: dict from the name of an OOD set to masks of what is damaged in
             its images, bool `(M, H', W')`. Metrics of its maps are those of its pixels and of all
             normal ones.
@@ -151,7 +151,7 @@ def evaluate(
         answers=answers,
         threshold=detector.threshold,
         false_positive_rate=detector.false_positive_rate,
-        knn_accuracy=_knn_accuracy(detector, normal, labels, labelled, batch_size, verbose),
+        knn_accuracy=_knn_accuracy(detector, normal, labels, labeled, batch_size, verbose),
         features={
             name: _one_each(extract_features(detector.extractor, x[:feature_count], **extract))
             for name, x in images.items()
@@ -181,7 +181,7 @@ def _check_masks(detector, masks, ood):
 
 
 def _one_each(features):
-    """Features `(n, D)`; of maps the mean over places."""
+    """Return features `(n, D)`; of maps the mean over places."""
     return features if features.ndim == 2 else features.mean(axis=(1, 2))
 
 
@@ -198,7 +198,7 @@ def _pixel_row(detector, answers, name, masks):
 
 
 def _row(normal_scores, answer, is_normal, resamples, seed):
-    """One row of the table: each column's value and its interval."""
+    """Return one row of the table: each column's value and its interval."""
     flagged = float(np.mean(answer["is_ood"]))
     row = {"flagged": (flagged, *metrics.share_interval(flagged, len(answer["is_ood"])))}
     if is_normal:
@@ -209,10 +209,10 @@ def _row(normal_scores, answer, is_normal, resamples, seed):
     return {**{name: (value, *intervals[name]) for name, value in values.items()}, **row}
 
 
-def _knn_accuracy(detector, normal, labels, labelled, batch_size, verbose):
-    if labels is None or labelled is None:
+def _knn_accuracy(detector, normal, labels, labeled, batch_size, verbose):
+    if labels is None or labeled is None:
         return None
-    known, classes = labelled
+    known, classes = labeled
     options = {"batch_size": batch_size, "verbose": verbose}
     accuracy = metrics.knn_accuracy(
         extract_features(detector.extractor, known, **options),
@@ -225,7 +225,7 @@ def _knn_accuracy(detector, normal, labels, labelled, batch_size, verbose):
 
 
 def attention_maps(detector: Any, images: Array) -> np.ndarray | None:
-    """Where the class token of a vision transformer looks, mean over heads.
+    """Tell where the class token of a vision transformer looks, mean over heads.
 
     Args:
         detector: `Detector`.
@@ -248,7 +248,7 @@ def attention_maps(detector: Any, images: Array) -> np.ndarray | None:
 
 
 def markdown(evaluation: Any) -> str:
-    """The table as Markdown: each value with its 95 % interval."""
+    """Return the table as Markdown: each value with its 95 % interval."""
     lines = [
         "| set | images | " + " | ".join(COLUMNS) + " |",
         "|---|---:|" + "---:|" * len(COLUMNS),
@@ -271,7 +271,7 @@ def markdown(evaluation: Any) -> str:
 
 
 def promise(evaluation: Any) -> str:
-    """A sentence on the threshold and the share of normal images that it may flag."""
+    """Return a sentence on the threshold and the share of normal images that it may flag."""
     return (
         f"Flagged: score above {evaluation.threshold:.4g}, calibrated to flag at most "
         f"{evaluation.false_positive_rate:.1%} of normal images."
@@ -279,13 +279,13 @@ def promise(evaluation: Any) -> str:
 
 
 def cell(interval: Any) -> str:
-    """A value and its interval as text."""
+    """Return a value and its interval as text."""
     value, low, high = interval
     return f"{value:.3f} ({low:.3f}-{high:.3f})"
 
 
 def csv(evaluation: Any) -> str:
-    """The table as comma-separated values, limits of intervals in columns of their own."""
+    """Return the table as comma-separated values, limits of intervals in columns of their own."""
     text = io.StringIO()
     writer = csv_writer.writer(text, lineterminator="\n")
     parts = [part for c in COLUMNS for part in (c, f"{c}_low", f"{c}_high")]

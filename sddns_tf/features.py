@@ -25,7 +25,7 @@ from sddns_tf.validation import (
 
 
 def image_size_of(images: Array) -> tuple[int, int] | None:
-    """Height and width of the images of a set, or None if they are not all of one known size.
+    """Return the height and width of a set's images, or None if they are not of one known size.
 
     Args:
         images: Images `(N, H, W, 3)`, or a dataset of batches of them (labels may follow).
@@ -40,7 +40,7 @@ def image_size_of(images: Array) -> tuple[int, int] | None:
 
 
 def _input_size_of(backbone):
-    """The image size that a backbone was made for, or None if it does not say."""
+    """Return the image size that a backbone was made for, or None if it does not say."""
     if getattr(backbone, "image_size", None) is not None:
         return backbone.image_size
     size = tuple((getattr(backbone, "input_shape", None) or ())[1:3])
@@ -154,7 +154,7 @@ class FeatureExtractor(keras.Model):
         )
 
     def call(self, images: Array) -> tf.Tensor:
-        """Images `(B, H, W, 3)` to features `(B, D)` or feature maps `(B, h, w, C)`."""
+        """Map images `(B, H, W, 3)` to features `(B, D)` or feature maps `(B, h, w, C)`."""
         images = self.preprocess(images)
         if self.layer_names is not None:
             maps = local.combined(self._inner_maps(images))
@@ -174,7 +174,7 @@ class FeatureExtractor(keras.Model):
         self.channel_deviation.assign(spread * deviation)
 
     def at_resolution(self, images: Array) -> tf.Tensor:
-        """Images at the resolution at which they show all that the backbone sees of them.
+        """Return images at the resolution at which they show all that the backbone sees of them.
 
         Args:
             images: uint8 or float in 0-255, `(B, H, W, 3)`, of any height and width.
@@ -187,7 +187,7 @@ class FeatureExtractor(keras.Model):
         return image_ops.fit(images, *(self.resolution or self.image_size), self.resize)
 
     def preprocess(self, images: Array) -> tf.Tensor:
-        """What the backbone sees of images.
+        """Return what the backbone sees of images.
 
         Args:
             images: uint8 or float in 0-255, `(B, H, W, 3)`, of any height and width.
@@ -199,7 +199,7 @@ class FeatureExtractor(keras.Model):
         return image_ops.normalize(images, self.mean, self.std)
 
     def snapshot(self) -> FeatureExtractor:
-        """An extractor whose backbone is a copy: training the backbone further does not change it.
+        """Return an extractor with a copy of a backbone: training that further does not change it.
 
         Returns:
             `FeatureExtractor`.
@@ -215,7 +215,7 @@ class FeatureExtractor(keras.Model):
         return tf.function(self.__call__, jit_compile=self.jit_compile, reduce_retracing=True)
 
     def get_config(self) -> dict[str, Any]:
-        """Constructor arguments."""
+        """Return the constructor arguments."""
         return {
             "name": self.name,
             "backbone": keras.saving.serialize_keras_object(self.backbone),
@@ -229,7 +229,7 @@ class FeatureExtractor(keras.Model):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """The extractor of a configuration, its backbone included."""
+        """Return the extractor of a configuration, its backbone included."""
         backbone = keras.saving.deserialize_keras_object(config["backbone"])
         return cls(**{**config, "backbone": backbone})
 
@@ -253,7 +253,7 @@ def extract_features(
     verbose: int | str = "auto",
     name: str = "images",
 ) -> np.ndarray:
-    """Features of a whole set of images.
+    """Extract the features of a whole set of images.
 
     The compiled forward belongs to the extractor: keep the extractor to extract again (after
     more training, say) without tracing again. The last batch is filled up, so that one trace does.
@@ -293,7 +293,7 @@ def stream_features(
     verbose: int | str = "auto",
     name: str = "images",
 ) -> Iterator[np.ndarray]:
-    """Features of a whole set of images, batch by batch: they need not fit into memory.
+    """Extract the features of a whole set of images, batch by batch: they need not fit into memory.
 
     Args:
         extractor: A `FeatureExtractor`.
@@ -331,7 +331,7 @@ def stream_features(
 
 
 def _batches(images, batch_size):
-    """An iterable of NumPy batches, and their number or None if it is unknown."""
+    """Return an iterable of NumPy batches, and their number or None if it is unknown."""
     if isinstance(images, tf.data.Dataset):
         steps = int(images.cardinality())
         if steps == tf.data.INFINITE_CARDINALITY:

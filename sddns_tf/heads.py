@@ -44,7 +44,7 @@ class WeightNormDense(layers.Layer):
         self.trainable_gain = trainable_gain
 
     def build(self, input_shape: Any) -> None:
-        """Creates the weights."""
+        """Create the weights."""
         # Uniform in +-1/sqrt(fan in), the default of the linear layer that DINO normalizes.
         self.kernel = self.add_weight(
             name="kernel",
@@ -59,17 +59,17 @@ class WeightNormDense(layers.Layer):
         )
 
     def call(self, inputs: Array) -> tf.Tensor:
-        """Inputs `(..., D)` to float32 `(..., units)`."""
+        """Map inputs `(..., D)` to float32 `(..., units)`."""
         kernel = ops.convert_to_tensor(self.kernel)
         scale = self.gain * ops.rsqrt(ops.sum(ops.square(kernel), axis=0))
         return ops.matmul(inputs, kernel * scale)
 
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
-        """Shape of the output."""
+        """Return the shape of the output."""
         return (*input_shape[:-1], self.units)
 
     def get_config(self) -> dict[str, Any]:
-        """Constructor arguments."""
+        """Return the constructor arguments."""
         config = super().get_config()
         config.update({"units": self.units, "trainable_gain": self.trainable_gain})
         return config
@@ -149,14 +149,14 @@ class ProjectionHead(keras.Model):
         )
 
     def build(self, input_shape: Any) -> None:
-        """Creates the weights."""
+        """Create the weights."""
         shape = tuple(input_shape)
         for layer in (*self.mlp, self.last_layer):
             layer.build(shape)
             shape = layer.compute_output_shape(shape)
 
     def call(self, features: Array) -> tf.Tensor:
-        """Features `(..., D)` to float32 logits `(..., num_prototypes)`."""
+        """Map features `(..., D)` to float32 logits `(..., num_prototypes)`."""
         x = features
         for layer in self.mlp[:-1]:
             x = ops.gelu(layer(x), approximate=False)
@@ -165,15 +165,15 @@ class ProjectionHead(keras.Model):
         return self.last_layer(tf.math.l2_normalize(x, axis=-1, epsilon=1e-24))
 
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
-        """Shape of the output."""
+        """Return the shape of the output."""
         return (*input_shape[:-1], self.num_prototypes)
 
     def compute_output_spec(self, features: Array) -> keras.KerasTensor:
-        """Shape and dtype of the output."""
+        """Return the shape and dtype of the output."""
         return keras.KerasTensor(self.compute_output_shape(features.shape), dtype="float32")
 
     def get_config(self) -> dict[str, Any]:
-        """Constructor arguments."""
+        """Return the constructor arguments."""
         config = super().get_config()
         config.update(
             {

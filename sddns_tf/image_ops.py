@@ -1,4 +1,4 @@
-"""Batched image arithmetic: resampling, colour and blur as matrix products.
+"""Batched image arithmetic: resampling, color and blur as matrix products.
 
 Everything here takes a whole batch, runs inside a compiled graph (XLA included) and needs neither
 `gather` nor a loop over images. A resized crop with its flip is linear and separable, so it is two
@@ -27,7 +27,7 @@ RESIZES = ("squash", "crop")
 
 
 def bicubic_kernel(x: tf.Tensor, a: float = -0.5) -> tf.Tensor:
-    """Keys' cubic convolution kernel.
+    """Evaluate Keys' cubic convolution kernel.
 
     Args:
         x: Float tensor of any shape, distances in (scaled) pixels.
@@ -51,7 +51,7 @@ def resampling_matrix(
     start: Array | float = 0.0,
     extent: Array | None = None,
 ) -> tf.Tensor:
-    """Matrices that crop an interval of pixels and resize it, antialiased bicubic.
+    """Return matrices that crop an interval of pixels and resize it, antialiased bicubic.
 
     Equal to cropping the interval first and then resizing it with Pillow's `BICUBIC`, before
     rounding: pixels outside the interval have no weight.
@@ -87,7 +87,7 @@ def resampling_matrix(
 
 
 def gaussian_matrix(size: int, sigma: Array) -> tf.Tensor:
-    """Matrices that blur along one axis with a Gaussian, renormalised at the edges.
+    """Return matrices that blur along one axis with a Gaussian, renormalized at the edges.
 
     Args:
         size: Number of pixels along the axis, int.
@@ -104,14 +104,14 @@ def gaussian_matrix(size: int, sigma: Array) -> tf.Tensor:
 
 
 def to_planes(images: Array) -> tf.Tensor:
-    """Images `(..., H, W, 3)` of any number type to float32 planes `(..., 3, H, W)`."""
+    """Map images `(..., H, W, 3)` of any number type to float32 planes `(..., 3, H, W)`."""
     images = tf.cast(images, tf.float32)
     rank = images.shape.rank
     return tf.transpose(images, [*range(rank - 3), rank - 1, rank - 3, rank - 2])
 
 
 def from_planes(planes: Array) -> tf.Tensor:
-    """Planes `(..., 3, H, W)` to images `(..., H, W, 3)`."""
+    """Map planes `(..., 3, H, W)` to images `(..., H, W, 3)`."""
     rank = planes.shape.rank
     return tf.transpose(planes, [*range(rank - 3), rank - 2, rank - 1, rank - 3])
 
@@ -173,7 +173,7 @@ def fit(images: Array, height: int, width: int, mode: str = "squash") -> tf.Tens
 
 
 def center_crop(images: Array, height: int, width: int) -> tf.Tensor:
-    """The largest central part with the aspect ratio of `height` to `width`.
+    """Return the largest central part with the aspect ratio of `height` to `width`.
 
     Args:
         images: `(B, H, W, C)`; H and W may be unknown at trace time.
@@ -212,7 +212,7 @@ def from_16_bits(values: Any) -> Array:
 def normalize(
     images: Array, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
 ) -> tf.Tensor:
-    """The one place where 0-255 becomes the normalised floats a backbone takes.
+    """Scale images in 0-255 to the normalized floats a backbone takes.
 
     Args:
         images: uint8 or float in 0-255, `(..., 3)`.
@@ -231,7 +231,7 @@ def shift_hue(planes: Array, shift: Array) -> tf.Tensor:
 
     Args:
         planes: Float `(..., 3, H, W)`.
-        shift: Turns of the colour circle, float tensor `(...)`; -0.5 to 0.5.
+        shift: Turns of the color circle, float tensor `(...)`; -0.5 to 0.5.
 
     Returns:
         Planes of the same shape.
@@ -264,13 +264,13 @@ def jitter_color(
     contrast_first: Array,
     saturation_first: Array,
 ) -> tf.Tensor:
-    """Brightness, contrast, saturation and hue of each image, in the image's own order.
+    """Change brightness, contrast, saturation and hue of each image, in the image's own order.
 
-    Brightness scales, contrast blends with the mean grey value, saturation blends with the grey
+    Brightness scales, contrast blends with the mean gray value, saturation blends with the gray
     image. Without rounding and clipping in between, these three commute with one another, and
-    with the hue shift they commute but for *which* grey value they blend with: that of the image
+    with the hue shift they commute but for *which* gray value they blend with: that of the image
     before or after the shift. So every order of the four is one expression with two choices.
-    (The mean grey value after the shift is that of the saturated image: a saturation that went
+    (The mean gray value after the shift is that of the saturated image: a saturation that went
     before the shift no longer keeps it.)
 
     Args:
@@ -278,7 +278,7 @@ def jitter_color(
         brightness: Factors, float tensor `(...)`; 1 changes nothing.
         contrast: Factors, likewise.
         saturation: Factors, likewise.
-        hue: Turns of the colour circle, float tensor `(...)`; 0 changes nothing.
+        hue: Turns of the color circle, float tensor `(...)`; 0 changes nothing.
         contrast_first: Bool tensor `(...)`: contrast acts before the hue shift.
         saturation_first: Bool tensor `(...)`: saturation acts before the hue shift.
 
@@ -293,19 +293,19 @@ def jitter_color(
         per_image, (brightness, contrast, saturation, contrast_first, saturation_first)
     )
     rest = 1.0 - saturation
-    to_grey = tf.broadcast_to([LUMA], tf.concat([tf.shape(hue), [1, 3]], 0))
-    grey = mix_channels(to_grey, planes)
-    # Three rows for the saturated colours, but for grey from before the shift; one for grey.
+    to_gray = tf.broadcast_to([LUMA], tf.concat([tf.shape(hue), [1, 3]], 0))
+    gray = mix_channels(to_gray, planes)
+    # Three rows for the saturated colors, but for gray from before the shift; one for gray.
     to_colors = saturation * tf.eye(3) + rest * (1.0 - saturation_first) * gray_matrix()
-    mixed = mix_channels(tf.concat([to_colors, to_grey], axis=-2), shift_hue(planes, hue))
-    grey_mean, shifted_mean = (
+    mixed = mix_channels(tf.concat([to_colors, to_gray], axis=-2), shift_hue(planes, hue))
+    gray_mean, shifted_mean = (
         tf.reduce_mean(plane, axis=(-3, -2, -1))[..., tf.newaxis, tf.newaxis]
-        for plane in (grey, mixed[..., 3:, :, :])
+        for plane in (gray, mixed[..., 3:, :, :])
     )
-    blended = saturation_first * grey_mean + (1.0 - saturation_first) * shifted_mean
+    blended = saturation_first * gray_mean + (1.0 - saturation_first) * shifted_mean
     saturated_mean = saturation * shifted_mean + rest * blended
-    mean = contrast_first * grey_mean + (1.0 - contrast_first) * saturated_mean
-    saturated = mixed[..., :3, :, :] + (rest * saturation_first)[..., tf.newaxis] * grey
+    mean = contrast_first * gray_mean + (1.0 - contrast_first) * saturated_mean
+    saturated = mixed[..., :3, :, :] + (rest * saturation_first)[..., tf.newaxis] * gray
     offset = (1.0 - contrast) * mean
     return brightness[..., tf.newaxis] * (
         contrast[..., tf.newaxis] * saturated + offset[..., tf.newaxis]
@@ -313,12 +313,12 @@ def jitter_color(
 
 
 def gray_matrix() -> tf.Tensor:
-    """The matrix `(3, 3)` that makes all channels of a pixel its grey value."""
+    """Return the matrix `(3, 3)` that makes all channels of a pixel its gray value."""
     return tf.ones([3, 1]) * tf.constant([LUMA])
 
 
 def mix_channels(matrices: Array, planes: Array) -> tf.Tensor:
-    """A product of a matrix with the channels of each pixel.
+    """Multiply a matrix with the channels of each pixel.
 
     A matrix product even where a sum would do: XLA puts what is element by element into one
     loop, and there computes what comes before once for each channel of what comes after.

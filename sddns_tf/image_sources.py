@@ -12,7 +12,7 @@ from sddns_tf.validation import check_form, image_array, out_of_range, warn_of_b
 
 
 def image_source(x, name="x", *, trains=False, allow_nan=False):
-    """What Keras takes for the images of a whole set, checked by the rule of `image_array`.
+    """Return what Keras takes for the images of a whole set, checked by the rule of `image_array`.
 
     What yields batches is checked batch by batch while it runs; uint8 of a `tf.data.Dataset`
     needs no such check and costs nothing.
@@ -55,12 +55,12 @@ def image_source(x, name="x", *, trains=False, allow_nan=False):
 
 
 def image_batch(x, name="x"):
-    """One batch to train on: images, or a dictionary of images and auxiliary ones."""
+    """Return one batch to train on: images, or a dictionary of images and auxiliary ones."""
     return _checked_batch(x, name, trains=True, allow_nan=False)[0]
 
 
 def validation_source(validation_data):
-    """What `fit` takes as `validation_data`: as its `x`, or a tuple of that alone."""
+    """Return what `fit` takes as `validation_data`: as its `x`, or a tuple of that alone."""
     parts = validation_data
     is_tuple = isinstance(parts, tuple) and len(parts) in (1, 2, 3)
     is_image = is_tuple and (
@@ -99,7 +99,7 @@ class _CheckedPyDataset(keras.utils.PyDataset):
 
 
 def _checked_batch(batch, name, trains, allow_nan):
-    """A batch as a tuple of one part, as Keras wants it."""
+    """Return a batch as a tuple of one part, as Keras wants it."""
     if isinstance(batch, tuple):
         if trains:
             _check_no_labels(batch, name)
@@ -110,7 +110,7 @@ def _checked_batch(batch, name, trains, allow_nan):
 
 
 def _checked_dict(parts, name, allow_nan):
-    """Arrays of images and auxiliary images, as many of these as of those."""
+    """Return arrays of images and auxiliary images, as many of these as of those."""
     _check_keys(parts, name)
     parts = {
         key: image_array(part, f"{name}['{key}']", allow_nan=allow_nan)

@@ -5,17 +5,17 @@ import tensorflow as tf
 
 
 def layers_of(network: keras.Layer) -> list[keras.Layer]:
-    """A layer and all layers inside it, at any depth."""
+    """Return a layer and all layers inside it, at any depth."""
     return list(network._flatten_layers(include_self=True, recursive=True))
 
 
 def inner(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    """The optimizer itself, or the one that scales no loss inside one that does."""
+    """Return the optimizer itself, or the one that scales no loss inside one that does."""
     return getattr(optimizer, "inner_optimizer", optimizer)
 
 
 def batches_counted(optimizer: keras.optimizers.Optimizer) -> tf.Tensor:
-    """Batches that an optimizer was given, those that it only accumulated included.
+    """Return batches that an optimizer was given, those that it only accumulated included.
 
     `optimizer.iterations` counts its updates.
     """
@@ -25,5 +25,5 @@ def batches_counted(optimizer: keras.optimizers.Optimizer) -> tf.Tensor:
 def learning_rate_of(
     optimizer: keras.optimizers.Optimizer,
 ) -> keras.Variable | keras.optimizers.schedules.LearningRateSchedule:
-    """The learning rate of an optimizer as it was given: a variable or a schedule."""
+    """Return the learning rate of an optimizer as it was given: a variable or a schedule."""
     return inner(optimizer)._learning_rate

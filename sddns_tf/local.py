@@ -15,7 +15,7 @@ _SMALLEST_DEVIATION = 0.01
 
 
 def inner_maps(backbone, layers, image_size):
-    """The layers of a network whose maps are asked for, and how to compute them.
+    """Return the layers of a network whose maps are asked for, and how to compute them.
 
     Args:
         backbone: Built functional Keras model (others may be nested in it), or a
@@ -75,7 +75,7 @@ def _as_list(outputs):
 
 
 def _of_transformer(backbone, names, image_size):
-    """Maps of the tokens that leave some blocks of a `VisionTransformer`."""
+    """Return maps of the tokens that leave some blocks of a `VisionTransformer`."""
     if set(names) & {"auto", "tokens"}:
         if len(names) > 1:
             raise ValueError(f'"auto" and "tokens" stand alone. Received: layers={names}')
@@ -97,12 +97,12 @@ def _of_transformer(backbone, names, image_size):
 
 
 def _is_graph(layer):
-    """Whether a layer is a functional or sequential model, whose layers can be reached."""
+    """Tell whether a layer is a functional or sequential model, whose layers can be reached."""
     return isinstance(layer, keras.Model) and bool(getattr(layer, "inputs", None))
 
 
 def _layer_names(model, prefix=""):
-    """Names of the layers of a model and of those in it, as `"model/layer"`."""
+    """Return names of the layers of a model and of those in it, as `"model/layer"`."""
     names = []
     for layer in model.layers:
         if not isinstance(layer, keras.layers.InputLayer):
@@ -112,7 +112,7 @@ def _layer_names(model, prefix=""):
 
 
 def _full_name(backbone, known, name):
-    """The one of the known names that is meant."""
+    """Return the one of the known names that is meant."""
     if name in known:
         return name
     found = [one for one in known if one.endswith(f"/{name}")]
@@ -131,7 +131,7 @@ def _full_name(backbone, known, name):
 
 
 def _model_of(backbone, names):
-    """A model of the same layers that gives what these give."""
+    """Return a model of the same layers that gives what these give."""
     images = keras.Input(backbone.inputs[0].shape[1:], dtype=backbone.inputs[0].dtype)
     found = {}
     _run(backbone, images, found)
@@ -157,7 +157,7 @@ def _run(model, inputs, found, prefix=""):
 
 
 def _auto_names(backbone, shapes, image_size):
-    """The last layers at strides 8 and 16, the widened insides of blocks left out."""
+    """Return the last layers at strides 8 and 16, the widened insides of blocks left out."""
     names = []
     for stride in _AUTO_STRIDES:
         at_stride = {
@@ -189,7 +189,7 @@ def _layer(model, name):
 
 
 def _tokens_name(shapes, image_size):
-    """The last layer that gives tokens of patches."""
+    """Return the last layer that gives tokens of patches."""
     for name, shape in reversed(shapes.items()):
         if shape is not None and len(shape) == 3 and _token_grid(shape, image_size):
             return (name,)
@@ -208,7 +208,7 @@ def _stride(shape, image_size):
 
 
 def _token_grid(shape, image_size):
-    """Rows and columns of the patches that tokens `(B, T, D)` stand for, or None."""
+    """Return rows and columns of the patches that tokens `(B, T, D)` stand for, or None."""
     height, width = image_size
     for patch in range(2, min(height, width) + 1):
         if height % patch or width % patch:
@@ -236,7 +236,7 @@ def _grid(name, shape, image_size):
 
 
 def _as_map(output, rows, columns, channels):
-    """Maps as they are; of tokens those of patches, which come last."""
+    """Return maps as they are; of tokens those of patches, which come last."""
     if len(output.shape) == 4:
         return output
     return tf.reshape(output[:, -rows * columns :], [-1, rows, columns, channels])
@@ -254,7 +254,7 @@ def check_grids(names, grids, image_size):
 
 
 def combined(maps):
-    """Maps of several layers as one: averaged over 3 x 3 places, on the grid of the first.
+    """Return maps of several layers as one: averaged over 3 x 3 places, on the grid of the first.
 
     Args:
         maps: List of maps `(B, h_i, w_i, C_i)`, any float dtype.
@@ -312,7 +312,7 @@ class Moments:
 
 
 def counted_places(ignore, grid):
-    """The places of a map that count, of a mask of what does not.
+    """Return the places of a map that count, of a mask of what does not.
 
     Args:
         ignore: None, a bool array `(h, w)` or `(H, W)`, true where nothing counts, or the path of

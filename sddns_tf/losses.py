@@ -23,7 +23,7 @@ _LEAST_SHARE = 1e-20
 def teacher_probabilities(
     teacher_logits: Array, center: Array, teacher_temperature: Any
 ) -> tf.Tensor:
-    """Centred and sharpened output of the teacher, `softmax((logits - center) / temperature)`.
+    """Center and sharpen the teacher's output: `softmax((logits - center) / temperature)`.
 
     Args:
         teacher_logits: `(..., K)`.
@@ -39,7 +39,7 @@ def teacher_probabilities(
 
 
 def spread(values: Any, global_mean: Any = tf.identity) -> tf.Tensor:
-    """Standard deviation over the batch, the root of its mean square over the last axis.
+    """Compute the deviation over the batch, the root of its mean square over the last axis.
 
     Args:
         values: `(..., K)`; all leading axes are the batch.
@@ -53,7 +53,7 @@ def spread(values: Any, global_mean: Any = tf.identity) -> tf.Tensor:
 
 
 def batch_moments(values: Any, global_mean: Any = tf.identity) -> tuple[tf.Tensor, tf.Tensor]:
-    """Mean and variance over the batch.
+    """Compute the mean and variance over the batch.
 
     Args:
         values: `(..., K)`; all leading axes are the batch.
@@ -69,7 +69,7 @@ def batch_moments(values: Any, global_mean: Any = tf.identity) -> tuple[tf.Tenso
 
 
 def standardized(values: Any, moments: Any) -> tf.Tensor:
-    """Values with the mean of each channel taken away, divided by its standard deviation.
+    """Compute values with the mean of each channel taken away, divided by its standard deviation.
 
     What varies less than a hundredth of what channels vary on average, or less than float32's
     rounding of the mean, is not blown up.
@@ -92,7 +92,7 @@ def balanced_probabilities(
     iterations: int = 3,
     global_mean: Any = tf.identity,
 ) -> tf.Tensor:
-    """Outputs of the teacher that tell images apart and use all prototypes equally.
+    """Compute outputs of the teacher that tell images apart and use all prototypes equally.
 
     The logits are centered over the batch, measured by their `spread` and sharpened by a softmax;
     then prototypes, of which each shall get the same share of the batch, and images, whose
@@ -131,7 +131,7 @@ def distillation_loss(
     teacher_temperature: Any,
     student_temperature: float = 0.1,
 ) -> tf.Tensor:
-    """Cross-entropy of student views against the centered teacher's other views.
+    """Compute the cross-entropy of student views against the centered teacher's other views.
 
     Args:
         teacher_logits: `(G, B, K)`, global views.
@@ -153,7 +153,7 @@ def distillation_loss(
 def cross_entropy(
     targets: Array, student_logits: Array, student_temperature: float = 0.1
 ) -> tf.Tensor:
-    """Cross-entropy of student views against the targets of other views of the same images.
+    """Compute the cross-entropy of student views and targets of other views of the same images.
 
     The mean over all pairs (teacher view `t`, student view `s`, `s != t`) and over the batch of
     `-sum_k P_t[k] log P_s[k]`. No pair is formed: the targets of one student view are added up
@@ -196,7 +196,7 @@ def cross_entropy(
 
 
 def uniformity_loss(student_logits: Array, student_temperature: float = 0.1) -> tf.Tensor:
-    """Cross-entropy of the student's output for negatives against the uniform distribution.
+    """Compute the cross-entropy of the student's output against the uniform distribution.
 
     `-(1/K) sum_k log P_s[k] = logsumexp(z) - mean(z)` with `z = logits / temperature`: smallest,
     `log K`, where the student has no opinion.
@@ -214,12 +214,12 @@ def uniformity_loss(student_logits: Array, student_temperature: float = 0.1) -> 
 
 
 def updated_center(center: Array, teacher_logits: Array, momentum: float = 0.9) -> tf.Tensor:
-    """Exponential moving average of the teacher's mean output.
+    """Compute the exponential moving average of the teacher's mean output.
 
     Args:
         center: `(K,)`.
         teacher_logits: `(..., K)`: every positive teacher view of the batch.
-        momentum: Share of the old centre that stays.
+        momentum: Share of the old center that stays.
 
     Returns:
         Float32 `(K,)`.
@@ -235,7 +235,7 @@ def updated_center(center: Array, teacher_logits: Array, momentum: float = 0.9) 
 
 
 def relative_entropy(probabilities: Array) -> tf.Tensor:
-    """Entropy over the last axis, relative to that of the uniform distribution.
+    """Compute the entropy over the last axis, relative to that of the uniform distribution.
 
     Args:
         probabilities: `(..., K)`.
@@ -249,7 +249,7 @@ def relative_entropy(probabilities: Array) -> tf.Tensor:
 
 
 def relative_spread(features: Array, global_mean: Any = tf.identity) -> tf.Tensor:
-    """Standard deviation of L2-normalized features, relative to that of isotropic ones.
+    """Compute the standard deviation of L2-normalized features, relative to that of isotropic ones.
 
     Args:
         features: `(..., D)`; all leading axes are the batch.

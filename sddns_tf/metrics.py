@@ -12,7 +12,7 @@ _BLOCK_ELEMENTS = 2**24  # largest matrix of cosines held at once: 64 MiB of flo
 
 
 def as_scores(scores: Array, name: str = "scores") -> np.ndarray:
-    """Checks an array of scores and returns it as float64.
+    """Check an array of scores and return it as float64.
 
     Args:
         scores: One number per image, `(N,)`, N >= 1, all finite.
@@ -41,7 +41,7 @@ def as_scores(scores: Array, name: str = "scores") -> np.ndarray:
 
 
 def ood_metrics(id_scores: Array, ood_scores: Array) -> dict[str, float]:
-    """How well a score separates out-of-distribution from in-distribution images.
+    """Measure how well a score separates out-of-distribution from in-distribution images.
 
     Scores follow `bank.ood_score`: higher means more out-of-distribution.
 
@@ -147,7 +147,7 @@ def ood_metric_intervals(
 
 
 def share_interval(share: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of a share: of images flagged, say, or classified rightly.
+    """Compute Wilson's interval of a share: of images flagged, say, or classified rightly.
 
     Of a share of 0 or 1 it has width too: no image flagged of ten does not mean that none will be.
 
@@ -179,7 +179,7 @@ def share_interval(share: float, count: int, confidence: float = 0.95) -> tuple[
 
 
 def percentile_interval(values: Any, confidence: float = 0.95) -> tuple[float, float]:
-    """The middle `confidence` of resampled values, as `(low, high)`."""
+    """Return the middle `confidence` of resampled values, as `(low, high)`."""
     tails = [(1 - confidence) / 2, (1 + confidence) / 2]
     low, high = np.quantile(values, tails)
     return float(low), float(high)
@@ -193,7 +193,7 @@ def _check_bootstrap(confidence, count):
 
 
 def _resampled_counts(generator, positions, levels):
-    """How many of as many draws fall on each level of score, lowest first."""
+    """Tell how many of as many draws fall on each level of score, lowest first."""
     drawn = generator.integers(0, positions.size, positions.size)
     return np.bincount(positions[drawn], minlength=levels)
 
@@ -218,7 +218,7 @@ def _metrics_of_counts(id_counts, ood_counts):
 
 
 def _average_precision(counts, true_positives, false_positives):
-    """Precision at each threshold, weighted by the positives that it adds."""
+    """Compute the precision at each threshold, weighted by the positives that it adds."""
     precision = true_positives / np.maximum(true_positives + false_positives, 1)
     return (counts * precision).sum() / counts.sum()
 
@@ -244,7 +244,7 @@ def at_size(maps: Array, size: tuple[int, int]) -> np.ndarray:
 
 
 def pixel_auroc(maps: Array, masks: Array) -> float:
-    """The chance that a damaged pixel scores higher than a sound one, ties counting half.
+    """Return the chance that a damaged pixel scores higher than a sound one, ties counting half.
 
     Args:
         maps: Scores of pixels, float `(N, H, W)`: see `at_size`.
@@ -312,7 +312,7 @@ def aupro(maps: Array, masks: Array, limit: float = 0.3) -> float:
 
 
 def region_recall(maps: Array, masks: Array, threshold: float | None) -> float:
-    """The share of a damaged region that is flagged, mean over the regions of all images.
+    """Return the share of a damaged region that is flagged, mean over the regions of all images.
 
     At the threshold of a detector it tells how much of the damage shows at the false alarm rate
     that was promised.
@@ -339,7 +339,7 @@ def region_recall(maps: Array, masks: Array, threshold: float | None) -> float:
 
 
 def _pixels(maps, masks):
-    """Scores of pixels and which of them are damaged, checked."""
+    """Return scores of pixels and which of them are damaged, checked."""
     maps, masks = np.asarray(maps), np.asarray(masks)
     if maps.ndim != 3 or maps.shape != masks.shape or masks.dtype != bool:
         raise ValueError(
@@ -360,7 +360,10 @@ def _pixels(maps, masks):
 
 
 def _regions(masks):
-    """Numbers of connected regions from 1 on, 0 elsewhere, `(N, H, W)`; how many there are."""
+    """Return numbers of connected regions from 1 on, 0 elsewhere, `(N, H, W)`.
+
+    How many there are.
+    """
     from scipy.ndimage import label
 
     around = np.zeros((3, 3, 3), bool)
@@ -376,20 +379,20 @@ def knn_accuracy(
     k: int = 20,
     temperature: float = 0.04,
 ) -> float:
-    """Accuracy of the weighted nearest-neighbour classifier of DINO.
+    """Compute the accuracy of the weighted nearest-neighbor classifier of DINO.
 
     A check of the features wherever labels exist, with nothing to train. Each of the `k` bank
     images nearest by cosine votes for its label with weight `exp(cos / temperature)`; the label
     with the most votes is predicted (the smallest such label, if equal). Features need not be
-    normalised. Images are compared with the bank block by block, so memory stays bounded.
+    normalized. Images are compared with the bank block by block, so memory stays bounded.
 
     Args:
         bank_features: Features with known labels, `(M, D)`, any float dtype.
         bank_labels: Their labels, integers `(M,)`.
         features: Features to classify, `(B, D)`.
         labels: Their true labels, integers `(B,)`. One that the bank lacks counts as a miss.
-        k: Number of neighbours that vote, from 1 to M.
-        temperature: Positive; the lower, the more the nearest neighbours weigh.
+        k: Number of neighbors that vote, from 1 to M.
+        temperature: Positive; the lower, the more the nearest neighbors weigh.
 
     Returns:
         Python float, the share of `features` classified rightly.

@@ -21,7 +21,7 @@ _SCOPE = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_.\\/>-]*")
 
 
 def copy_of(network: keras.Layer, input_shape: tuple, trainable: bool = True) -> keras.Layer:
-    """A network of the same class, configuration and values, with variables of its own.
+    """Return a network of the same class, configuration and values, with variables of its own.
 
     What a layer holds besides its weights, such as the mean of an adapted `Normalization`, is
     brought along. Both are then run on one input and must agree.
@@ -72,7 +72,7 @@ def _same_configuration(network):
 
 
 def _probe(input_shape):
-    """One input that looks like normalized noise, always the same."""
+    """Return one input that looks like normalized noise, always the same."""
     return tf.random.stateless_normal((1, *input_shape), seed=[0, 0])
 
 
@@ -187,18 +187,18 @@ def check_scope(layer: keras.Layer | None) -> None:
 
 
 def describe_strategy(strategy: tf.distribute.Strategy) -> str:
-    """What an error calls a distribution strategy."""
+    """Return what an error calls a distribution strategy."""
     return f"{type(strategy).__name__} ({strategy.num_replicas_in_sync} replicas)"
 
 
 def trained_batch_norms(student: keras.Layer, teacher: keras.Layer) -> list[keras.Layer]:
-    """The teacher's batch normalizations whose counterparts in the student are trained."""
+    """Return the teacher's batch normalizations whose counterparts in the student are trained."""
     pairs = zip(_batch_norms(student), _batch_norms(teacher), strict=True)
     return [copy for layer, copy in pairs if layer.trainable]
 
 
 def moving_statistics(norms: list[keras.Layer]) -> list[keras.Variable]:
-    """Moving means and variances of batch normalizations."""
+    """Return moving means and variances of batch normalizations."""
     return [variable for norm in norms for variable in (norm.moving_mean, norm.moving_variance)]
 
 
@@ -241,7 +241,7 @@ def normalizing_by_batch(
 
 @contextlib.contextmanager
 def moving_statistics_of(backbone: keras.Layer, part: Any) -> Iterator[None]:
-    """Afterwards moving statistics are as the images of a part made them, of none as before.
+    """Afterward moving statistics are as the images of a part made them, of none as before.
 
     Replicas take the mean of theirs: one network, whichever of them is saved.
 

@@ -35,7 +35,7 @@ class Header(NamedTuple):
 
 
 def header(file: bytes) -> Header:
-    """The header of an image file.
+    """Return the header of an image file.
 
     TensorFlow takes the indices of a palette BMP for gray values, leaves TIFF and WebP alone, and
     makes what is transparent in a GIF black: those are for Pillow.
@@ -69,7 +69,7 @@ def header(file: bytes) -> Header:
 
 
 def decode(file: bytes, exif_orientation: bool = True) -> np.ndarray:
-    """Pixels of an image file, of the first one where it holds several.
+    """Return pixels of an image file, of the first one where it holds several.
 
     Args:
         file: Contents of the file.
@@ -83,7 +83,7 @@ def decode(file: bytes, exif_orientation: bool = True) -> np.ndarray:
 
 
 def pixels(picture: Image.Image, exif_orientation: bool = True) -> np.ndarray:
-    """Pixels of a picture of any mode.
+    """Return pixels of a picture of any mode.
 
     A palette becomes its colors, gray becomes RGB, an alpha channel is dropped, and 16 bits become
     8 by `value // 257`, whatever range the picture uses. (Of 16-bit color in a TIFF, Pillow gives
@@ -139,7 +139,7 @@ def orientation_of(picture: Image.Image) -> int:
 
 
 def turned(image, orientation: int):
-    """An image turned so that what its EXIF orientation calls the top is at the top.
+    """Return an image turned so that what its EXIF orientation calls the top is at the top.
 
     Args:
         image: Array or tensor `(H, W, C)`.

@@ -30,7 +30,7 @@ class Part(NamedTuple):
     weight: tf.Tensor | float
 
     def mean(self, values: Any) -> Any:
-        """Mean over all images of the global batch, of means over the images of each replica.
+        """Average over all images of the global batch, given means over those of each replica.
 
         Args:
             values: Tensor, or a structure of tensors, each a mean over this replica's images.
@@ -76,7 +76,7 @@ def number_apart(strategy: tf.distribute.Strategy) -> None:
 
 
 def part_of(images: tf.Tensor) -> Part:
-    """The part of the global batch that the images of this replica are.
+    """Return the part of the global batch that the images of this replica are.
 
     Where the number of images is static, all replicas hold as many. Where it is not, the last
     batch of an epoch may be uneven, and the replicas tell each other how many they hold.
@@ -104,7 +104,7 @@ def part_of(images: tf.Tensor) -> Part:
 
 
 def at_least_one(images: tf.Tensor) -> tf.Tensor:
-    """The images, or a black one as a stand-in for a replica that got none.
+    """Return the images, or a black one as a stand-in for a replica that got none.
 
     A mean over no images is not a number, and no weight would make it one again.
 
@@ -137,7 +137,7 @@ def holding(part: Part) -> Iterator[None]:
 
 
 def uniform(shape: Any, seed: int, **kwargs) -> tf.Tensor:
-    """Uniform numbers whose last axis runs over the images of this replica.
+    """Draw uniform numbers whose last axis runs over the images of this replica.
 
     Under a distribution strategy each replica holds a contiguous part of the global batch. It
     draws what one device would draw for the whole of it and keeps its own part, so that an image

@@ -30,12 +30,12 @@ class Constant(keras.optimizers.schedules.LearningRateSchedule):
         self.value = float(value)
 
     def __call__(self, step: int) -> tf.Tensor:
-        """The value; `step` is ignored."""
+        """Return the value; `step` is ignored."""
         del step
         return tf.constant(self.value, tf.float32)
 
     def get_config(self) -> dict[str, Any]:
-        """Constructor arguments."""
+        """Return the constructor arguments."""
         return {"value": self.value}
 
 
@@ -71,7 +71,7 @@ class Linear(keras.optimizers.schedules.LearningRateSchedule):
         self.start_step = start_step
 
     def __call__(self, step: int) -> tf.Tensor:
-        """Value at `step`, a float32 scalar."""
+        """Return the value at `step`, a float32 scalar."""
         length = max(self.end_step - self.start_step, 1)
         progress = tf.clip_by_value(
             (tf.cast(step, tf.float32) - self.start_step) / length, 0.0, 1.0
@@ -79,7 +79,7 @@ class Linear(keras.optimizers.schedules.LearningRateSchedule):
         return self.start + (self.end - self.start) * progress
 
     def get_config(self) -> dict[str, Any]:
-        """Constructor arguments."""
+        """Return the constructor arguments."""
         return {
             "start": self.start,
             "end": self.end,
@@ -127,7 +127,7 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
         self.warmup_steps = warmup_steps
 
     def __call__(self, step: int) -> tf.Tensor:
-        """Value at `step`, a float32 scalar."""
+        """Return the value at `step`, a float32 scalar."""
         step = tf.cast(step, tf.float32)
         warmup = self.start * step / max(self.warmup_steps, 1)
         length = max(self.total_steps - self.warmup_steps, 1)
@@ -136,7 +136,7 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
         return tf.where(step < self.warmup_steps, warmup, cosine)
 
     def get_config(self) -> dict[str, Any]:
-        """Constructor arguments."""
+        """Return the constructor arguments."""
         return {
             "start": self.start,
             "end": self.end,
@@ -162,17 +162,17 @@ class GrowingMomentum(keras.optimizers.schedules.LearningRateSchedule):
         self.end = end
 
     def __call__(self, step: int) -> tf.Tensor:
-        """Value at `step`, a float32 scalar."""
+        """Return the value at `step`, a float32 scalar."""
         step = tf.cast(step, tf.float32)
         return tf.minimum(self.end, (1.0 + step) / (10.0 + step))
 
     def get_config(self) -> dict[str, Any]:
-        """Constructor arguments."""
+        """Return the constructor arguments."""
         return {"end": self.end}
 
 
 def get(value: Any) -> keras.optimizers.schedules.LearningRateSchedule:
-    """A schedule from a number, a schedule or the serialised form of one.
+    """Return a schedule from a number, a schedule or the serialized form of one.
 
     Args:
         value: Float, int, `LearningRateSchedule`, or a dictionary from

@@ -1,4 +1,4 @@
-"""`SelfDistillation`: student, EMA teacher and centre, trained on images without labels."""
+"""`SelfDistillation`: student, EMA teacher and center, trained on images without labels."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _SMALLEST_BATCH = 32
 
 @keras.saving.register_keras_serializable("sddns_tf")
 class SelfDistillation(keras.Model):
-    """Self-distillation with negative sampling, trained by `fit` on unlabelled images.
+    """Self-distillation with negative sampling, trained by `fit` on unlabeled images.
 
     A student learns to say of every view of an image what a teacher, the moving average of the
     student, says of its global views; and to have no opinion on negatives.
@@ -66,12 +66,12 @@ class SelfDistillation(keras.Model):
     `keras.optimizers.schedules.LearningRateSchedule` of the training step, see `schedules`.
 
     Under a distribution strategy, build the model (its backbone, head and optimizer too) and
-    compile it within `strategy.scope()`; batches are global, and so are losses, centre and logs.
+    compile it within `strategy.scope()`; batches are global, and so are losses, center and logs.
     Where the optimizer has `gradient_accumulation_steps`, a step is still a batch, as it is for
     Keras' learning rate schedules; the teacher and the weight decay move when the optimizer does.
 
     Args:
-        backbone: Any Keras model from normalised images `(B, h, w, 3)` to features `(B, D)` that
+        backbone: Any Keras model from normalized images `(B, h, w, 3)` to features `(B, D)` that
             takes the sizes of all views. It becomes the student's; the teacher's is a copy, so
             load weights to start from before.
         views: `MultiCrop`.
@@ -91,7 +91,7 @@ class SelfDistillation(keras.Model):
             exempt too: see `compile`.
         gradient_clip_norm: Largest norm of the gradient of each single tensor, or `None`.
         frozen_last_layer_steps: Steps for which the head's last layer does not move.
-        mean: Mean of each channel of images scaled to 0-1, for normalisation.
+        mean: Mean of each channel of images scaled to 0-1, for normalization.
         std: Standard deviation of each channel, likewise.
         seed: Integer; fixes the views and negatives of every step.
 
@@ -99,7 +99,7 @@ class SelfDistillation(keras.Model):
         `loss`, `positive_loss`, `negative_loss`; `teacher_entropy`, the mean entropy of the
         teacher's outputs relative to `ln K` (1: uniform, 0: one-hot); `mean_output_entropy`, that
         of their mean over the batch (0: one prototype for all images); `feature_std`, the
-        standard deviation of the teacher's normalised features over the batch, relative to that
+        standard deviation of the teacher's normalized features over the batch, relative to that
         of isotropic features (0: all images look alike); `teacher_spread`, the standard deviation
         of the teacher's logits over the batch; `learning_rate`; `teacher_momentum`.
 
@@ -193,7 +193,7 @@ class SelfDistillation(keras.Model):
         self.built = True
 
     def call(self, images: Array) -> tf.Tensor:
-        """Features of the teacher backbone, L2-normalised.
+        """Return features of the teacher backbone, L2-normalized.
 
         Args:
             images: uint8 or float in 0-255, `(B, H, W, 3)`; resized to the global views' size.
@@ -353,7 +353,7 @@ class SelfDistillation(keras.Model):
         files.save_keras(super().save, filepath, *args, **kwargs)
 
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
-        """One step on a batch: the algorithm of the paper."""
+        """Train on one batch: the algorithm of the paper."""
         images, auxiliary, part = self._unpack(data)
         views, negatives = self._draw(images, auxiliary, part)
 
@@ -376,7 +376,7 @@ class SelfDistillation(keras.Model):
         return _as_keras_reduces(logs)
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
-        """The same losses on held-out images, without any update."""
+        """Compute the same losses on held-out images, without any update."""
         images, auxiliary, part = self._unpack(data)
         views, negatives = self._draw(images, auxiliary, part)
         teacher_features, teacher_logits = self._teacher_outputs(views[0], part, training=False)
@@ -421,7 +421,7 @@ class SelfDistillation(keras.Model):
         return images, replicas.at_least_one(auxiliary), part
 
     def _draw(self, images, auxiliary, part):
-        """Views and negatives, fixed by the seed, the step and the place in the global batch."""
+        """Draw views and negatives, fixed by seed, step and place in the global batch."""
         seed = tf.stack([self.seed, tf.convert_to_tensor(self.step)])
         view_seed, negative_seed = tf.unstack(tf.random.split(seed, 2))
         with replicas.holding(part):
@@ -434,7 +434,7 @@ class SelfDistillation(keras.Model):
         return image_ops.normalize(images, self.mean, self.std)
 
     def _teacher_outputs(self, global_views, part, training):
-        """Features `(G, B, D)` and logits `(G, B, K)` of the positive global views."""
+        """Return features `(G, B, D)` and logits `(G, B, K)` of the positive global views."""
         if training and self._norms:
             # Its moving statistics follow its own batches, as DINO's teacher's do.
             momentum = _STATISTICS_MOMENTUM(self.step)
@@ -446,14 +446,14 @@ class SelfDistillation(keras.Model):
         return features, self.teacher_head(inputs, training=False)
 
     def _targets(self, teacher_logits, part):
-        """What the student shall say of other views of the same images, `(G, B, K)`."""
+        """Return what the student shall say of other views of the same images, `(G, B, K)`."""
         if self.teacher_temperature is None:
             return losses.balanced_probabilities(teacher_logits, global_mean=part.mean)
         temperature = self.teacher_temperature(self.step)
         return losses.teacher_probabilities(teacher_logits, self.center, temperature)
 
     def _student_logits(self, views, negatives, part, training):
-        """Logits of all positive views `(V, B, K)` and all negatives `(N, B, K)`.
+        """Return logits of all positive views `(V, B, K)` and all negatives `(N, B, K)`.
 
         All views of one size go through the backbone in one call, all features through the head
         in one.
@@ -468,7 +468,7 @@ class SelfDistillation(keras.Model):
         return tf.split(logits, [positive.shape[0], negative.shape[0]])
 
     def _positive_and_negative_features(self, views, negatives, part, training):
-        """Features `(V, B, D)` and `(N, B, D)`.
+        """Return features `(V, B, D)` and `(N, B, D)`.
 
         Where the backbone has batch statistics, negatives go apart from the positives and leave
         the moving statistics as the positives made them.
@@ -484,7 +484,10 @@ class SelfDistillation(keras.Model):
         return tf.concat(positive, axis=0), tf.concat(negative, axis=0)
 
     def _student_features(self, groups, training, part):
-        """Features `(V, B, D)` of all views of all groups; statistics follow those of a part."""
+        """Return features `(V, B, D)` of all views of all groups.
+
+        Statistics follow those of a part.
+        """
         with networks.moving_statistics_of(self.student_backbone, part):
             features = [self._features(self.student_backbone, group, training) for group in groups]
         return tf.concat(features, axis=0)
@@ -496,7 +499,7 @@ class SelfDistillation(keras.Model):
         return losses.standardized(features, losses.batch_moments(positive, part.mean))
 
     def _features(self, backbone, group, training):
-        """Features `(V, B, D)` of a group of views `(V, B, h, w, 3)`."""
+        """Return features `(V, B, D)` of a group of views `(V, B, h, w, 3)`."""
         images = self._normalize(tf.reshape(group, [-1, *group.shape[2:]]))
         features = backbone(images, training=training)
         return tf.reshape(features, [group.shape[0], -1, features.shape[-1]])
@@ -510,7 +513,10 @@ class SelfDistillation(keras.Model):
         return {"loss": total, "positive_loss": positive, "negative_loss": negative}
 
     def _gradients(self, tape, loss, part):
-        """Of the mean over the global batch; zero for what the loss does not depend on."""
+        """Take them of the mean over the global batch.
+
+        Zero for what the loss does not depend on.
+        """
         sources = [variable.value for variable in self.trainable_variables]
         gradients = tape.gradient(loss, sources, unconnected_gradients="zero")
         return part.mean(gradients)
@@ -551,7 +557,7 @@ class SelfDistillation(keras.Model):
         return len(variable.shape) > 1 or variable is gain
 
     def _optimizer_moves(self, gradients):
-        """Whether the optimizer is about to move the variables, by its own count of batches.
+        """Tell whether the optimizer is about to move the variables, by its own count of batches.
 
         It counts no batch whose gradients overflowed, and moves at the last of those that it
         accumulates.
@@ -564,7 +570,7 @@ class SelfDistillation(keras.Model):
         return tf.logical_and(finite, is_last)
 
     def _update_teacher(self, student_moves):
-        """Where the student moved, move every float of the teacher towards it.
+        """Where the student moved, move every float of the teacher toward it.
 
         But its batch statistics: they are of its own batches, see `_teacher_outputs`.
         """
@@ -591,7 +597,7 @@ class SelfDistillation(keras.Model):
         if images is not None and images * count * batches < _SMALLEST_BATCH:
             warnings.warn(
                 f"DINO needs batches of at least {_SMALLEST_BATCH} images, better hundreds: the "
-                "centre and the negatives are means over the batch. Received: "
+                "center and the negatives are means over the batch. Received: "
                 f"{images} images x {count} replicas x {batches} accumulated batches.",
                 stacklevel=2,
             )
@@ -616,7 +622,7 @@ class SelfDistillation(keras.Model):
         return list(self._trackers.values())
 
     def get_config(self) -> dict[str, Any]:
-        """Constructor arguments."""
+        """Return the constructor arguments."""
         serialize = keras.saving.serialize_keras_object
         return {
             **super().get_config(),
@@ -639,7 +645,7 @@ class SelfDistillation(keras.Model):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """The model that `get_config` describes, with new weights."""
+        """Return the model that `get_config` describes, with new weights."""
         parts = ("backbone", "views", "negatives", "head")
         objects = {name: keras.saving.deserialize_keras_object(config[name]) for name in parts}
         return cls(**{**config, **objects})
@@ -654,7 +660,7 @@ def _as_keras_reduces(logs):
 
 
 def _schedule(name, value, low=None, high=None, above=None):
-    """A schedule from what was passed for an argument, or None; a number is checked."""
+    """Return a schedule from what was passed for an argument, or None; a number is checked."""
     if value is None:
         return None
     if not isinstance(value, (dict, keras.optimizers.schedules.LearningRateSchedule)):

@@ -26,7 +26,7 @@ def sensitivity(
     seed: int = 0,
     batch_size: int = 256,
 ) -> dict[str, float]:
-    """How well the score tells held-out in-distribution images from their shifted selves.
+    """Measure how well the score tells held-out in-distribution images from their shifted selves.
 
     The sensitivity to one probe shift T is the AUROC of the scores of `images` against those of
     `T(images)`; that of a training strategy is the mean over the probes other than the shift it
@@ -75,7 +75,7 @@ def rank_correlation(
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """How well sensitivities rank strategies as true AUROCs do: Spearman's correlation.
+    """Measure how well sensitivities rank strategies as true AUROCs do: Spearman's correlation.
 
     The interval is the bootstrap's over strategies. Of few strategies it is wide, as it should be;
     draws in which all strategies tie rank nothing and are left out.
@@ -122,7 +122,7 @@ def rank_correlation(
 
 
 def bar_chart(sensitivities: Array, aurocs: Array | None = None) -> Figure:
-    """Sensitivity of each strategy, the highest first, beside its true AUROC where that is known.
+    """Draw the sensitivity of each strategy, the highest first, beside its true AUROC.
 
     Args:
         sensitivities: Dict from the name of a strategy to its mean sensitivity.

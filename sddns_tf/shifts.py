@@ -25,7 +25,7 @@ from sddns_tf.types import Array
 
 @keras.saving.register_keras_serializable("sddns_tf")
 def identity(images: Array, seed: int) -> tf.Tensor:
-    """No shift: the auxiliary image itself is the negative. `seed` is not used."""
+    """Leave images as they are: the auxiliary image itself is the negative. `seed` is not used."""
     del seed
     return images
 
@@ -51,7 +51,7 @@ def rot360(images: Array, seed: int) -> tf.Tensor:
 
 
 def rotate(images: Array, angles: Array) -> tf.Tensor:
-    """Rotate about the centre, counter-clockwise; bilinear, black outside, size kept.
+    """Rotate about the center, counter-clockwise; bilinear, black outside, size kept.
 
     Args:
         images: Squares `(B, S, S, 3)` of any number type.
@@ -164,7 +164,7 @@ BEYOND_THE_PAPER = tuple(name for name in _SHIFTS if name not in NAMES)
 
 
 def get(shift: str | Callable) -> Callable:
-    """A shift by its name, or the given callable.
+    """Return a shift by its name, or the given callable.
 
     Args:
         shift: One of `shifts.NAMES` or `shifts.BEYOND_THE_PAPER`, or a callable `(images, seed) ->
@@ -192,14 +192,14 @@ def get(shift: str | Callable) -> Callable:
 
 
 def name_of(shift: str | Callable) -> str:
-    """The name of a shift that is given by its name or as a callable."""
+    """Return the name of a shift that is given by its name or as a callable."""
     if isinstance(shift, str):
         return shift
     return getattr(shift, "__name__", type(shift).__name__)
 
 
 def checked(shift: str | Callable, images: Array, shifted: Array) -> tf.Tensor:
-    """What a shift gave, which must have the shape and type of what it was given.
+    """Return what a shift gave, which must have the shape and type of what it was given.
 
     Args:
         shift: The shift, by name or as a callable, for the error.
@@ -263,7 +263,7 @@ def _random_integers(count, maxval, seed):
 
 
 def _random_orders(images, length, seed):
-    """Independent uniform permutations of `length` things, `(B, length)` int32."""
+    """Return independent uniform permutations of `length` things, `(B, length)` int32."""
     keys = uniform([length, tf.shape(images)[0]], seed)
     return tf.argsort(tf.transpose(keys), axis=-1)
 

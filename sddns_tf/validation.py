@@ -19,7 +19,7 @@ _FORM = "`{name}` must be uint8 or float in 0-255, of shape (batch, height, widt
 
 
 def check_images(images: Array, name: str = "images") -> Any:
-    """The images of a call, refused if they are none: see `image_array` for the rule.
+    """Return the images of a call, refused if they are none: see `image_array` for the rule.
 
     In a graph, where there are no values, shape and dtype are all that is looked at. Not a number
     is let through: what a network makes of it is not a number either.
@@ -49,7 +49,7 @@ def check_images(images: Array, name: str = "images") -> Any:
 
 
 def image_array(images: Array, name: str = "images", *, allow_nan: bool = False) -> np.ndarray:
-    """Images in memory as one array, by the rule that holds wherever images are taken.
+    """Return images in memory as one array, by the rule that holds wherever images are taken.
 
     They have the shape `(N, H, W, 3)`, N at least 1, and lie in 0-255: as uint8, as any other
     integers, which become uint8, or as floats. Floats of which none is above 1 are warned of. A
@@ -74,7 +74,7 @@ def image_array(images: Array, name: str = "images", *, allow_nan: bool = False)
 
 
 def _stacked(images, name):
-    """An array of images; a list is stacked."""
+    """Return an array of images; a list is stacked."""
     if isinstance(images, Image.Image):
         return pictures.pixels(images)
     if not isinstance(images, (list, tuple)):
@@ -123,7 +123,7 @@ def _is_number(dtype):
 
 
 def in_range(values: Any, name: str, allow_nan: bool = False) -> Any:
-    """Values of images of any shape, refused unless they lie in 0-255.
+    """Return values of images of any shape, refused unless they lie in 0-255.
 
     Args:
         values: NumPy array of integers or floats, not empty.
@@ -154,7 +154,7 @@ def in_range(values: Any, name: str, allow_nan: bool = False) -> Any:
 
 
 def out_of_range(name: str, low: float, high: float) -> str:
-    """What is said of images that reach from `low` to `high`."""
+    """Return what is said of images that reach from `low` to `high`."""
     hint = ""
     if low < 0:
         hint = " Pass pixels: they are normalized here."
@@ -236,7 +236,7 @@ def check_number(
 
 
 def _limits(low, high, above=None, below=None):
-    """The range of a number in words: " from 0 to 1", " of at least 1 and below 2"."""
+    """Return the range of a number in words: " from 0 to 1", " of at least 1 and below 2"."""
     if None not in (low, high):
         return f" from {low} to {high}"
     words = [
@@ -253,7 +253,7 @@ def _limits(low, high, above=None, below=None):
 
 
 def check_choice(name: str, value: Any, choices: Any) -> str:
-    """The value of an argument that takes one of a few strings.
+    """Return the value of an argument that takes one of a few strings.
 
     Args:
         name: Name of the argument.
@@ -281,7 +281,7 @@ def check_numbers(
     above: float | None = None,
     ascending: bool = False,
 ) -> tuple[float, ...]:
-    """The numbers of an argument that holds several, as a tuple of floats.
+    """Return the numbers of an argument that holds several, as a tuple of floats.
 
     Args:
         name: Name of the argument.

@@ -19,7 +19,7 @@ SOURCES = ("in_distribution", "auxiliary", "both")
 # torchvision's RandomResizedCrop tries this often before it takes the largest box it may.
 _CROP_ATTEMPTS = 10
 
-# A Gaussian this narrow has less than 2e-8 on the neighbouring pixel: nothing in float32.
+# A Gaussian this narrow has less than 2e-8 on the neighboring pixel: nothing in float32.
 _LEAST_SIGMA = 0.168
 
 # Numbers that one view needs: two for each attempt at a crop, and one for each other choice.
@@ -30,8 +30,8 @@ _DRAWS = 2 * _CROP_ATTEMPTS + 15
 class MultiCrop:
     """Two global views and some local ones of each image, computed in the graph as one batch.
 
-    A view is a random resized crop (bicubic, antialiased), flipped, colour-jittered, turned grey,
-    blurred and solarised with the probabilities below. All draws are per view and per image, fixed
+    A view is a random resized crop (bicubic, antialiased), flipped, color-jittered, turned gray,
+    blurred and solarized with the probabilities below. All draws are per view and per image, fixed
     by the seed and the image's place in the global batch, on however many devices.
 
     A *group* is all views of one resolution, `(V, B, h, w, 3)` float32 in 0-255. The first group
@@ -45,16 +45,16 @@ class MultiCrop:
         local_area: The same for a local view. The paper takes `(0.15, 0.4)` for CIFAR.
         aspect_ratio: Smallest and largest width / height of the crop.
         flip: Probability of a horizontal flip.
-        color_jitter: Probability of the colour jitter.
+        color_jitter: Probability of the color jitter.
         brightness: Largest relative change of the brightness.
         contrast: Largest relative change of the contrast.
         saturation: Largest relative change of the saturation.
-        hue: Largest hue shift, in turns of the colour circle, at most 0.5.
-        grayscale: Probability of a grey view.
+        hue: Largest hue shift, in turns of the color circle, at most 0.5.
+        grayscale: Probability of a gray view.
         blur: Probability of Gaussian blur on the first global, second global and local views.
         blur_sigma: Smallest and largest standard deviation, in pixels, where `image_size` is
             224; scaled with `image_size`, for local views as well.
-        solarize: Probability of solarisation on the first global, second global, local views.
+        solarize: Probability of solarization on the first global, second global, local views.
 
     Example:
         >>> views = MultiCrop(image_size=32, local_views=4)
@@ -126,7 +126,7 @@ class MultiCrop:
         return (self.image_size, self.local_size) if self.local_views else (self.image_size,)
 
     def __call__(self, images: Array, seed: int) -> list[tf.Tensor]:
-        """All views of each image.
+        """Draw all views of each image.
 
         Args:
             images: uint8 or float in 0-255, `(B, H, W, 3)`.
@@ -140,7 +140,7 @@ class MultiCrop:
         return groups + self._local_views(images, local_seed)
 
     def negative(self, images: Array, seed: int) -> list[tf.Tensor]:
-        """The views a negative is made from: one global, of either recipe, and the local ones.
+        """Draw the views a negative is made from: one global, of either recipe, and the local ones.
 
         Args:
             images: uint8 or float in 0-255, `(B, H, W, 3)`.
@@ -183,7 +183,7 @@ class MultiCrop:
         return image_ops.from_planes(planes)
 
     def _crop(self, images, draws, size, area):
-        """Random resized crop and flip: planes `(V, B, 3, size, size)`."""
+        """Crop, resize and flip at random: planes `(V, B, 3, size, size)`."""
         height, width = images.shape[1:3]
         top, left, crop_height, crop_width = _crop_boxes(
             draws, height, width, area, self.aspect_ratio
@@ -196,7 +196,7 @@ class MultiCrop:
         return tf.clip_by_value(planes, 0.0, 255.0)
 
     def _recolor(self, planes, draws):
-        """Colour jitter, in a random order of its four parts, then grayscale."""
+        """Jitter the color, in a random order of its four parts, then grayscale."""
         jittered = draws.happens(self.color_jitter)
 
         def factor(change):
@@ -218,7 +218,7 @@ class MultiCrop:
         return image_ops.mix_channels(to_gray, planes)
 
     def get_config(self) -> dict[str, Any]:
-        """Constructor arguments."""
+        """Return the constructor arguments."""
         return {
             "image_size": self.image_size,
             "local_views": self.local_views,
@@ -240,7 +240,7 @@ class MultiCrop:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """The object that `get_config` describes."""
+        """Return the object that `get_config` describes."""
         return cls(**config)
 
 
@@ -286,7 +286,7 @@ class Negatives:
     def __call__(
         self, views: Any, images: Array, auxiliary: Array | None, seed: int
     ) -> list[tf.Tensor]:
-        """Negatives of a batch.
+        """Draw the negatives of a batch.
 
         Args:
             views: The `MultiCrop` that makes the positive views.
@@ -323,7 +323,7 @@ class Negatives:
         return tf.ensure_shape(tf.transpose(by_image, [1, 0, 2, 3, 4]), group.shape)
 
     def get_config(self) -> dict[str, Any]:
-        """Constructor arguments."""
+        """Return the constructor arguments."""
         shift = self.shift
         if not isinstance(shift, str):
             shift = keras.saving.serialize_keras_object(shift)
@@ -331,7 +331,7 @@ class Negatives:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """The object that `get_config` describes."""
+        """Return the object that `get_config` describes."""
         shift = config["shift"]
         if isinstance(shift, dict):
             shift = keras.saving.deserialize_keras_object(shift)
@@ -360,7 +360,7 @@ class _Draws:
 
 
 def _crop_boxes(draws, height, width, area, aspect_ratio):
-    """Whole-pixel boxes as torchvision's `RandomResizedCrop` draws them.
+    """Return whole-pixel boxes as torchvision's `RandomResizedCrop` draws them.
 
     Area uniform, aspect ratio log-uniform; the first of ten attempts that fits, else the largest
     box of an allowed aspect ratio (of a square: all of it), here at a random place.

@@ -25,7 +25,7 @@ def _initializer():
 
 
 def _bicubic_matrix(size, source_size, xp=np):
-    """Matrix that resamples `source_size` samples to `size` samples, bicubically.
+    """Return the matrix that resamples `source_size` samples to `size` samples, bicubically.
 
     Keys' kernel with a = -0.75, half-pixel centers, no antialiasing and clamped edges: the rule of
     `torch.nn.functional.interpolate(mode="bicubic")`, by which DINO resizes position embeddings.
@@ -70,7 +70,7 @@ class PatchEmbedding(layers.Layer):
         self.hidden_dim = hidden_dim
 
     def build(self, input_shape: Any) -> None:
-        """Creates the weights."""
+        """Create the weights."""
         # Uniform in +-1/sqrt(fan in): DINO leaves this kernel at the convolution's own default.
         self.kernel = self.add_weight(
             name="kernel",
@@ -80,7 +80,7 @@ class PatchEmbedding(layers.Layer):
         self.bias = self.add_weight(name="bias", shape=(self.hidden_dim,), initializer="zeros")
 
     def call(self, images: Array) -> tf.Tensor:
-        """Images `(B, H, W, C)` to tokens `(B, N, hidden_dim)`, patches in row-major order."""
+        """Map images `(B, H, W, C)` to tokens `(B, N, hidden_dim)`, patches in row-major order."""
         _, height, width, channels = ops.shape(images)
         patch = self.patch_size
         rows, columns = height // patch, width // patch
@@ -91,12 +91,12 @@ class PatchEmbedding(layers.Layer):
         return ops.matmul(x, ops.reshape(self.kernel, (-1, self.hidden_dim))) + self.bias
 
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
-        """Shape of the output."""
+        """Return the shape of the output."""
         sides = [side and side // self.patch_size for side in input_shape[1:3]]
         return (input_shape[0], None if None in sides else math.prod(sides), self.hidden_dim)
 
     def get_config(self) -> dict[str, Any]:
-        """Constructor arguments."""
+        """Return the constructor arguments."""
         config = super().get_config()
         config.update({"patch_size": self.patch_size, "hidden_dim": self.hidden_dim})
         return config
@@ -122,7 +122,7 @@ class SelfAttention(layers.Layer):
         self.qkv_bias = qkv_bias
 
     def build(self, input_shape: Any) -> None:
-        """Creates the weights."""
+        """Create the weights."""
         dim = input_shape[-1]
         self.qkv = layers.Dense(
             3 * dim,
@@ -138,7 +138,7 @@ class SelfAttention(layers.Layer):
         self.projection.build(input_shape)
 
     def call(self, tokens: Array, wanted: Any = None) -> tf.Tensor:
-        """Tokens `(B, N, D)` to tokens `(B, N, D)`, or to the first `wanted` of them."""
+        """Map tokens `(B, N, D)` to tokens `(B, N, D)`, or to the first `wanted` of them."""
         _, length, dim = ops.shape(tokens)
         weights, value = self._weights_and_value(tokens, wanted)
         x = ops.matmul(ops.cast(weights, value.dtype), value)
@@ -146,7 +146,7 @@ class SelfAttention(layers.Layer):
         return self.projection(x)
 
     def weights_of(self, tokens: Array) -> tf.Tensor:
-        """How much each token attends to each other one: float32 `(B, num_heads, N, N)`."""
+        """Tell how much each token attends to each other one: float32 `(B, num_heads, N, N)`."""
         return self._weights_and_value(tokens)[0]
 
     def _weights_and_value(self, tokens, wanted=None):
@@ -160,11 +160,11 @@ class SelfAttention(layers.Layer):
         return ops.softmax(ops.cast(logits, "float32"), axis=-1), value
 
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
-        """Shape of the output."""
+        """Return the shape of the output."""
         return input_shape
 
     def get_config(self) -> dict[str, Any]:
-        """Constructor arguments."""
+        """Return the constructor arguments."""
         config = super().get_config()
         config.update({"num_heads": self.num_heads, "qkv_bias": self.qkv_bias})
         return config
@@ -193,11 +193,11 @@ class StochasticDepth(layers.Layer):
         self.built = True
 
     def call(self, inputs: Array, training: bool = False) -> tf.Tensor:
-        """The branch `(B, ...)`, or zeros for the samples that lose it."""
+        """Return the branch `(B, ...)`, or zeros for the samples that lose it."""
         return self.scaled(inputs, self.draw(inputs, training))
 
     def draw(self, inputs: Array, training: bool) -> tf.Tensor:
-        """What each sample's branch is multiplied with, `(B, 1, ...)`; `None` for 1."""
+        """Return what each sample's branch is multiplied with, `(B, 1, ...)`; `None` for 1."""
         if not training or self.rate == 0:
             return None
         keep = 1.0 - self.rate
@@ -206,15 +206,15 @@ class StochasticDepth(layers.Layer):
         return ops.where(uniform < keep, 1.0 / keep, 0.0)
 
     def scaled(self, inputs: Array, scale: Any) -> tf.Tensor:
-        """The branch with what was drawn for it."""
+        """Return the branch with what was drawn for it."""
         return inputs if scale is None else inputs * ops.cast(scale, inputs.dtype)
 
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
-        """Shape of the output."""
+        """Return the shape of the output."""
         return input_shape
 
     def get_config(self) -> dict[str, Any]:
-        """Constructor arguments."""
+        """Return the constructor arguments."""
         config = super().get_config()
         config.update({"rate": self.rate})
         return config
@@ -254,7 +254,7 @@ class TransformerBlock(layers.Layer):
         self.layer_norm_epsilon = layer_norm_epsilon
 
     def build(self, input_shape: Any) -> None:
-        """Creates the weights."""
+        """Create the weights."""
         dtype = self.dtype_policy
         epsilon = self.layer_norm_epsilon
         dim = input_shape[-1]
@@ -279,7 +279,7 @@ class TransformerBlock(layers.Layer):
     def call(
         self, tokens: Array, training: bool = False, wanted: Any = None, recompute: bool = False
     ) -> tf.Tensor:
-        """Tokens `(B, N, D)` to tokens `(B, N, D)`.
+        """Map tokens `(B, N, D)` to tokens `(B, N, D)`.
 
         Args:
             tokens: Float tensor `(B, N, D)`.
@@ -300,15 +300,15 @@ class TransformerBlock(layers.Layer):
         return keras.remat(branches)(tokens) if recompute else branches(tokens)
 
     def attention_weights(self, tokens: Array) -> tf.Tensor:
-        """How much each token attends to each other one: float32 `(B, num_heads, N, N)`."""
+        """Tell how much each token attends to each other one: float32 `(B, num_heads, N, N)`."""
         return self.attention.weights_of(self.attention_norm(tokens))
 
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
-        """Shape of the output."""
+        """Return the shape of the output."""
         return input_shape
 
     def get_config(self) -> dict[str, Any]:
-        """Constructor arguments."""
+        """Return the constructor arguments."""
         config = super().get_config()
         config.update(
             {
@@ -441,7 +441,7 @@ class VisionTransformer(keras.Model):
         self.build((None, *sides, 3))
 
     def build(self, input_shape: Any) -> None:
-        """Creates the weights."""
+        """Create the weights."""
         # A model that is loaded is built again by Keras.
         if self.built:
             return
@@ -461,7 +461,7 @@ class VisionTransformer(keras.Model):
             layer.build(tokens_shape)
 
     def call(self, images: Array, training: bool = False) -> tf.Tensor:
-        """Normalized images `(B, height, width, 3)` to features `(B, hidden_dim)`."""
+        """Map normalized images `(B, height, width, 3)` to features `(B, hidden_dim)`."""
         tokens = self._embed(images)
         recompute = bool(self.recompute and training)
         for block in self.blocks[:-1]:
@@ -471,7 +471,7 @@ class VisionTransformer(keras.Model):
         return self.norm(tokens[:, 0])
 
     def token_maps(self, images: Array, passed: Any = None) -> Any:
-        """Tokens of patches, as maps.
+        """Return tokens of patches, as maps.
 
         Args:
             images: Normalized float images `(B, height, width, 3)`, of known height and width.
@@ -492,7 +492,7 @@ class VisionTransformer(keras.Model):
         return [ops.reshape(found[n][:, 1:], (-1, *grid, self.hidden_dim)) for n in passed]
 
     def attention_weights(self, images: Array) -> tf.Tensor:
-        """Attention of the last block, as shown in the DINO paper's figures.
+        """Return attention of the last block, as shown in the DINO paper's figures.
 
         Args:
             images: Normalized float images `(B, height, width, 3)`.
@@ -507,12 +507,12 @@ class VisionTransformer(keras.Model):
         return self.blocks[-1].attention_weights(tokens)
 
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
-        """Shape of the output."""
+        """Return the shape of the output."""
         self._check_shape(input_shape)
         return (input_shape[0], self.hidden_dim)
 
     def get_config(self) -> dict[str, Any]:
-        """Constructor arguments."""
+        """Return the constructor arguments."""
         config = super().get_config()
         config.update(
             {
@@ -531,7 +531,7 @@ class VisionTransformer(keras.Model):
         return config
 
     def _embed(self, images):
-        """Images to tokens `(B, 1 + N, hidden_dim)`, positions added."""
+        """Map images to tokens `(B, 1 + N, hidden_dim)`, positions added."""
         self._check_shape(images.shape)
         if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(images.dtype)):
             raise ValueError(
@@ -590,7 +590,7 @@ class VisionTransformer(keras.Model):
 def vit_tiny(
     image_size: int | tuple[int, int] = 224, patch_size: int = 16, **kwargs
 ) -> VisionTransformer:
-    """ViT-Ti: a `VisionTransformer` of width 192 with 12 blocks of 3 heads.
+    """Make ViT-Ti: a `VisionTransformer` of width 192 with 12 blocks of 3 heads.
 
     Args:
         image_size: Integer or `(height, width)` in pixels, multiples of `patch_size`.
@@ -610,7 +610,7 @@ def vit_tiny(
 def vit_small(
     image_size: int | tuple[int, int] = 224, patch_size: int = 16, **kwargs
 ) -> VisionTransformer:
-    """ViT-S: a `VisionTransformer` of width 384 with 12 blocks of 6 heads.
+    """Make ViT-S: a `VisionTransformer` of width 384 with 12 blocks of 6 heads.
 
     Args:
         image_size: Integer or `(height, width)` in pixels, multiples of `patch_size`.
@@ -630,7 +630,7 @@ def vit_small(
 def vit_base(
     image_size: int | tuple[int, int] = 224, patch_size: int = 16, **kwargs
 ) -> VisionTransformer:
-    """ViT-B: a `VisionTransformer` of width 768 with 12 blocks of 12 heads.
+    """Make ViT-B: a `VisionTransformer` of width 768 with 12 blocks of 12 heads.
 
     Args:
         image_size: Integer or `(height, width)` in pixels, multiples of `patch_size`.

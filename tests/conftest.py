@@ -27,7 +27,7 @@ def _crops(photograph, count, size, seed):
 
 @pytest.fixture(scope="session")
 def photos():
-    """Eight colour photographs, uint8 (8, 64, 64, 3)."""
+    """Eight color photographs, uint8 (8, 64, 64, 3)."""
     sources = (
         skimage.data.astronaut(),
         skimage.data.chelsea(),

@@ -96,10 +96,10 @@ FILES = {
     "dim.png": (encoded(DIM, "PNG"), gray((DIM // 257).astype(np.uint8)), 0, True),
     "dim.tif": (encoded(DIM, "TIFF"), gray((DIM // 257).astype(np.uint8)), 0, False),
     "palette.png": (encoded(PALETTE, "PNG"), rgb(PALETTE), 0, True),
-    "grey.png": (encoded(PHOTO[..., 0], "PNG"), gray(PHOTO[..., 0]), 0, True),
+    "gray.png": (encoded(PHOTO[..., 0], "PNG"), gray(PHOTO[..., 0]), 0, True),
     "cmyk.jpg": (encoded(CMYK, "JPEG", quality=95), PHOTO, 8, True),
     "color.bmp": (encoded(PHOTO, "BMP"), PHOTO, 0, True),
-    "grey.bmp": (encoded(PHOTO[..., 0], "BMP"), gray(PHOTO[..., 0]), 0, True),
+    "gray.bmp": (encoded(PHOTO[..., 0], "BMP"), gray(PHOTO[..., 0]), 0, True),
     "alpha.bmp": (encoded(ALPHA, "BMP"), PHOTO, 0, True),
     "palette.bmp": (encoded(PALETTE, "BMP"), rgb(PALETTE), 0, False),
     "inverted.BMP": (encoded(INVERTED, "BMP"), rgb(INVERTED), 0, False),
@@ -402,9 +402,9 @@ def test_fewer_images_than_a_batch_are_told_of():
 
 
 def test_labels_by_accident_and_missing_auxiliary_are_told_of(model):
-    labelled = tf.data.Dataset.from_tensor_slices((IMAGES, np.arange(6))).batch(2)
+    labeled = tf.data.Dataset.from_tensor_slices((IMAGES, np.arange(6))).batch(2)
     with pytest.raises(ValueError, match="label"):
-        model.fit(labelled, verbose=0)
+        model.fit(labeled, verbose=0)
     with pytest.raises(ValueError, match="auxiliary"):
         model.fit(data.load(IMAGES, batch_size=2), verbose=0)
 

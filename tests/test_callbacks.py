@@ -235,7 +235,7 @@ def test_probe_does_not_change_the_training(images):
         OODProbe(np.zeros((2, 8, 8, 3), np.uint8), np.ones((2, 8, 8, 3), np.uint8), ("perm4",)),
     ],
 )
-def test_callbacks_survive_serialisation(callback):
+def test_callbacks_survive_serialization(callback):
     copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(callback))
     for key, value in callback.get_config().items():
         np.testing.assert_array_equal(copy.get_config()[key], value)

@@ -57,7 +57,7 @@ def photos_folder(normal, auxiliary, tmp_path_factory):
         Image.fromarray(normal[number]).save(folder / f"a{number}.png")
         Image.fromarray(auxiliary[number, :32, :32]).save(folder / "c, d" / f"ü{number}.PNG")
     Image.fromarray(normal[5]).save(folder / ".hidden" / "x.png")
-    Image.fromarray(normal[6][..., 0]).save(folder / "b" / "grey.png")
+    Image.fromarray(normal[6][..., 0]).save(folder / "b" / "gray.png")
     (folder / "b" / "cut.png").write_bytes((folder / "a1.png").read_bytes()[:300])
     (folder / "empty.jpg").touch()
     (folder / "notes.txt").write_text("not an image")
@@ -113,7 +113,7 @@ def test_every_kind_of_model_gives_the_detectors_answers(
         for row in csv.DictReader(io.StringIO(done.stdout))
     }
     inner = [f"c, d/ü{number}.PNG" for number in range(4)]
-    names = [f"a{number}.png" for number in range(4)] + inner + ["b/grey.png"]
+    names = [f"a{number}.png" for number in range(4)] + inner + ["b/gray.png"]
     assert set(rows) == {*names, *BAD}
     images = [*normal[:4], *auxiliary[:4, :32, :32], np.repeat(normal[6][..., :1], 3, axis=-1)]
     expected = detector.predict(np.stack(images), verbose=0)

@@ -18,6 +18,7 @@ import sys
 from unittest import mock
 
 import keras
+import numpy as np
 import pytest
 import skimage.data
 from absl import flags
@@ -68,7 +69,7 @@ def own_arguments(words):
 
 @contextlib.contextmanager
 def loaded(program):
-    """The module of an example or a tool; the absl flags that it defines go afterwards."""
+    """The module of an example or a tool; the absl flags that it defines go afterward."""
     before = set(FLAGS)
     if program.startswith("tools."):
         try:
@@ -307,6 +308,8 @@ def runs_here(command):
         and program.startswith(RUN_HERE)
         and bool(own_arguments(command.words))
         and not any(word in str(command) for word in ("--help", *RUN_ELSEWHERE))
+        # Without a place to write to it is a mention, not a command.
+        and (program not in ("sddns train", "sddns sensitivity") or "--output_dir" in str(command))
     )
 
 
@@ -325,6 +328,7 @@ def toy(trained, tmp_path_factory):
         (folder / place).mkdir(parents=True)
         for index, image in enumerate(tiles(name, count, 32)):
             keras.utils.save_img(folder / place / f"{index:03}.png", image, scale=False)
+    np.savez(folder / "photos.npz", images=tiles("coffee", 10, 32))
     for name in ("photo.png", "another.jpg"):
         keras.utils.save_img(folder / name, skimage.data.coffee()[:32, :32], scale=False)
     for name in ("detector", "model", "backbone"):
@@ -363,8 +367,12 @@ def toy_arguments(command, folder):
     more = list(TOY.get(program, ()))
     if program in ("sddns train", "sddns sensitivity"):
         more += TINY_VIT if "--recipe" in str(command) else TINY
-        if f"--data=folder:{'photos/good'}" in arguments and "--calibration" not in str(command):
+        if "--calibration" not in str(command):
             more.append("--calibration_share=0.4")
+        if "paper_cifar10" in str(command):
+            more.append("--calibration=tfds:cifar10@test[:50]")
+    if program == "sddns train":  # texts write different runs to one folder
+        more.append("--noresume")
     if any("@test[" in word for word in arguments):  # toy sets are shorter
         arguments = [re.sub(r"(\d)000\b", r"\1", word) for word in arguments]
     return [*_expanded(arguments, folder), *more]
@@ -379,23 +387,33 @@ def _expanded(arguments, folder):
 
 
 TRAINING = ("sddns train", "sddns sensitivity", "sddns export", "examples/folder_of_parts.py")
+
+
+def needs_exports(command):
+    """Whether a command reads what an export wrote, which takes long."""
+    return any(word in str(command) for word in (".tflite", "exports/"))
+
+
+def is_slow(command):
+    """Whether a command trains or needs an export, which starts processes."""
+    return own_program(command.words) in TRAINING or needs_exports(command)
+
+
 RUN = [
-    pytest.param(
-        command,
-        id=str(command),
-        marks=[pytest.mark.slow] if own_program(command.words) in TRAINING else [],
-    )
+    pytest.param(command, id=str(command), marks=[pytest.mark.slow] if is_slow(command) else [])
     for command in COMMANDS
     if runs_here(command)
 ]
 
 
 @pytest.mark.parametrize("command", RUN)
-def test_a_command_runs(command, exported, monkeypatch, capsys):
-    monkeypatch.chdir(exported)
-    files = sorted(map(str, (exported / "camera").iterdir()))
+def test_a_command_runs(command, toy, request, monkeypatch, capsys):
+    if needs_exports(command):
+        request.getfixturevalue("exported")
+    monkeypatch.chdir(toy)
+    files = sorted(map(str, (toy / "camera").iterdir()))
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(files)))
-    program, arguments = own_program(command.words), toy_arguments(command, exported)
+    program, arguments = own_program(command.words), toy_arguments(command, toy)
     if program.startswith("sddns "):
         assert cli.main([program.removeprefix("sddns "), *arguments]) == 0, capsys.readouterr().err
         return
@@ -414,10 +432,10 @@ def test_the_toy_folder_is_asked_for_nothing_that_texts_do_not_name():
     }
 
 
-def test_a_command_that_does_not_run_would_be_found(exported, monkeypatch, capsys):
-    monkeypatch.chdir(exported)
-    command = Command("made up", ("sddns", "score", "--model=parts.keras", "--images=folder:x"))
-    arguments = toy_arguments(command, exported)
+def test_a_command_that_does_not_run_would_be_found(toy, monkeypatch, capsys):
+    monkeypatch.chdir(toy)
+    words = ("sddns", "score", "--model=parts.keras", "--images=folder:camera")
+    arguments = toy_arguments(Command("made up", words), toy)
     assert cli.main(["score", *arguments]) == 1
     assert "parts.keras" in capsys.readouterr().err
     assert not pathlib.Path("parts.keras").exists()

@@ -65,11 +65,11 @@ def test_drop_remainder_gives_a_static_batch_size_and_refuses_no_batch(coffee):
         data.load(coffee, batch_size=11, drop_remainder=True)
 
 
-def test_grey_becomes_rgb_and_alpha_is_dropped(coffee):
-    grey = coffee[..., 1]
-    expected = np.repeat(grey[..., None], 3, axis=-1)
-    np.testing.assert_array_equal(data.load_arrays(grey), expected)
-    np.testing.assert_array_equal(data.load_arrays(grey[..., None]), expected)
+def test_gray_becomes_rgb_and_alpha_is_dropped(coffee):
+    gray = coffee[..., 1]
+    expected = np.repeat(gray[..., None], 3, axis=-1)
+    np.testing.assert_array_equal(data.load_arrays(gray), expected)
+    np.testing.assert_array_equal(data.load_arrays(gray[..., None]), expected)
     alpha = np.random.default_rng(0).integers(0, 256, (*coffee.shape[:3], 1), dtype=np.uint8)
     rgba = np.concatenate([coffee, alpha], axis=-1)
     np.testing.assert_array_equal(data.load_arrays(rgba), coffee)
@@ -289,9 +289,9 @@ def folder(tmp_path, coffee):
     Image.fromarray(coffee[3]).quantize(256).save(root / "d.png")  # with a palette
     quantized = np.asarray(Image.open(root / "d.png").convert("RGB"))
     save(root / "e.png", coffee[4, ..., 0])
-    grey = np.repeat(coffee[4, ..., :1], 3, axis=-1)
+    gray = np.repeat(coffee[4, ..., :1], 3, axis=-1)
     save(root / "f.png", np.concatenate([coffee[5], coffee[6, ..., :1]], axis=-1))
-    return root, np.stack([coffee[0], coffee[1], coffee[2], quantized, grey, coffee[5]])
+    return root, np.stack([coffee[0], coffee[1], coffee[2], quantized, gray, coffee[5]])
 
 
 def test_folder_of_all_kinds_of_lossless_files(folder):
@@ -449,8 +449,8 @@ def test_datasets_of_images_dictionaries_and_pairs(coffee):
         images, read = data.load_arrays(dataset, with_labels=True)
         np.testing.assert_array_equal(images, coffee)
         np.testing.assert_array_equal(read, labels)
-    grey = data.load_arrays(slices(coffee[..., 0]))
-    np.testing.assert_array_equal(grey, np.repeat(coffee[..., :1], 3, axis=-1))
+    gray = data.load_arrays(slices(coffee[..., 0]))
+    np.testing.assert_array_equal(gray, np.repeat(coffee[..., :1], 3, axis=-1))
     shuffled = stack(data.load(slices(coffee).batch(3), batch_size=4, shuffle=True, seed=3))
     assert not np.array_equal(shuffled, coffee)
     assert sorted(map(bytes, shuffled)) == sorted(map(bytes, coffee))
@@ -530,7 +530,7 @@ def prepared(tmp_path_factory, coffee, chelsea):
         test={"image": chelsea[:3], "label": np.zeros(3, np.int64)},
     )
     store(
-        "grey",
+        "gray",
         {"image": tfds.features.Image(shape=(None, None, 1))},
         train={"image": coffee[..., :1]},
     )
@@ -579,23 +579,23 @@ def test_tfds_exclude_labels(prepared, coffee):
         data.load_arrays("tfds:tiny", data_dir=prepared, exclude_labels=["cat", "dog"])
     with pytest.raises(ValueError, match=r"exclude_labels=\['cat', 'cup'\] leaves none"):
         data.load_arrays("tfds:tiny", data_dir=prepared, exclude_labels=["cat", "cup"])
-    with pytest.raises(ValueError, match="tfds:grey has none"):
-        data.load_arrays("tfds:grey", data_dir=prepared, exclude_labels=["cat"], image_size=SIDE)
+    with pytest.raises(ValueError, match="tfds:gray has none"):
+        data.load_arrays("tfds:gray", data_dir=prepared, exclude_labels=["cat"], image_size=SIDE)
 
 
-def test_tfds_grey_of_no_fixed_size(prepared, coffee):
-    with pytest.raises(ValueError, match="image_size is needed: tfds:grey"):
-        data.load("tfds:grey", data_dir=prepared, batch_size=2)
-    images = data.load_arrays("tfds:grey", data_dir=prepared, image_size=SIDE)
+def test_tfds_gray_of_no_fixed_size(prepared, coffee):
+    with pytest.raises(ValueError, match="image_size is needed: tfds:gray"):
+        data.load("tfds:gray", data_dir=prepared, batch_size=2)
+    images = data.load_arrays("tfds:gray", data_dir=prepared, image_size=SIDE)
     assert as_set(images) == as_set(np.repeat(coffee[..., :1], 3, axis=-1))
-    with pytest.raises(ValueError, match="tfds:grey has none"):
-        data.load_arrays("tfds:grey", data_dir=prepared, image_size=SIDE, with_labels=True)
+    with pytest.raises(ValueError, match="tfds:gray has none"):
+        data.load_arrays("tfds:gray", data_dir=prepared, image_size=SIDE, with_labels=True)
 
 
 def test_bad_tfds_requests_name_what_exists(prepared, tmp_path):
     with pytest.raises(ValueError, match=r"tfds:tiny has the splits \['test', 'train'\]\. .*'val'"):
         data.load("tfds:tiny", data_dir=prepared, batch_size=2, split="val")
-    with pytest.raises(ValueError, match=r"tfds:tyni .*\['grey', 'other', 'tiny'\]") as caught:
+    with pytest.raises(ValueError, match=r"tfds:tyni .*\['gray', 'other', 'tiny'\]") as caught:
         data.load("tfds:tyni", data_dir=prepared, batch_size=2)
     assert len(str(caught.value)) < 500  # TFDS's own message lists a thousand names
     with pytest.raises(ValueError, match=r"tfds:mnist .*`tfds build mnist --data_dir="):

@@ -99,7 +99,7 @@ def test_another_size_is_resized(example, detector, model, auxiliary, tmp_path):
     read = example.read_image(tmp_path / "a.png", (32, 32))
     assert read.shape == (32, 32, 3) and read.dtype == np.uint8
     answer = example.score(example.load(model), [read])
-    # The file takes whole grey levels, the detector does not round after resizing.
+    # The file takes whole gray levels, the detector does not round after resizing.
     expected = detector(image[np.newaxis])["ood_score"]
     np.testing.assert_allclose(answer["ood_score"], expected, rtol=0, atol=0.1)
 

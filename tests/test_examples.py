@@ -117,8 +117,8 @@ def test_quickstart_holds_out_rows_that_it_does_not_train_on(quickstart, name):
     assert 0 < quickstart.crops(rows, 100, generator).mean() < 255
 
 
-def test_quickstart_crops_are_colour_images_of_one_size(quickstart):
-    photo = quickstart.photograph("coffee")  # in colour
+def test_quickstart_crops_are_color_images_of_one_size(quickstart):
+    photo = quickstart.photograph("coffee")  # in color
     assert photo.ndim == 2
     crops = quickstart.crops(photo, 5, np.random.default_rng(0))
     assert crops.shape == (5, quickstart.IMAGE_SIZE, quickstart.IMAGE_SIZE, 3)

@@ -42,7 +42,7 @@ def hue_shifted(image, turns):
     return 255.0 * skimage.color.hsv2rgb(hsv)
 
 
-def grey(image):
+def gray(image):
     return image @ np.array([0.299, 0.587, 0.114])
 
 
@@ -175,7 +175,7 @@ def test_planes_round_trip(photos):
     np.testing.assert_array_equal(image_ops.from_planes(image_ops.to_planes(views)), views)
 
 
-# ---- normalisation
+# ---- normalization
 
 
 def test_normalize_is_the_formula(photos):
@@ -191,7 +191,7 @@ def test_normalize_is_the_formula(photos):
     )
 
 
-# ---- colour
+# ---- color
 
 
 @pytest.mark.parametrize("factor", [0.6, 1.0, 1.4])
@@ -203,10 +203,10 @@ def test_normalize_is_the_formula(photos):
         ("saturation", ImageEnhance.Color),
     ],
 )
-def test_one_colour_operation_is_pillows(photos, name, enhance, factor):
+def test_one_color_operation_is_pillows(photos, name, enhance, factor):
     ours = np.clip(jitter(photos, **{name: factor}), 0, 255)
     pillow = with_pillow(photos, lambda image: enhance(image).enhance(factor))
-    # Pillow rounds the grey value, then truncates the blend.
+    # Pillow rounds the gray value, then truncates the blend.
     assert np.abs(ours - pillow).max() <= 2.0
 
 
@@ -217,22 +217,22 @@ def test_hue_shift_is_a_rotation_in_hsv(photos, turns):
     np.testing.assert_allclose(image_ops.from_planes(planes), expected, atol=2e-3)
 
 
-def test_hue_shift_leaves_grey_alone():
-    greys = np.repeat(np.arange(256, dtype=np.float32).reshape(1, 16, 16, 1), 3, axis=-1)
-    shifted = image_ops.shift_hue(image_ops.to_planes(greys), tf.constant([0.3]))
-    np.testing.assert_array_equal(image_ops.from_planes(shifted), greys)
+def test_hue_shift_leaves_gray_alone():
+    grays = np.repeat(np.arange(256, dtype=np.float32).reshape(1, 16, 16, 1), 3, axis=-1)
+    shifted = image_ops.shift_hue(image_ops.to_planes(grays), tf.constant([0.3]))
+    np.testing.assert_array_equal(image_ops.from_planes(shifted), grays)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(["b", "c", "s", "h"])), ids="".join)
-def test_every_order_of_the_colour_operations_is_one_expression(photos, order):
+def test_every_order_of_the_color_operations_is_one_expression(photos, order):
     brightness, contrast, saturation, hue = 1.3, 0.65, 1.2, 0.09
     image = photos[2].astype(np.float64)
 
     def with_contrast(x):
-        return contrast * x + (1.0 - contrast) * grey(x).mean()
+        return contrast * x + (1.0 - contrast) * gray(x).mean()
 
     def with_saturation(x):
-        return saturation * x + (1.0 - saturation) * grey(x)[..., np.newaxis]
+        return saturation * x + (1.0 - saturation) * gray(x)[..., np.newaxis]
 
     one_by_one = {
         "b": lambda x: brightness * x,
@@ -265,7 +265,7 @@ def test_the_orders_differ(photos):
         assert np.abs(one - other).max() > 0.1
 
 
-def test_colour_jitter_is_per_image(photos):
+def test_color_jitter_is_per_image(photos):
     factors = tf.linspace(0.6, 1.4, 8)
     order = tf.constant([True, False] * 4)
     planes = image_ops.to_planes(photos)
@@ -279,7 +279,7 @@ def test_colour_jitter_is_per_image(photos):
         np.testing.assert_allclose(together[one], alone, atol=1e-3)
 
 
-def test_luma_is_pillows_grey(photos):
+def test_luma_is_pillows_gray(photos):
     pillow = with_pillow(photos, lambda image: image.convert("L"))
     ours = image_ops.mix_channels(image_ops.gray_matrix(), image_ops.to_planes(photos))[:, :1]
     assert ours.shape == (8, 1, 64, 64)

@@ -194,7 +194,7 @@ def test_a_student_with_nothing_to_learn_from_is_refused():
         losses.distillation_loss(logits(1, 3, 8), logits(1, 3, 8), np.zeros(8), 0.04)
 
 
-def test_teacher_probabilities_are_centred_and_sharpened():
+def test_teacher_probabilities_are_centered_and_sharpened():
     teacher, center = logits(2, 3, 8), logits(8, seed=2)
     probabilities = losses.teacher_probabilities(teacher, center, 0.07)
     np.testing.assert_allclose(
@@ -232,7 +232,7 @@ def test_uniformity_loss_is_smallest_without_an_opinion(constant):
 
 @pytest.mark.parametrize("shape", [(5, 8), (2, 5, 8)])
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 1.0])
-def test_center_moves_towards_the_mean_of_all_teacher_views(shape, momentum):
+def test_center_moves_toward_the_mean_of_all_teacher_views(shape, momentum):
     center, teacher = logits(8), logits(*shape, seed=1)
     mean = np.float64(teacher).reshape(-1, 8).mean(axis=0)
     np.testing.assert_allclose(

@@ -120,7 +120,7 @@ def test_bad_scores_are_named(bad, message):
 
 
 def photograph_features():
-    """Mean colours of crops of five photographs: features with real classes, not all easy."""
+    """Mean colors of crops of five photographs: features with real classes, not all easy."""
     photographs = [
         skimage.data.astronaut(),
         skimage.data.coffee(),

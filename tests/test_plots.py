@@ -16,7 +16,7 @@ LONG_NAMES = [f"Out-of-distribution photographs number {i}, test split, 32 px" f
 
 
 def photographs(count, height=32, width=32):
-    """Crops of colour photographs, uint8 `(count, height, width, 3)`."""
+    """Crops of color photographs, uint8 `(count, height, width, 3)`."""
     sources = [skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea()]
     rng = np.random.default_rng(0)
     crops = []

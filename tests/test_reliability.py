@@ -377,7 +377,7 @@ def test_rolling_back_needs_a_checkpoint():
 
 
 @pytest.mark.parametrize("callback", [Checkpoint("folder", 7, 3), NotFinite(Checkpoint("f"), 2)])
-def test_callbacks_survive_serialisation(callback):
+def test_callbacks_survive_serialization(callback):
     copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(callback))
     assert copy.get_config() == callback.get_config()
 

@@ -64,7 +64,7 @@ def state(model, record):
         "student": [*model.student_backbone.weights, *model.student_head.weights],
         "teacher": [*model.teacher_backbone.weights, *model.teacher_head.weights],
         "optimizer": model.optimizer.variables,
-        "centre": [model.center],
+        "center": [model.center],
     }
     found = {f"{part} {i}": v.numpy() for part, vs in parts.items() for i, v in enumerate(vs)}
     for name in record.logs[0]:
@@ -217,9 +217,9 @@ def replicas():
 
 @pytest.mark.parametrize("count", ["2", "4"])
 def test_replicas_equal_one_device(replicas, count):
-    """Student, teacher, centre, slots and all logs after 20 steps, to float32 round-off."""
+    """Student, teacher, center, slots and all logs after 20 steps, to float32 round-off."""
     found = replicas["differences"][count]
-    for part in ("student", "teacher", "optimizer", "centre", "log of loss", "log of feature_std"):
+    for part in ("student", "teacher", "optimizer", "center", "log of loss", "log of feature_std"):
         assert any(name.startswith(part) for name in found)
     # A slot holds gradients, which amplify the rounding of the weights; a wrong scale is 1 or more.
     allowed = {name: 2e-3 if name.startswith("optimizer") else 2e-4 for name in found}
@@ -258,7 +258,7 @@ def uneven(tmp_path_factory):
 
 def test_uneven_batches_on_two_replicas_equal_one_device(uneven):
     found, _ = uneven
-    assert {"val_loss", "centre 0", "log of loss"} <= found.keys()
+    assert {"val_loss", "center 0", "log of loss"} <= found.keys()
     wrong = {name: value for name, value in found.items() if not value <= 2e-5}
     assert not wrong
 
@@ -320,7 +320,7 @@ def test_two_processes_equal_one(tmp_path):
     assert not wrong
 
 
-@pytest.mark.parametrize("shift", sddns_tf.shifts.NAMES)
+@pytest.mark.parametrize("shift", (*sddns_tf.shifts.NAMES, "cut_paste"))
 def test_draws_of_a_replica_are_those_of_its_part_of_the_batch(monkeypatch, shift):
     """A stand-in for the replica's context, so that no strategy is needed."""
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)

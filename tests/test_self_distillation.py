@@ -345,7 +345,7 @@ def test_schedules_follow_the_step(images):
 
 
 def test_save_load_continue_equals_not_stopping(images, tmp_path):
-    """Schedules, centre, optimizer slots, views: all go on where they stood."""
+    """Schedules, center, optimizer slots, views: all go on where they stood."""
 
     def make():
         model = tiny_model(

@@ -278,9 +278,9 @@ def good_files(grass_and_person):
     files = {
         "jpeg": encoded(other, "JPEG"),
         "progressive jpeg": encoded(other, "JPEG", progressive=True),
-        "grey jpeg": encoded(normal[..., 0], "JPEG"),
+        "gray jpeg": encoded(normal[..., 0], "JPEG"),
         "png": encoded(normal, "PNG"),
-        "grey png": encoded(normal[:40, :30, 0], "PNG"),
+        "gray png": encoded(normal[:40, :30, 0], "PNG"),
         "bmp": encoded(other, "BMP"),
         "gif": encoded(normal, "GIF"),
         "animated gif": encoded(normal, "GIF", save_all=True, append_images=frames),

@@ -189,7 +189,7 @@ def test_the_seed_alone_decides(photos, name):
     assert not np.array_equal(shift(photos, [3, 6]), first)
 
 
-@pytest.mark.parametrize("name", shifts.NAMES)
+@pytest.mark.parametrize("name", (*shifts.NAMES, "cut_paste"))
 @pytest.mark.parametrize("dtype", [tf.uint8, tf.float32, tf.bfloat16])
 def test_shape_and_dtype_stay(photos, name, dtype):
     images = tf.cast(photos, dtype)
@@ -205,7 +205,7 @@ def test_squares_of_any_side(photos, name, size):
     assert shifts.get(name)(images, SEED).shape == images.shape
 
 
-@pytest.mark.parametrize("name", shifts.NAMES)
+@pytest.mark.parametrize("name", (*shifts.NAMES, "cut_paste"))
 def test_compiles_with_an_unknown_batch(photos, name):
     shift = tf.function(
         shifts.get(name),
@@ -216,7 +216,7 @@ def test_compiles_with_an_unknown_batch(photos, name):
     shifted = shift(images, SEED).numpy()
     if name == "identity":
         np.testing.assert_array_equal(shifted, images)
-    elif name == "rot360":
+    elif name in ("rot360", "cut_paste"):
         assert shifted.shape == images.shape
     else:
         assert not np.array_equal(shifted, images)

@@ -157,12 +157,12 @@ ARGUMENTS = [
     ),
     (
         callbacks.OODProbe,
-        {"bank": PHOTOS, "held_out": PHOTOS},
+        {"bank_images": PHOTOS, "held_out": PHOTOS},
         {"every": NO_POSITIVE_INT, "batch_size": NO_POSITIVE_INT},
     ),
     (
         callbacks.TrainingPictures,
-        {"log_dir": "logs", "bank": PHOTOS, "held_out": PHOTOS},
+        {"log_dir": "logs", "bank_images": PHOTOS, "held_out": PHOTOS},
         {"every": NO_POSITIVE_INT},
     ),
     (callbacks.NotFinite, {}, {"rollbacks": NO_INT}),

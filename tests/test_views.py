@@ -178,13 +178,13 @@ def test_flip_rate(photos):
     flipped = np.abs(views - image).max(axis=(2, 3, 4)) > 1.0
     np.testing.assert_allclose(views[flipped], copies(image[:, ::-1], flipped.sum()), atol=1e-3)
     assert_rate(flipped, 0.3)
-    # Neither the two views of an image nor neighbours in the batch share a draw.
+    # Neither the two views of an image nor neighbors in the batch share a draw.
     assert_rate(flipped[0] & flipped[1], 0.09)
     assert_rate(flipped[:, :-1] & flipped[:, 1:], 0.09)
 
 
 def test_default_rates(photos):
-    """Flip, jitter, grey, blur and solarisation each alone, at the constructor's defaults."""
+    """Flip, jitter, gray, blur and solarization each alone, at the constructor's defaults."""
     image = photos[0, :16, :16]
     images = copies(image, 600)
     for name in ("flip", "color_jitter", "grayscale", "blur", "solarize"):
@@ -204,10 +204,10 @@ def test_default_rates(photos):
             assert_rate(happened, rate)
 
 
-def test_grey_views_have_pillows_grey(photos):
+def test_gray_views_have_pillows_gray(photos):
     views = global_views(plain(64, grayscale=1.0), photos)
-    grey = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in photos])
-    assert np.abs(views - grey[..., np.newaxis]).max() <= 0.52
+    gray = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in photos])
+    assert np.abs(views - gray[..., np.newaxis]).max() <= 0.52
 
 
 def test_solarized_views_are_inverted_from_128_on(photos):
@@ -235,7 +235,7 @@ def test_blur_sigma_is_uniform_and_scaled_with_the_size():
     impulse[16, 16] = 255
     views = plain(33, blur=(1.0, 1.0, 0.0), blur_sigma=(4.0, 12.0))
     blurred = global_views(views, copies(impulse, 500))[..., 0]
-    # exp(-1 / (2 sigma^2)) is the ratio of two neighbours.
+    # exp(-1 / (2 sigma^2)) is the ratio of two neighbors.
     sigma = np.sqrt(-0.5 / np.log(blurred[:, :, 16, 17] / blurred[:, :, 16, 16]))
     assert_uniform(sigma * 224 / 33, 4.0, 12.0)
     expected = ndimage.gaussian_filter(impulse[..., 0].astype(float), sigma[1, 7], truncate=8.0)
@@ -270,18 +270,18 @@ def test_local_views_are_blurred_as_widely_as_global_ones():
 def test_jitter_factors_are_uniform(photos):
     images = copies(photos[5, 8:16, 8:16] // 2 + np.uint8(32), 800)
     one = images[0].astype(np.float64)
-    grey = one @ image_ops.LUMA
+    gray = one @ image_ops.LUMA
     none = {"color_jitter": 1.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
 
-    def factor(name, size, towards):
-        """The factor by which views lie on the line from `towards` to the image."""
+    def factor(name, size, toward):
+        """The factor by which views lie on the line from `toward` to the image."""
         views = global_views(plain(8, **(none | {name: size})), images)
-        direction = one - towards
-        return ((views - towards) * direction).sum(axis=(2, 3, 4)) / (direction**2).sum()
+        direction = one - toward
+        return ((views - toward) * direction).sum(axis=(2, 3, 4)) / (direction**2).sum()
 
     assert_uniform(factor("brightness", 0.4, 0.0), 0.6, 1.4)
-    assert_uniform(factor("contrast", 0.3, grey.mean()), 0.7, 1.3)
-    assert_uniform(factor("saturation", 0.2, grey[..., np.newaxis]), 0.8, 1.2)
+    assert_uniform(factor("contrast", 0.3, gray.mean()), 0.7, 1.3)
+    assert_uniform(factor("saturation", 0.2, gray[..., np.newaxis]), 0.8, 1.2)
 
 
 def test_a_change_of_more_than_all_does_not_turn_negative(photos):
@@ -299,7 +299,7 @@ def test_hue_shift_is_uniform():
     assert_uniform((g - b) / 150 / 6, -0.1, 0.1)
 
 
-def test_the_order_of_the_colour_operations_is_uniform(photos, monkeypatch):
+def test_the_order_of_the_color_operations_is_uniform(photos, monkeypatch):
     flags = {}
 
     def recorded(planes, **arguments):
@@ -403,7 +403,7 @@ def test_images_of_any_shape(photos, height, width):
 
 def test_a_negatives_view_follows_one_of_the_two_recipes(photos):
     image = photos[0, :16, :16]
-    # First recipe: blur always; second: solarise always.
+    # First recipe: blur always; second: solarize always.
     views = plain(16, blur=(1.0, 0.0, 0.0), blur_sigma=(28.0, 28.0), solarize=(0.0, 1.0, 0.0))
     (negative,) = views.negative(copies(image, 800), SEED)
     blurred, solarized = (group.numpy() for group in views(image[np.newaxis], SEED)[0])
@@ -514,7 +514,7 @@ def upside_down(images, seed):
     return tf.reverse(images, axis=[1])
 
 
-def grey_images(value, count=4, size=32):
+def gray_images(value, count=4, size=32):
     return np.full((count, size, size, 3), value, np.uint8)
 
 
@@ -525,8 +525,8 @@ def test_sources_have_the_same_number_of_views(source, levels):
     views = MultiCrop(16, local_views=3, color_jitter=0.0, solarize=(0.0, 0.0, 0.0))
     negatives = Negatives("rot90", source=source)
     assert negatives.needs_auxiliary == (200 in levels)
-    auxiliary = grey_images(200, size=40) if negatives.needs_auxiliary else None
-    global_group, local_group = negatives(views, grey_images(50), auxiliary, SEED)
+    auxiliary = gray_images(200, size=40) if negatives.needs_auxiliary else None
+    global_group, local_group = negatives(views, gray_images(50), auxiliary, SEED)
     assert global_group.shape == (len(levels), 4, 16, 16, 3)
     assert local_group.shape == (3 * len(levels), 4, 8, 8, 3)
     for group, count in ((global_group, 1), (local_group, 3)):
@@ -572,7 +572,7 @@ def test_the_seed_alone_decides_the_negatives(photos):
 
 
 def test_auxiliary_detail_beyond_the_own_resolution_is_gone():
-    normal = grey_images(127, size=16)
+    normal = gray_images(127, size=16)
     stripes = np.zeros((4, 128, 128, 3), np.uint8)
     stripes[:, :, ::4] = stripes[:, :, 1::4] = 255
     views = MultiCrop(64, local_views=0, color_jitter=0.0, blur=(0, 0, 0), solarize=(0, 0, 0))

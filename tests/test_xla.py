@@ -54,7 +54,7 @@ def test_the_whole_step_compiles(model):
     assert any(np.any(old != new) for old, new in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("shift", sddns_tf.shifts.NAMES)
+@pytest.mark.parametrize("shift", (*sddns_tf.shifts.NAMES, "cut_paste"))
 def test_no_operation_of_the_step_is_host_work(model, shift):
     source = "auxiliary" if shift == "identity" else "both"
     negatives = model.negatives

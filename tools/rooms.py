@@ -35,7 +35,7 @@ BEGIN, END = "<!-- rooms: made by tools/rooms.py -->", "<!-- end of rooms -->"
 
 
 def existing():
-    """The levels, without rooms that are not there."""
+    """Return the levels, without rooms that are not there."""
     there = {path.stem for path in PACKAGE.glob("*.py")} | {
         path.parent.name for path in PACKAGE.glob("*/__init__.py")
     }
@@ -43,7 +43,7 @@ def existing():
 
 
 def contracts():
-    """Text of `.importlinter`."""
+    """Return text of `.importlinter`."""
     layers = "\n".join(f"    {' | '.join(level)}" for level in reversed(existing()))
     there = {room for level in existing() for room in level}
 
@@ -73,7 +73,7 @@ forbidden_modules =
 
 
 def first_line(room):
-    """The first sentence of a room's docstring."""
+    """Return the first sentence of a room's docstring."""
     path = PACKAGE / f"{room}.py"
     path = path if path.is_file() else PACKAGE / room / "__init__.py"
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
@@ -82,7 +82,7 @@ def first_line(room):
 
 
 def table():
-    """The rooms as Markdown, from the ground up."""
+    """Return the rooms as Markdown, from the ground up."""
     lines = ["| level | room | holds |", "|---|---|---|"]
     for number, level in enumerate(existing()):
         for room in level:
@@ -93,7 +93,7 @@ def table():
 
 
 def contributing(text):
-    """The text of CONTRIBUTING.md with the table of today."""
+    """Return the text of CONTRIBUTING.md with the table of today."""
     before, _, rest = text.partition(BEGIN)
     return f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
 

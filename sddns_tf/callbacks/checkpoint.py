@@ -68,7 +68,7 @@ class Checkpoint(keras.callbacks.Callback):
         return training_state.step_of(model)
 
     def last(self) -> pathlib.Path | None:
-        """Path of the newest state, or `None`."""
+        """Return the path of the newest state, or `None`."""
         return next(reversed(training_state.saved(self.folder)), None)
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -146,12 +146,12 @@ class Checkpoint(keras.callbacks.Callback):
             sys.exit(0)
 
     def get_config(self) -> dict[str, Any]:
-        """Constructor arguments."""
+        """Return the constructor arguments."""
         return {"folder": self.folder, "every": self.every, "keep": self.keep}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """The callback that `get_config` describes."""
+        """Return the callback that `get_config` describes."""
         return cls(**config)
 
 

@@ -181,7 +181,7 @@ class CollapseMonitor(keras.callbacks.Callback):
             self.model.stop_training = True
 
     def get_config(self) -> dict[str, Any]:
-        """Constructor arguments."""
+        """Return the constructor arguments."""
         return {
             "window": self.window,
             "patience": self.patience,
@@ -193,5 +193,5 @@ class CollapseMonitor(keras.callbacks.Callback):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """The callback that `get_config` describes."""
+        """Return the callback that `get_config` describes."""
         return cls(**config)

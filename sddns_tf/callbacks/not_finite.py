@@ -83,11 +83,11 @@ class NotFinite(keras.callbacks.Callback):
         return tf.stack([tf.reduce_all(tf.math.is_finite(value)) for value in values])
 
     def get_config(self) -> dict[str, Any]:
-        """Constructor arguments."""
+        """Return the constructor arguments."""
         serialize = keras.saving.serialize_keras_object
         return {"checkpoint": serialize(self.checkpoint), "rollbacks": self.rollbacks}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """The callback that `get_config` describes."""
+        """Return the callback that `get_config` describes."""
         return cls(keras.saving.deserialize_keras_object(config["checkpoint"]), config["rollbacks"])

@@ -28,8 +28,8 @@ class TrainingPictures(keras.callbacks.Callback):
 
     Args:
         log_dir: Folder of the event files, that of `keras.callbacks.TensorBoard`.
-        bank: In-distribution training images `(M, H, W, 3)`, uint8 or float in 0-255; a thousand
-            do.
+        bank_images: In-distribution training images `(M, H, W, 3)`, uint8 or float in 0-255; a
+            thousand do.
         held_out: In-distribution images that are not trained on, `(N, H, W, 3)`. Of rectangles
             the square in the middle is shifted, and scored.
         auxiliary: Auxiliary images `(B, H', W', 3)`, at least eight, to show their negatives;
@@ -45,7 +45,7 @@ class TrainingPictures(keras.callbacks.Callback):
     def __init__(
         self,
         log_dir: str | os.PathLike,
-        bank: Array,
+        bank_images: Array,
         held_out: Any,
         auxiliary: Array | None = None,
         every: int = 5,
@@ -54,7 +54,7 @@ class TrainingPictures(keras.callbacks.Callback):
         super().__init__()
         self.log_dir = str(log_dir)
         check_int("every", every)
-        self.bank = image_array(bank, "bank")
+        self.bank_images = image_array(bank_images, "bank_images")
         self.held_out = image_array(held_out, "held_out")
         self.auxiliary = None if auxiliary is None else image_array(auxiliary, "auxiliary")
         self.every = every
@@ -81,7 +81,7 @@ class TrainingPictures(keras.callbacks.Callback):
         del logs
         if epoch % self.every:
             return
-        rows = self._features(self.bank)
+        rows = self._features(self.bank_images)
         normal, shifted = (bank.ood_score(self._features(x), rows).numpy() for x in self._sets)
         name = shifts.name_of(self.shift)
         with self._writer.as_default(step=epoch):
@@ -99,7 +99,7 @@ class TrainingPictures(keras.callbacks.Callback):
         return extract_features(self._extractor, images, verbose=0)
 
     def _show_views(self):
-        images, negatives = tf.constant(self.bank[:8]), self.model.negatives
+        images, negatives = tf.constant(self.bank_images[:8]), self.model.negatives
         groups = {"views": self.model.views(images, [0, 0])}
         if negatives is not None and (self.auxiliary is not None or not negatives.needs_auxiliary):
             auxiliary = self.auxiliary[:8] if negatives.needs_auxiliary else None
@@ -116,10 +116,10 @@ class TrainingPictures(keras.callbacks.Callback):
         tf.summary.image(name, _pixels(figure)[np.newaxis])
 
     def get_config(self) -> dict[str, Any]:
-        """Constructor arguments."""
+        """Return the constructor arguments."""
         return {
             "log_dir": self.log_dir,
-            "bank": self.bank,
+            "bank_images": self.bank_images,
             "held_out": self.held_out,
             "auxiliary": self.auxiliary,
             "every": self.every,
@@ -128,7 +128,7 @@ class TrainingPictures(keras.callbacks.Callback):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """The callback that `get_config` describes."""
+        """Return the callback that `get_config` describes."""
         return cls(**keras.saving.deserialize_keras_object(config))
 
 
@@ -140,7 +140,7 @@ def _central_squares(images):
 
 
 def _pixels(figure):
-    """A figure as uint8 `(H, W, 4)`."""
+    """Return a figure as uint8 `(H, W, 4)`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)

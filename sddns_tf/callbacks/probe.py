@@ -25,7 +25,7 @@ class OODProbe(keras.callbacks.Callback):
     before those in the list of callbacks.
 
     Args:
-        bank: In-distribution training images `(M, H, W, 3)`, uint8 or float in 0-255; a few
+        bank_images: In-distribution training images `(M, H, W, 3)`, uint8 or float in 0-255; a few
             thousand do.
         held_out: In-distribution images that are not trained on, `(N, H, W, 3)`.
         shifts: Names from `shifts.NAMES`, or callables.
@@ -42,7 +42,7 @@ class OODProbe(keras.callbacks.Callback):
 
     def __init__(
         self,
-        bank: Array,
+        bank_images: Array,
         held_out: Any,
         shifts: Sequence[str | Callable] = ("rot90", "perm4"),
         ood: Any = None,
@@ -52,7 +52,7 @@ class OODProbe(keras.callbacks.Callback):
         super().__init__()
         check_int("every", every)
         check_int("batch_size", batch_size)
-        self.bank = image_array(bank, "bank")
+        self.bank_images = image_array(bank_images, "bank_images")
         self.held_out = image_array(held_out, "held_out")
         self.shifts = (shifts,) if isinstance(shifts, str) else tuple(shifts)
         self.ood = {name: image_array(x, f"ood[{name!r}]") for name, x in (ood or {}).items()}
@@ -71,7 +71,7 @@ class OODProbe(keras.callbacks.Callback):
         self._extractor = FeatureExtractor(
             self.model.teacher_backbone,
             image_size=self.model.views.image_size,
-            resolution=self.bank.shape[1:3],
+            resolution=self.bank_images.shape[1:3],
             mean=self.model.mean,
             std=self.model.std,
         )
@@ -81,7 +81,7 @@ class OODProbe(keras.callbacks.Callback):
         if epoch % self.every and not self._is_first:
             return
         self._is_first = False
-        features = self._features(self.bank)
+        features = self._features(self.bank_images)
         scores = bank.ood_score(self._features(self.held_out), features).numpy()
         for name, images in self._sets.items():
             ood_scores = bank.ood_score(self._features(images), features).numpy()
@@ -91,9 +91,9 @@ class OODProbe(keras.callbacks.Callback):
         return extract_features(self._extractor, images, batch_size=self.batch_size, verbose=0)
 
     def get_config(self) -> dict[str, Any]:
-        """Constructor arguments."""
+        """Return the constructor arguments."""
         return {
-            "bank": self.bank,
+            "bank_images": self.bank_images,
             "held_out": self.held_out,
             "shifts": self.shifts,
             "ood": self.ood,
@@ -103,5 +103,5 @@ class OODProbe(keras.callbacks.Callback):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """The callback that `get_config` describes."""
+        """Return the callback that `get_config` describes."""
         return cls(**keras.saving.deserialize_keras_object(config))

@@ -37,24 +37,24 @@ class ScaledSchedule(keras.optimizers.schedules.LearningRateSchedule):
         self.factor = factor
 
     def __call__(self, step: int) -> tf.Tensor:
-        """The learning rate at a step."""
+        """Return the learning rate at a step."""
         return self.factor * self.schedule(step)
 
     def get_config(self) -> dict[str, Any]:
-        """Constructor arguments."""
+        """Return the constructor arguments."""
         serialize = keras.saving.serialize_keras_object
         return {"schedule": serialize(self.schedule), "factor": self.factor}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """The schedule that `get_config` describes."""
+        """Return the schedule that `get_config` describes."""
         return cls(keras.saving.deserialize_keras_object(config["schedule"]), config["factor"])
 
 
 def save(model: keras.Model, folder: str | os.PathLike, keep: int = 2) -> pathlib.Path:
     """Write the whole training state of a compiled model: `FOLDER/step-<step>.npz`.
 
-    Weights, teacher, centre, step, optimizer and the states of random layers, but not the running
+    Weights, teacher, center, step, optimizer and the states of random layers, but not the running
     means of what is logged. The file is written under another name, brought to the disk and then
     renamed: a process killed at any moment leaves a whole file or none.
 
@@ -87,12 +87,15 @@ def save(model: keras.Model, folder: str | os.PathLike, keep: int = 2) -> pathli
 
 
 def step_of(model: keras.Model) -> int:
-    """Steps that a model has done, on however many devices: an int."""
+    """Return steps that a model has done, on however many devices: an int."""
     return int(value_of(model.step))
 
 
 def value_of(variable: Any) -> np.ndarray:
-    """Value of a Keras variable as an array; of one on several devices, that on the first."""
+    """Return the value of a Keras variable as an array.
+
+    Of one on several devices, that on the first.
+    """
     return np.asarray(tf.convert_to_tensor(variable.value))
 
 
@@ -123,12 +126,12 @@ def restore(model: keras.Model, folder: str | os.PathLike) -> pathlib.Path | Non
 
 
 def saved(folder: str | os.PathLike) -> list[pathlib.Path]:
-    """Paths of a folder's training states, the oldest first."""
+    """Return paths of a folder's training states, the oldest first."""
     return sorted(pathlib.Path(folder).expanduser().glob("step-*.npz"))
 
 
 def parts_left(step: int, steps_per_epoch: int, epochs: int) -> list[tuple[int, dict[str, int]]]:
-    """What is left of a training run: the rest of a broken epoch, then whole ones.
+    """Return what is left of a training run: the rest of a broken epoch, then whole ones.
 
     Args:
         step: Int; steps done.
@@ -176,7 +179,7 @@ def _learning_rate_factor(model):
 
 
 def _variables(model):
-    """All variables of a training state, by names that are the same in each process.
+    """Return all variables of a training state, by names that are the same in each process.
 
     Paths are not: Keras counts the layers that a process has made.
     """

@@ -92,13 +92,13 @@ class RunOptions:
 
 
 def recipe_names():
-    """Names of the recipes that come with the package."""
+    """Return names of the recipes that come with the package."""
     folder = importlib.resources.files("sddns_tf.cli") / "recipes"
     return sorted(file.name[:-5] for file in folder.iterdir() if file.name.endswith(".json"))
 
 
 def read_recipe(name):
-    """A recipe of the package by its name, or the one of a JSON file.
+    """Return a recipe of the package by its name, or the one of a JSON file.
 
     Args:
         name: Name or path.
@@ -139,7 +139,7 @@ def parse_setting(text):
 
 
 def resolve(recipe, settings):
-    """The whole configuration of a run, checked, with all defaults.
+    """Return the whole configuration of a run, checked, with all defaults.
 
     Args:
         recipe: Dictionary of a recipe.
@@ -180,7 +180,7 @@ def flat(config):
 
 
 def differences(one, other):
-    """Where two configurations differ: a list of triples of the key and both values."""
+    """Tell where two configurations differ: a list of triples of the key and both values."""
     one, other = flat(one), flat(other)
     return [
         (key, one.get(key), other.get(key))
@@ -222,7 +222,7 @@ def _resolved_section(section, config):
 
 
 def constructor(section, type_name=None):
-    """The class or function whose arguments a section holds.
+    """Return the class or function whose arguments a section holds.
 
     Args:
         section: One of `SECTIONS`.
@@ -257,7 +257,7 @@ def constructor(section, type_name=None):
 
 
 def _constructor(section, given):
-    """The constructor of a section, and which it is, with that key's default."""
+    """Return the constructor of a section, and which it is, with that key's default."""
     if section == "optimizer":
         name = given.get("type", "Adam")
         return constructor(section, name), {"type": name}
@@ -275,7 +275,7 @@ def _constructor(section, given):
 
 
 def _defaults(section, constructor):
-    """Arguments of a constructor that a section may hold, and their defaults."""
+    """Return arguments of a constructor that a section may hold, and their defaults."""
     parameters = dict(inspect.signature(constructor).parameters)
     if any(one.kind == one.VAR_KEYWORD for one in parameters.values()) and section == "backbone":
         import sddns_tf
@@ -314,7 +314,10 @@ def _check_keys(prefix, given, known, owner):
 
 
 def _checked(key, value, default):
-    """The value, if it is of the type of the default; what the constructor checks is left to it."""
+    """Return the value, if it is of the type of the default.
+
+    What the constructor checks is left to it.
+    """
     section = key.partition(".")[0]
     if isinstance(value, dict) and section in ("model", "optimizer"):
         return value  # a form of `schedule_forms`

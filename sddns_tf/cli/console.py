@@ -45,11 +45,14 @@ class Parser(argparse_flags.ArgumentParser):
         )
 
     def group(self, title):
-        """A titled group of options; help shows groups in the order in which they are made."""
+        """Return a titled group of options.
+
+        Help shows groups in the order in which they are made.
+        """
         return self.add_argument_group(title)
 
     def parse_args(self, args=None, namespace=None):
-        """Options of a list of strings."""
+        """Return options of a list of strings."""
         group = self.group("help")
         group.add_argument("-h", "--help", action="help", help="Show this and exit.")
         return super().parse_args(args, namespace)
@@ -60,14 +63,14 @@ class Parser(argparse_flags.ArgumentParser):
 
 
 def positive_int(text):
-    """Type of an option: an int of at least 1."""
+    """Return the type of an option: an int of at least 1."""
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a positive int. Received: {text}")
     return int(text)
 
 
 def share(text):
-    """Type of an option: a float between 0 and 1."""
+    """Return the type of an option: a float between 0 and 1."""
     try:
         value = float(text)
     except ValueError:
@@ -78,7 +81,7 @@ def share(text):
 
 
 def size(text):
-    """Type of an option: `SIDE` or `HEIGHT,WIDTH` in pixels; an int or a list of two."""
+    """Return the type of an option: `SIDE` or `HEIGHT,WIDTH` in pixels; an int or a list of two."""
     sides = text.split(",")
     if len(sides) not in (1, 2) or not all(side.isdecimal() and int(side) for side in sides):
         raise argparse.ArgumentTypeError(f"expected SIDE or HEIGHT,WIDTH. Received: {text}")

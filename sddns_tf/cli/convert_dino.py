@@ -17,7 +17,7 @@ from sddns_tf.cli.errors import UsageError, user_input
 
 
 def parser():
-    """The options of the command."""
+    """Return the options of the command."""
     parser = Parser("convert-dino", __doc__)
     group = parser.group("what most people need")
     group.add_argument("--checkpoint", metavar="FILE", help="Checkpoint to read (.pth).")
@@ -49,7 +49,7 @@ def parser():
 
 
 def read_state(path, key):
-    """Parameters in a checkpoint.
+    """Return parameters in a checkpoint.
 
     Args:
         path: Path of a `.pth` file.
@@ -132,7 +132,7 @@ def infer_backbone(shapes, image_size=None, num_heads=None):
 
 
 def infer_head(shapes):
-    """Constructor arguments of the `ProjectionHead` that has parameters of these shapes.
+    """Return the constructor arguments of the `ProjectionHead` that has parameters of these shapes.
 
     Args:
         shapes: Dictionary of DINO's parameter names, without prefixes, to shapes.

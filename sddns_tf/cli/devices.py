@@ -10,7 +10,7 @@ STRATEGIES = ("auto", "none", "mirrored", "multi_worker")
 
 
 def strategy(name, logical_devices=None):
-    """The distribution strategy, to be made before anything else of TensorFlow is used.
+    """Return the distribution strategy, to be made before anything else of TensorFlow is used.
 
     Args:
         name: One of `STRATEGIES`.
@@ -48,7 +48,7 @@ def strategy(name, logical_devices=None):
 
 
 def worker_index(name):
-    """Which of several machines this is. The first one writes the results.
+    """Tell which of several machines this is. The first one writes the results.
 
     Args:
         name: One of `STRATEGIES`.
@@ -67,7 +67,7 @@ def worker_index(name):
 
 
 def _several(strategy):
-    """The strategy, or None where it has one replica and nothing is to be distributed."""
+    """Return the strategy, or None where it has one replica and nothing is to be distributed."""
     if strategy.num_replicas_in_sync == 1:
         say("One device only: training without a strategy")
         return None

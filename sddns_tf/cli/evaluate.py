@@ -25,7 +25,7 @@ from sddns_tf.cli.scorers import load_keras
 
 
 def parser():
-    """The options of the command."""
+    """Return the options of the command."""
     parser = Parser("evaluate", __doc__)
     group = parser.group("what most people need")
     group.add_argument(
@@ -101,7 +101,7 @@ def parser():
 
 
 def load_detector(options):
-    """The detector that --model is, or one made of the backbone that it is."""
+    """Return the detector that --model is, or one made of the backbone that it is."""
     import sddns_tf
 
     model = load_keras("model", options.model)
@@ -122,7 +122,7 @@ def load_detector(options):
 
 
 def make_detector(model, options):
-    """A detector of a training model or a backbone."""
+    """Return a detector of a training model or a backbone."""
     import sddns_tf
 
     given = {}
@@ -155,7 +155,7 @@ def make_detector(model, options):
 
 
 def read_sets(options, reading):
-    """Normal images and OOD images by name, and what is known of classes."""
+    """Return normal images and OOD images by name, and what is known of classes."""
     limited = {**reading, "limit": options.limit}
     source = sources.parse("test", options.test, "test")
     normal, labels = sources.read_labeled("test", source, **limited)
@@ -174,7 +174,7 @@ def read_sets(options, reading):
 
 
 def settings_of(detector, options):
-    """What the report lists: what was asked for, and the detector's own settings."""
+    """Return what the report lists: what was asked for, and the detector's own settings."""
     extractor = detector.extractor
     settings = {
         "model": options.model,

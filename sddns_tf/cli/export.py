@@ -22,7 +22,7 @@ from sddns_tf.cli.scorers import load_keras
 
 
 def parser():
-    """The options of the command."""
+    """Return the options of the command."""
     parser = Parser("export", __doc__)
     group = parser.group("what most people need")
     group.add_argument("--detector", metavar="FILE", help="Detector to export (.keras).")
@@ -135,7 +135,7 @@ def main(argv):
 
 
 def read(detector, options, option, split, limit=None):
-    """The images that an option names, as the detector sees them, or None."""
+    """Return the images that an option names, as the detector sees them, or None."""
     text = getattr(options, option)
     if not text:
         return None

@@ -63,7 +63,7 @@ def read(config, data_options, data_dir):
 
 
 def batches(config, data_options, data_dir, images, first_batch=None):
-    """Shuffled batches of images, with auxiliary images where negatives need them.
+    """Return shuffled batches of images, with auxiliary images where negatives need them.
 
     Args:
         config: Resolved configuration.
@@ -104,7 +104,7 @@ def batches(config, data_options, data_dir, images, first_batch=None):
 
 
 def bank(config, data_options, data_dir, images):
-    """The training images as `Detector.from_images` takes them: in memory, or in batches."""
+    """Return the training images as `Detector.from_images` takes them: in memory, or in batches."""
     if images.training is not None:
         return images.training
     source = sources.parse("data", data_options.source, "train")
@@ -113,7 +113,7 @@ def bank(config, data_options, data_dir, images):
 
 
 def needs_auxiliary(config):
-    """Whether negatives are made of auxiliary images."""
+    """Tell whether negatives are made of auxiliary images."""
     negatives = config["negatives"]
     return negatives is not None and negatives["source"] != "in_distribution"
 

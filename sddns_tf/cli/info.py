@@ -18,7 +18,7 @@ from sddns_tf.cli.scorers import load_keras, saved_model_folder
 
 
 def parser():
-    """The options of the command."""
+    """Return the options of the command."""
     parser = Parser("info", __doc__)
     parser.usage = "sddns info [--json] FILE"
     parser.add_argument("file", metavar="FILE", help="File, or folder of a SavedModel.")
@@ -27,7 +27,7 @@ def parser():
 
 
 def describe(path):
-    """What a file holds.
+    """Return what a file holds.
 
     Args:
         path: Path of a `.keras` or `.tflite` file or of a SavedModel's folder.
@@ -98,7 +98,7 @@ def _saved_model(folder):
 
 
 def _signatures(folder):
-    """Names and shapes of what each signature takes and gives."""
+    """Return names and shapes of what each signature takes and gives."""
     quiet.import_tensorflow()
     from tensorflow.core.protobuf import saved_model_pb2
 
@@ -179,7 +179,7 @@ def _network(model):
 
 
 def lines(found, indent=""):
-    """A description as lines of text, nested ones indented.
+    """Yield a description as lines of text, nested ones indented.
 
     Args:
         found: Dictionary from `describe`.

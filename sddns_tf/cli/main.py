@@ -28,7 +28,7 @@ _INTERRUPTED = 130
 
 
 def overview():
-    """What `sddns --help` shows."""
+    """Return what `sddns --help` shows."""
     lines = [f"  {name:<14}{text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [

@@ -61,7 +61,7 @@ class Progress(keras.callbacks.Callback):
 
 
 def duration(seconds):
-    """Seconds as a person says them, such as `"3.5 h"`.
+    """Return the seconds as a person says them, such as `"3.5 h"`.
 
     Args:
         seconds: Float.

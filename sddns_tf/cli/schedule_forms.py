@@ -43,12 +43,12 @@ class Length(NamedTuple):
         return self.epochs * self.steps_per_epoch
 
     def steps_in(self, epochs):
-        """Steps of so many epochs, which may be a fraction; of the run at most."""
+        """Return steps of so many epochs, which may be a fraction; of the run at most."""
         return min(round(epochs * self.steps_per_epoch), self.steps)
 
 
 def value_of(key, form, length):
-    """What a form stands for in a run of some length.
+    """Return what a form stands for in a run of some length.
 
     Args:
         key: Name of the argument, such as `"model.teacher_temperature"`, for the error.

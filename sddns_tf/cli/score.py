@@ -34,7 +34,7 @@ EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def parser():
-    """The options of the command."""
+    """Return the options of the command."""
     parser = Parser("score", __doc__)
     group = parser.group("what most people need")
     group.add_argument(
@@ -97,7 +97,7 @@ def main(argv):
 
 
 def image_paths(text):
-    """Paths of the images that `--images` names, one after another.
+    """Return paths of the images that `--images` names, one after another.
 
     Args:
         text: `folder:PATH`, `list:FILE` or `-`.
@@ -126,12 +126,15 @@ def image_paths(text):
 
 
 def _listed(lines):
-    """The paths of a list, without its empty lines."""
+    """Return the paths of a list, without its empty lines."""
     return (line.rstrip("\r\n") for line in lines if line.strip())
 
 
 def _in_folder(folder):
-    """The image files of a folder and its subfolders, hidden ones left out; others are counted."""
+    """Yield the image files of a folder and its subfolders, hidden ones left out.
+
+    Others are counted.
+    """
     others = []
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -148,7 +151,7 @@ def _in_folder(folder):
 
 
 def scored(scorer, paths, batch_size):
-    """Rows of so many images at a time, in the order of the paths.
+    """Yield rows of so many images at a time, in the order of the paths.
 
     Args:
         scorer: `Scorer`.
@@ -176,7 +179,7 @@ def scored(scorer, paths, batch_size):
 
 
 def read_image(path, scorer):
-    """An image file as the scorer takes it.
+    """Return an image file as the scorer takes it.
 
     Args:
         path: String.
@@ -199,7 +202,7 @@ def read_image(path, scorer):
 
 
 def _fitted(image, height, width, resize):
-    """Pixels at a size, as `image_ops.fit` brings them there."""
+    """Return pixels at a size, as `image_ops.fit` brings them there."""
     from PIL import Image
 
     rows, columns = image.shape[:2]
@@ -245,7 +248,7 @@ def opened_output(path):
 
 
 def row_writer(output, kind):
-    """A function that writes one row, as `"csv"` or `"jsonl"`."""
+    """Return a function that writes one row, as `"csv"` or `"jsonl"`."""
     if kind == "jsonl":
         return lambda row: output.write(json.dumps(_as_json(row)) + "\n")
     writer = csv.DictWriter(output, FIELDS, lineterminator="\n")
@@ -254,6 +257,6 @@ def row_writer(output, kind):
 
 
 def _as_json(row):
-    """A row in which a number that is not finite is None, as JSON has none."""
+    """Return a row in which a number that is not finite is None, as JSON has none."""
     finite = row["ood_score"] is None or math.isfinite(row["ood_score"])
     return row if finite else {**row, "ood_score": None}

@@ -29,7 +29,7 @@ class Scorer(NamedTuple):
 
 
 def open_model(path, threads=None):
-    """The scorer of a file or folder.
+    """Return the scorer of a file or folder.
 
     Args:
         path: A `.tflite` file, a SavedModel's folder or that of its versions, of which the last is
@@ -56,7 +56,10 @@ def open_model(path, threads=None):
 
 
 def saved_model_folder(path):
-    """The folder of a SavedModel itself, given that or the one of its versions; None if neither."""
+    """Return the folder of a SavedModel itself, given that or the one of its versions.
+
+    None if neither.
+    """
     if (path / "saved_model.pb").is_file():
         return path
     versions = [file.parent for file in path.glob("*/saved_model.pb")]
@@ -65,7 +68,7 @@ def saved_model_folder(path):
 
 
 def load_keras(option, path, kind=None):
-    """A saved model.
+    """Return a saved model.
 
     Args:
         option: Name of the option, for the error.

@@ -34,7 +34,7 @@ _SOURCES = ("in_distribution", "auxiliary", "both")
 
 
 def parser():
-    """The options of the comparison, and those of `sddns train`."""
+    """Return the options of the comparison, and those of `sddns train`."""
     parser = Parser("sensitivity", __doc__)
     group = parser.group("what most people need")
     group.add_argument(
@@ -81,7 +81,7 @@ def parser():
 
 
 def strategies(text):
-    """The strategies of `--strategies`.
+    """Return the strategies of `--strategies`.
 
     Args:
         text: `SHIFT:SOURCE` or `none`, with commas between.
@@ -106,7 +106,7 @@ def strategies(text):
 
 
 def configuration_of(options, shift, source):
-    """The resolved configuration of one strategy."""
+    """Return the resolved configuration of one strategy."""
     from sddns_tf.cli import configuration
 
     config = train.configuration_of(options)
@@ -148,7 +148,7 @@ def measure(name, config, place, options):
 
 
 def true_aurocs(detector, options):
-    """AUROC against each OOD set, by name."""
+    """Return AUROC against each OOD set, by name."""
     from sddns_tf import metrics
 
     reading = {
@@ -171,7 +171,7 @@ def true_aurocs(detector, options):
 
 
 def summary(found):
-    """The choice, and how well it could be told: what results.json holds."""
+    """Return the choice, and how well it could be told: what results.json holds."""
     from sddns_tf import sensitivity
 
     means = {name: one["sensitivity"]["mean"] for name, one in found.items()}
@@ -196,7 +196,7 @@ def summary(found):
 
 
 def table(results):
-    """The summary as Markdown, the most sensitive strategy first."""
+    """Return the summary as Markdown, the most sensitive strategy first."""
     names = sorted(results["sensitivity"], key=results["sensitivity"].get, reverse=True)
     sets = list(next(iter(results["strategies"].values()))["auroc"])
     head = ["strategy", "sensitivity", *(["mean AUROC"] if sets else []), *sets]

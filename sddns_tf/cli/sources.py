@@ -27,7 +27,7 @@ class Source(NamedTuple):
 
 
 def parse(option, text, split):
-    """The source that the text of an option names.
+    """Return the source that the text of an option names.
 
     Args:
         option: Name of the option, for the error.
@@ -61,7 +61,7 @@ def parse(option, text, split):
 
 
 def parse_list(option, texts, split):
-    """The sources of an option that takes several, each with a name of its own.
+    """Return the sources of an option that takes several, each with a name of its own.
 
     Args:
         option: Name of the option, for the error.
@@ -87,7 +87,7 @@ def parse_list(option, texts, split):
 
 
 def stream(option, source, **options):
-    """Batches of the images of a source, read as they are needed.
+    """Stream batches of the images of a source, read as they are needed.
 
     Args:
         option: Name of the option, for the error.
@@ -107,7 +107,7 @@ def stream(option, source, **options):
 
 
 def read(option, source, **options):
-    """All images of a source in memory.
+    """Read all images of a source into memory.
 
     Args:
         option: Name of the option, for the error.
@@ -127,7 +127,7 @@ def read(option, source, **options):
 
 
 def read_labeled(option, source, **options):
-    """As `read`, with the labels of the images, int64 `(N,)`, or None where they have none."""
+    """Read images and their labels, int64 `(N,)`, or None where they have none."""
     try:
         return read(option, source, with_labels=True, **options)
     except UsageError as error:
@@ -137,7 +137,7 @@ def read_labeled(option, source, **options):
 
 
 def seen_by(detector):
-    """Options of `read` and `stream` that bring images to how a detector sees them.
+    """Return options of `read` and `stream` that bring images to how a detector sees them.
 
     Args:
         detector: `Detector`.
@@ -151,7 +151,7 @@ def seen_by(detector):
 
 
 def read_class_names(path):
-    """Names of classes in a text file: the first word of each line that is no comment."""
+    """Return names of classes in a text file: the first word of each line that is no comment."""
     with user_input("auxiliary_exclude"):
         lines = pathlib.Path(path).expanduser().read_text(encoding="utf-8").splitlines()
     return [line.split()[0] for line in lines if line.strip() and line[0] != "#"]

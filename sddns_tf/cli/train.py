@@ -47,7 +47,7 @@ SHIFTS = ("rot90", "rot360", "perm4", "perm16", "pixel_perm", "identity", "none"
 
 
 def parser():
-    """The options of the command."""
+    """Return the options of the command."""
     parser = Parser("train", __doc__)
     group = parser.group("what most people need")
     group.add_argument(
@@ -223,7 +223,7 @@ def add_place_options(parser):
 
 
 def configuration_of(options):
-    """The resolved configuration of a command line.
+    """Return the resolved configuration of a command line.
 
     Args:
         options: What the parser gave.
@@ -247,7 +247,7 @@ def configuration_of(options):
 
 
 def place_of(options):
-    """The `training.Place` of a command line."""
+    """Return the `training.Place` of a command line."""
     from sddns_tf.cli.training import Place
 
     return Place(**{name: getattr(options, name) for name in Place._fields})

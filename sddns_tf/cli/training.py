@@ -159,7 +159,7 @@ def make_negatives(config):
 
 
 def make_backbone(config, image_size):
-    """The network to start from."""
+    """Return the network to start from."""
     import keras
 
     options = dict(config["backbone"])
@@ -180,7 +180,7 @@ def make_backbone(config, image_size):
 
 
 def make_optimizer(config, length):
-    """The Keras optimizer."""
+    """Return the Keras optimizer."""
     options = dict(config["optimizer"])
     name = options.pop("type")
     options = {key: value_of(f"optimizer.{key}", form, length) for key, form in options.items()}
@@ -188,7 +188,7 @@ def make_optimizer(config, length):
 
 
 def make_model(config, resolution, length):
-    """The compiled `SelfDistillation`.
+    """Return the compiled `SelfDistillation`.
 
     Args:
         config: Resolved configuration.
@@ -279,7 +279,7 @@ def _write_config(config, output_dir, found, length):
 
 
 def callbacks(config, place, output_dir, checkpoint, one_epoch, found):
-    """What watches, logs and keeps the training: a list of Keras callbacks."""
+    """Return what watches, logs and keeps the training: a list of Keras callbacks."""
     import keras
 
     import sddns_tf
@@ -337,7 +337,7 @@ def write_results(config, model, bank, found, output_dir):
 
 
 def input_size(model, resolution):
-    """Input size of the detector: the views' area, in the proportions of the images."""
+    """Return the input size of the detector: the views' area, in the proportions of the images."""
     side = model.views.image_size
     if resolution[0] == resolution[1]:
         return side, side

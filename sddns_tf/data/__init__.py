@@ -1,6 +1,6 @@
 """Images from a TFDS data set, a folder, an `.npz` file or memory, as batches of uint8 RGB.
 
-Everything downstream (views, shifts, normalisation) happens on the accelerator, a batch at a time,
+Everything downstream (views, shifts, normalization) happens on the accelerator, a batch at a time,
 so all that is left to the input pipeline is to hand over raw pixels.
 """
 
@@ -45,7 +45,7 @@ def load(
     drop_remainder: bool = False,
     first_batch: int | None = None,
 ) -> tf.data.Dataset:
-    """Turns any source of images into a batched dataset.
+    """Turn any source of images into a batched dataset.
 
     Gray images and palettes become RGB; an alpha channel is dropped (nothing is composited on a
     background). 16-bit values become 8-bit ones by `value // 257`, whatever range a file uses. Of a
@@ -145,7 +145,7 @@ def load(
     if dataset.cardinality() == 0:
         raise ValueError(
             f"{name_of(source)} has {int(records.cardinality())} images: with drop_remainder=True "
-            f"that is no batch at all. Received: batch_size={batch_size}."
+            f"that is no batch at all. Received: batch_size={batch_size}"
         )
     # Several machines: each takes its part of every batch, not of the files.
     options = tf.data.Options()
@@ -168,7 +168,7 @@ def load_arrays(
     limit: int | None = None,
     with_labels: bool = False,
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-    """Reads any source of images into one array.
+    """Read any source of images into one array.
 
     Args:
         source: as for `load`, as are all arguments not named here.
@@ -236,7 +236,7 @@ def image_files(
     max_pixels: int = MAX_PIXELS,
     on_error: str = "raise",
 ) -> list[str]:
-    """Lists the image files of a folder that `load` reads, in the order in which it reads them.
+    """List the image files of a folder that `load` reads, in the order in which it reads them.
 
     Args:
         folder: path of the folder, or the source `"folder:PATH"`.
@@ -267,7 +267,7 @@ def image_files(
 
 
 def with_auxiliary(images: Array, auxiliary: Array | None) -> tf.data.Dataset:
-    """Pairs batches of in-distribution images with batches of auxiliary images.
+    """Pair batches of in-distribution images with batches of auxiliary images.
 
     The auxiliary images are repeated as needed, cut into batches of the size of the images'
     batches (also of a shorter last one), and resized to the images' own resolution, so that
@@ -327,7 +327,7 @@ def with_auxiliary(images: Array, auxiliary: Array | None) -> tf.data.Dataset:
 
 
 def _located(source):
-    """A path as the source it stands for; all else as it is."""
+    """Return a path as the source it stands for; all else as it is."""
     if not isinstance(source, os.PathLike):
         return source
     path = os.path.expanduser(os.fspath(source))
@@ -339,7 +339,7 @@ def _located(source):
 
 
 def _folder(source, shaping, max_pixels, on_error, exif_orientation):
-    """The folder that a source names, or None."""
+    """Return the folder that a source names, or None."""
     check_int("max_pixels", max_pixels)
     check_choice("on_error", on_error, ("raise", "skip"))
     check_bool("exif_orientation", exif_orientation)
@@ -352,9 +352,9 @@ def _folder(source, shaping, max_pixels, on_error, exif_orientation):
 def _open(source, folder, shaping, exif_orientation, *, exclude_labels, **tfds_options):
     kind, _, rest = source.partition(":") if isinstance(source, str) else ("", "", "")
     if isinstance(exclude_labels, str):
-        raise ValueError(f"exclude_labels must be a list of names. Received: {exclude_labels!r}.")
+        raise ValueError(f"exclude_labels must be a list of names. Received: {exclude_labels!r}")
     if exclude_labels and kind != "tfds":
-        raise ValueError(f'exclude_labels needs a "tfds:" source. Received: {name_of(source)}.')
+        raise ValueError(f'exclude_labels needs a "tfds:" source. Received: {name_of(source)}')
 
     if isinstance(source, str):
         if not rest or kind not in ("tfds", "folder", "npz"):

@@ -11,7 +11,7 @@ from sddns_tf.data.pixels import Opened, Shaping, by, to_uint8
 
 
 def open_npz(path, shaping):
-    """The images, and labels where there are some, of a NumPy archive."""
+    """Return the images, and labels where there are some, of a NumPy archive."""
     path = os.path.expanduser(path)
     if not os.path.isfile(path):
         raise ValueError(f"npz:{path} must be a file; there is none of that name.")
@@ -33,13 +33,13 @@ def open_npz(path, shaping):
         raise ValueError(f"npz:{path} must be a NumPy archive of images: {error}.") from error
     if labels is not None and labels.shape != images.shape[:1]:
         raise ValueError(
-            f"npz:{path}: labels must have shape ({len(images)},). Received: {labels.shape}."
+            f"npz:{path}: labels must have shape ({len(images)},). Received: {labels.shape}"
         )
     return open_array(images, labels, shaping, f"npz:{path}")
 
 
 def open_array(images, labels, shaping, name):
-    """An array of images, `(N, H, W)` or `(N, H, W, C)`."""
+    """Return an array of images, `(N, H, W)` or `(N, H, W, C)`."""
     if images.ndim == 3 and images.shape[-1] in (1, 3, 4):
         raise ValueError(
             f"{name} must have shape (N, H, W) or (N, H, W, C). Received: {images.shape}, which "
@@ -50,7 +50,7 @@ def open_array(images, labels, shaping, name):
     if images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
         raise ValueError(
             f"{name} must have shape (N, H, W) or (N, H, W, C) with 1, 3 or 4 channels. "
-            f"Received: {images.shape}."
+            f"Received: {images.shape}"
         )
     images = to_uint8(images, name)
     shape = shaping.final_shape(images.shape[1:3], name)
@@ -75,7 +75,7 @@ def open_array(images, labels, shaping, name):
 def open_list(arrays, shaping, exif_orientation):
     """A list of images: arrays `(H, W)` or `(H, W, C)`, and pictures of Pillow's of any mode."""
     if not arrays:
-        raise ValueError("source must hold at least one image. Received: an empty list.")
+        raise ValueError("source must hold at least one image. Received: an empty list")
     images = []
     for i, array in enumerate(arrays):
         name = f"image {i} of the list"
@@ -87,7 +87,7 @@ def open_list(arrays, shaping, exif_orientation):
         if array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
             raise ValueError(
                 f"{name} must have shape (H, W) or (H, W, C) with 1, 3 or 4 channels. "
-                f"Received: {array.shape}."
+                f"Received: {array.shape}"
             )
         array = to_uint8(array, name)
         size = array.shape[:2]

@@ -7,7 +7,7 @@ from sddns_tf.image_sources import in_range_later
 
 
 def open_dataset(dataset, shaping):
-    """A `tf.data.Dataset` of images, dictionaries or pairs, batched or not."""
+    """Return a `tf.data.Dataset` of images, dictionaries or pairs, batched or not."""
     spec = dataset.element_spec
     if isinstance(spec, dict) and "image" in spec:
         keys = [key for key in ("image", "label") if key in spec]
@@ -18,7 +18,7 @@ def open_dataset(dataset, shaping):
     else:
         raise ValueError(
             "dataset must yield images, dictionaries with the key 'image', or (image, label) "
-            f"pairs. Received: elements {spec}."
+            f"pairs. Received: elements {spec}"
         )
     image, label = spec[keys[0]], spec[keys[-1]] if len(keys) == 2 else None
     _check_image_spec(image)
@@ -34,7 +34,7 @@ def open_dataset(dataset, shaping):
     records = dataset.map(select)
     first = next(records.take(1).as_numpy_iterator(), None)
     if first is None:
-        raise ValueError("dataset must hold at least one image. Received: an empty dataset.")
+        raise ValueError("dataset must hold at least one image. Received: an empty dataset")
     to_uint8(first["image"], "dataset's first element")
     if is_batched:
         records = records.unbatch()
@@ -60,9 +60,9 @@ def _check_image_spec(spec):
     if not expected:
         raise ValueError(
             "dataset must yield images (H, W), (H, W, C) or (B, H, W, C) with 1, 3 or 4 channels. "
-            f"Received: elements {spec}."
+            f"Received: elements {spec}"
         )
     if not (spec.dtype.is_integer or spec.dtype.is_floating):
         raise ValueError(
-            f"dataset must yield integers or floats in 0-255. Received: dtype {spec.dtype.name}."
+            f"dataset must yield integers or floats in 0-255. Received: dtype {spec.dtype.name}"
         )

@@ -58,11 +58,11 @@ class Folder:
         self.exif_orientation = exif_orientation
 
     def files(self):
-        """The usable files in the order of their paths; each is decoded once."""
+        """Return the usable files in the order of their paths; each is decoded once."""
         return [file for file, _ in self._inspected(lambda pixels: None)]
 
     def open(self):
-        """Records of files, and how one is decoded when it is needed."""
+        """Return records of files, and how one is decoded when it is needed."""
         files = self.files()
         shape = self._shape([file.size for file in files], files)
         decoders = sorted({file.decoder for file in files}, key=_DECODERS.index)
@@ -85,7 +85,7 @@ class Folder:
         return Opened(records, decode, shuffle_buffer=len(files))
 
     def read(self, limit=None):
-        """The first images, all if `limit` is None, in memory: each file is decoded once.
+        """Return the first images, all if `limit` is None, in memory: each file is decoded once.
 
         Returns:
             uint8 `(N, H, W, 3)`.
@@ -103,7 +103,10 @@ class Folder:
         return np.stack(images)
 
     def _shape(self, sizes, files):
-        """Height and width of the images to yield; an error where they need an `image_size`."""
+        """Return the height and width of the images to yield.
+
+        An error where they need an `image_size`.
+        """
         for size, file in zip(sizes, files, strict=True):
             if self.shaping.image_size is None and size != sizes[0]:
                 raise ValueError(
@@ -113,7 +116,10 @@ class Folder:
         return self.shaping.final_shape(sizes[0], self.path)
 
     def _inspected(self, use, limit=None):
-        """Pairs of a usable file and what `use` makes of its pixels; at least `limit` of them."""
+        """Yield pairs of a usable file and what `use` makes of its pixels.
+
+        At least `limit` of them.
+        """
         paths, found, problems = self._paths(), [], []
 
         def inspect(path):
@@ -141,7 +147,7 @@ class Folder:
         return found
 
     def _inspect(self, path):
-        """A file, its pixels and None; or what is wrong with it as the third."""
+        """Return a file, its pixels and None; or what is wrong with it as the third."""
         try:
             with open(path, "rb") as opened:
                 file = opened.read()
@@ -174,14 +180,14 @@ class Folder:
         return self.exif_orientation and header.decoder != "pillow"
 
     def _decoded(self, file, header):
-        """Pixels of a file, now: uint8 `(H, W, 3)`."""
+        """Return pixels of a file, now: uint8 `(H, W, 3)`."""
         if header.decoder == "pillow":
             return pictures.decode(file, self.exif_orientation)
         pixels = _by_tensorflow(file, header.decoder).numpy()
         return pictures.turned(pixels, header.orientation) if self._turns(header) else pixels
 
     def _decode_later(self, path, decoder):
-        """Pixels of a file in a graph, not yet turned unless by Pillow."""
+        """Return pixels of a file in a graph, not yet turned unless by Pillow."""
         if decoder != "pillow":
             return _by_tensorflow(tf.io.read_file(path), decoder)
 

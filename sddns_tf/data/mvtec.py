@@ -36,7 +36,7 @@ class Inspection:
 
 
 def load(folder, image_size):
-    """Reads a folder in the layout of MVTec AD.
+    """Read a folder in the layout of MVTec AD.
 
     Args:
         folder: The folder of one kind of part, which holds `train`, `test` and `ground_truth`.
@@ -71,7 +71,7 @@ def load(folder, image_size):
 
 
 def masks_of(paths, folder, size):
-    """The masks of some images.
+    """Return the masks of some images.
 
     Args:
         paths: Paths of the images.

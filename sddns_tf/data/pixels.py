@@ -40,7 +40,7 @@ class Shaping:
         self.min_size = min_size or 1
 
     def final_shape(self, stored, name):
-        """Returns `(height, width)` of the images to yield, of a source whose sides may be None."""
+        """Return `(height, width)` of the images to yield, of a source whose sides may be None."""
         known = [side for side in stored if side is not None]
         if known and min(known) < self.min_size:
             raise ValueError(
@@ -54,7 +54,7 @@ class Shaping:
         return tuple(stored)
 
     def finish(self, images, shape):
-        """Makes uint8 `(..., H, W, C)` RGB of the given height and width."""
+        """Make uint8 `(..., H, W, C)` RGB of the given height and width."""
         if self.min_size > 1:
             sides = tf.shape(images)[-3:-1]
             tf.debugging.assert_greater_equal(
@@ -67,7 +67,7 @@ class Shaping:
 
 
 def resized(images, size, resize="squash"):
-    """Images in 0-255 at `(height, width)`, of their own dtype: `image_ops.fit`, rounded.
+    """Return images in 0-255 at `(height, width)`, of their own dtype: `image_ops.fit`, rounded.
 
     By TensorFlow's own operation, which needs no float copy of a large photograph.
     """
@@ -83,24 +83,24 @@ def resized(images, size, resize="squash"):
 
 
 def shuffle_buffer(examples, shape, bytes_per_value=1):
-    """Returns how many images to hold, given how many there are (-1: unknown) and their shape."""
+    """Return how many images to hold, given how many there are (-1: unknown) and their shape."""
     image_bytes = np.prod(shape) * bytes_per_value if None not in shape else _UNKNOWN_IMAGE_BYTES
     affordable = max(1, int(_SHUFFLE_BYTES // image_bytes))
     return affordable if examples < 0 else min(examples, affordable)
 
 
 def name_of(source):
-    """What an error calls a source."""
+    """Return what an error calls a source."""
     return source if isinstance(source, str) else f"the {type(source).__name__}"
 
 
 def by(shape):
-    """Height and width as text."""
+    """Return the height and width as text."""
     return f"{shape[0]} x {shape[1]}"
 
 
 def to_uint8(array, name):
-    """An array of integers or floats in 0-255 as uint8."""
+    """Return an array of integers or floats in 0-255 as uint8."""
     if array.dtype.kind not in "uif":
         raise ValueError(
             f"`{name}` must hold integers or floats in 0-255. Received: dtype {array.dtype}"

@@ -9,7 +9,7 @@ from sddns_tf.data.pixels import Opened, shuffle_buffer
 
 
 def open_tfds(name, shaping, exclude_labels, split, data_dir, shuffle_files_seed=None):
-    """A prepared TFDS data set with a uint8 `image` feature."""
+    """Return a prepared TFDS data set with a uint8 `image` feature."""
     import tensorflow_datasets as tfds
 
     builder = _tfds_builder(name, data_dir)
@@ -17,7 +17,7 @@ def open_tfds(name, shaping, exclude_labels, split, data_dir, shuffle_files_seed
         examples = builder.info.splits[split].num_examples
     except (KeyError, ValueError):
         raise ValueError(
-            f"tfds:{name} has the splits {sorted(builder.info.splits)}. Received: split={split!r}."
+            f"tfds:{name} has the splits {sorted(builder.info.splits)}. Received: split={split!r}"
         ) from None
     features = dict(builder.info.features.items())
     image = features.get("image")
@@ -94,6 +94,6 @@ def _excluded_ids(name, features, exclude_labels):
     if unknown:
         shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
         raise ValueError(
-            f"exclude_labels must be labels of tfds:{name} ({shown}). Received: {unknown}."
+            f"exclude_labels must be labels of tfds:{name} ({shown}). Received: {unknown}"
         )
     return [names.index(label) for label in sorted(set(exclude_labels))]

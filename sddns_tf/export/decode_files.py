@@ -28,11 +28,11 @@ _AT_ONCE = 8  # Files of one request; no more are decoded at once than the serve
 
 
 def decode(image_bytes, size, max_pixels, resize="squash"):
-    """Image files to images of one size, each with a status instead of an error.
+    """Map image files to images of one size, each with a status instead of an error.
 
     Args:
         image_bytes: String tensor `(B,)`: JPEG, PNG, BMP or GIF files (of which the first frame
-            counts), of any sizes, grey or with transparency too.
+            counts), of any sizes, gray or with transparency too.
         size: `(height, width)` in pixels, of the images.
         max_pixels: Images of more pixels are not decoded; their size is read from the header.
         resize: How images of another shape are brought to the size: see `image_ops.fit`.
@@ -71,7 +71,10 @@ def decode(image_bytes, size, max_pixels, resize="squash"):
 
 
 def _kinds(files):
-    """Index of each file's format in `_BEGINNINGS`; -1 if it begins as none of them does."""
+    """Return the index of each file's format in `_BEGINNINGS`.
+
+    -1 if it begins as none of them does.
+    """
     matches = [tf.strings.substr(files, 0, len(text)) == text for text in _BEGINNINGS]
     kinds = tf.argmax(tf.cast(matches, tf.int32), axis=0, output_type=tf.int32)
     return tf.where(tf.reduce_any(matches, axis=0), kinds, -1)
@@ -95,7 +98,7 @@ def _status(kinds, pixels, max_pixels):
 
 
 def _decoded(file):
-    """Pixels of a file, uint8 or, of 16 bits, brought to as many."""
+    """Return pixels of a file, uint8 or, of 16 bits, brought to as many."""
     is_16_bits = (tf.strings.substr(file, 0, 4) == b"\x89PNG") & (
         tf.strings.substr(file, 24, 1) == b"\x10"
     )
@@ -108,7 +111,7 @@ def _decoded(file):
 
 
 def _measured(file, kind):
-    """A file, and its number of pixels as its header tells. An error where it tells none.
+    """Return a file, and its number of pixels as its header tells. An error where it tells none.
 
     `_OTHER_PIXELS` in place of the number where the decoder would not give what the file shows.
     """

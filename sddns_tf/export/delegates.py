@@ -50,7 +50,7 @@ NEEDS = {
 
 
 def refused(operators):
-    """The operations that each delegate does not know.
+    """Return the operations that each delegate does not know.
 
     Args:
         operators: Names of operations, such as `metadata.operators` gives.
@@ -66,7 +66,7 @@ def refused(operators):
 
 
 def report(operators, quantization=None, batch_size=None):
-    """What delegates other than the CPU's would make of a file, in words.
+    """Return what delegates other than the CPU's would make of a file, in words.
 
     Args:
         operators: Names of its operations.

@@ -27,7 +27,7 @@ def _schema():
 
 
 def operators(file: Any) -> list[str]:
-    """Names of the operators that a file uses; those that are not built in as `CUSTOM`.
+    """Return names of the operators that a file uses; those that are not built in as `CUSTOM`.
 
     Args:
         file: Bytes of a `.tflite` file.
@@ -62,7 +62,7 @@ def calibration_placeholders(capacity: int) -> dict[str, Any]:
 
 
 def described(file: Any, description: Any, placeholders: Any) -> bytearray:
-    """A file with a description that tells where its calibration is.
+    """Return a file with a description that tells where its calibration is.
 
     Args:
         file: Bytes of a `.tflite` file, converted with the placeholders.
@@ -110,7 +110,7 @@ def _buffer_of(model, name, value):
 
 
 def description(file: Any) -> dict[str, Any]:
-    """The description that a file carries.
+    """Return the description that a file carries.
 
     Args:
         file: Bytes of a `.tflite` file.

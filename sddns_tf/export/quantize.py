@@ -7,7 +7,7 @@ import numpy as np
 
 
 def import_quantizer():
-    """The quantizer's modules; a clear error where it is not installed."""
+    """Return the quantizer's modules; a clear error where it is not installed."""
     try:
         from ai_edge_quantizer import calibrator, qtyping, quantizer, recipe_manager
         from ai_edge_quantizer.utils import qsv_utils
@@ -25,7 +25,7 @@ def backbone_scope(detector):
 
 
 def quantized_model(model, quantization, scope, images, batch_size=None):
-    """A TFLite model whose dense layers and convolutions within a scope are quantized.
+    """Return a TFLite model whose dense layers and convolutions within a scope are quantized.
 
     TensorFlow's own converter would quantize the bank as well, which makes the score's error two
     to five times as large. Products of activations stay float: slower and worse as integers.
@@ -68,7 +68,7 @@ def quantized_model(model, quantization, scope, images, batch_size=None):
 
 
 def _activation_ranges(model, recipe, images, batch_size):
-    """Smallest and largest value of each tensor to be quantized, over all images.
+    """Return the smallest and largest value of each tensor to be quantized, over all images.
 
     The quantizer by itself takes a moving average over batches instead, which cuts off the
     extremes and makes the score's error eight times as large.

@@ -14,7 +14,7 @@ _RATE = tf.TensorSpec([None], tf.float32, name="false_positive_rate")
 
 
 def signatures(detector, max_pixels, include_features=False):
-    """Functions of a detector by the names of their signatures.
+    """Return functions of a detector by the names of their signatures.
 
     Args:
         detector: A `Detector`.
@@ -63,7 +63,7 @@ def signatures(detector, max_pixels, include_features=False):
 
 
 def _resized(detector, images):
-    """Images at the detector's resolution; those that have it already cost nothing."""
+    """Return images at the detector's resolution; those that have it already cost nothing."""
     size = resolution(detector)
     fits = tf.reduce_all(tf.shape(images)[1:3] == size)
     resized = tf.cond(
@@ -75,7 +75,7 @@ def _resized(detector, images):
 
 
 def _where_decoded(detector, answers, status):
-    """Answers, and for a file without an image those for a score that is not a number."""
+    """Return answers, and for a file without an image those for a score that is not a number."""
     decoded = status == ""
     lowest = np.float32(1.0 / (1.0 + detector.calibration_scores.shape[0]))
     instead = {"ood_score": math.nan, "p_value": lowest, "is_ood": True, "features": math.nan}
@@ -88,7 +88,7 @@ def _where_decoded(detector, answers, status):
 
 
 def _at_rate(detector, answers, rate):
-    """Answers with the decisions of other rates than the detector's own, one for each image.
+    """Return answers with the decisions of other rates than the detector's own, one for each image.
 
     As in `Detector`, p-values are compared by their rank, so that rounding decides nothing.
     """

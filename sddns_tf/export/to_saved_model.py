@@ -180,7 +180,7 @@ def _compared(detector, folder, images):
 
 
 def _warmup_requests(detector, images):
-    """One image and a few at once, to every signature."""
+    """Yield one image and a few at once, to every signature."""
     for count in (1, 4):
         batch = np.resize(images, (count, *images.shape[1:]))
         files = np.array([tf.io.encode_jpeg(image).numpy() for image in batch], object)
@@ -193,7 +193,7 @@ def _warmup_requests(detector, images):
 
 
 def _description(detector):
-    """What a detector is, for people and programs that find its export."""
+    """Return what a detector is, for people and programs that find its export."""
     packages = ("keras", "numpy", "tensorflow")
     return {
         "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -215,7 +215,7 @@ def _description(detector):
 
 
 def _files(folder):
-    """Size and checksum of each file of a folder."""
+    """Return the size and checksum of each file of a folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         path.relative_to(folder).as_posix(): {

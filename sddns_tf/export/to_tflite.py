@@ -177,7 +177,7 @@ def _check_arguments(quantization, representative_images, bank_size, batch_size)
 
 
 def _checked(detector, images, name):
-    """Images that a file takes as they are, or None."""
+    """Return images that a file takes as they are, or None."""
     if images is None:
         return None
     images, size = images_or_synthetic(detector, images, name), resolution(detector)
@@ -200,7 +200,7 @@ def _import_litert():
 
 
 def _converted(detector, folder, quantization, images, batch_size, room):
-    """Bytes of the file, with a description and placeholders for a calibration."""
+    """Return bytes of the file, with a description and placeholders for a calibration."""
     size = resolution(detector)
     placeholders = metadata.calibration_placeholders(room)
     answer = _answer(detector, placeholders, (batch_size, *size))
@@ -253,7 +253,7 @@ def _answer(detector, calibration, shape):
 
 
 def _scores(file, images, batch_size, verbose):
-    """Scores that the file gives, float32 `(N,)`."""
+    """Return scores that the file gives, float32 `(N,)`."""
     interpreter = _import_litert()(model_content=bytes(file), num_threads=os.cpu_count())
     runner, step = interpreter.get_signature_runner("serving_default"), batch_size or 1
     starts = range(0, len(images), step)

@@ -52,18 +52,18 @@ def save(path, detector, signatures):
 
 
 def answer_images(detector, size):
-    """A function from uint8 images of a size, which may be (None, None), to the answers."""
+    """Return a function from uint8 images of a size, which may be (None, None), to the answers."""
     images = tf.TensorSpec([None, *size, 3], tf.uint8, name="images")
     return tf.function(lambda images: detector(images), input_signature=[images], autograph=False)
 
 
 def resolution(detector):
-    """The size at which an image shows all that the detector sees of it."""
+    """Return the size at which an image shows all that the detector sees of it."""
     return detector.extractor.resolution or detector.extractor.image_size
 
 
 def images_or_synthetic(detector, images, name="images"):
-    """A user's own images to compare on, checked and uint8, or made-up ones."""
+    """Return a user's own images to compare on, checked and uint8, or made-up ones."""
     if images is None:
         return _synthetic_images(resolution(detector))
     images = image_array(images, name)
@@ -77,7 +77,7 @@ def images_or_synthetic(detector, images, name="images"):
 
 
 def _synthetic_images(size):
-    """Coloured gradients in all directions under more and more noise, always the same."""
+    """Return colored gradients in all directions under more and more noise, always the same."""
     generator = np.random.default_rng(0)
     directions = generator.normal(size=(CHECKED_IMAGES, 3, 2))
     rows, columns = (np.linspace(-1.0, 1.0, length) for length in size)
@@ -112,7 +112,7 @@ def run_apart(program, folder, images):
 
 
 def score_tolerance(detector, tolerance):
-    """By how much a score may be off where a cosine may be by `tolerance`."""
+    """Tell by how much a score may be off where a cosine may be by `tolerance`."""
     tolerance = max(tolerance, _rounding(detector)) / detector.temperature
     return tolerance * (_PLACES if detector.is_local else 1)
 
@@ -161,7 +161,7 @@ def check_answers(detector, images, answers, prefix, tolerance):
 
 
 def _off(detector, scores, expected):
-    """How far scores are off; those of places in relation to their distance from the bank."""
+    """Tell how far scores are off; those of places in relation to their distance from the bank."""
     difference = np.abs(scores - expected)
     if not detector.is_local:
         return difference

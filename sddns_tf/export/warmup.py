@@ -42,11 +42,11 @@ def _predict_request(model, signature, inputs):
 
 
 def _field(number, content):
-    """A field that holds bytes: its number and kind, how many, and they."""
+    """Return a field that holds bytes: its number and kind, how many, and they."""
     return _varint(number << 3 | 2) + _varint(len(content)) + content
 
 
 def _varint(value):
-    """Seven bits in a byte, the lowest first; the highest bit says that more follow."""
+    """Return seven bits in a byte, the lowest first; the highest bit says that more follow."""
     low, rest = value & 0x7F, value >> 7
     return bytes([low | 0x80]) + _varint(rest) if rest else bytes([low])

@@ -24,7 +24,7 @@ def contact_sheet(
     columns: int = 8,
     title: str | None = None,
 ) -> Figure:
-    """Images in a grid, in the order given, each with its title and score.
+    """Draw images in a grid, in the order given, each with its title and score.
 
     Args:
         images: uint8 or float in 0-255, `(B, H, W, 3)`.
@@ -55,7 +55,7 @@ def contact_sheet(
 
 
 def most_and_least_anomalous(images: Array, scores: Array, count: int = 8) -> Figure:
-    """Contact sheet of the images with the lowest and the highest scores.
+    """Draw a contact sheet of the images with the lowest and the highest scores.
 
     Args:
         images: uint8 or float in 0-255, `(B, H, W, 3)`, B at least 2.
@@ -101,7 +101,7 @@ def most_and_least_anomalous(images: Array, scores: Array, count: int = 8) -> Fi
 
 
 def attention_overlay(images: Array, attention: Array, per_head: bool = False) -> Figure:
-    """Where the network looks: attention of the CLS token over the image.
+    """Draw where the network looks: attention of the CLS token over the image.
 
     One row per image: the image, then the attention averaged over heads and, if asked, that of
     each head. Every map is scaled from its own lowest to its own highest value.
@@ -167,7 +167,7 @@ def attention_overlay(images: Array, attention: Array, per_head: bool = False) -
 
 
 def checked_images(images: Array) -> np.ndarray:
-    """Images to show as uint8 `(B, H, W, 3)`, checked."""
+    """Map images to show as uint8 `(B, H, W, 3)`, checked."""
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
         raise ValueError(
@@ -188,7 +188,7 @@ def checked_images(images: Array) -> np.ndarray:
 
 
 def captions_of(images: Array, scores: Array, titles: Any) -> list[str]:
-    """The lines above each image: at most two of title, one of score."""
+    """Return the lines above each image: at most two of title, one of score."""
     captions: list[list[str]] = [[] for _ in images]
     for name, given in (("titles", titles), ("scores", scores)):
         if given is not None and len(given) != len(images):
@@ -206,7 +206,7 @@ def captions_of(images: Array, scores: Array, titles: Any) -> list[str]:
 
 
 def _grid_size(images, captions, columns):
-    """Width and height in inches of a grid of images with their captions."""
+    """Return the width and height in inches of a grid of images with their captions."""
     rows = -(-len(images) // columns)
     lines = max(caption.count("\n") + 1 if caption else 0 for caption in captions)
     height = 1.15 * images.shape[1] / images.shape[2] + 0.13 * lines + 0.08
@@ -231,7 +231,7 @@ def _title_height(title):
 
 
 def _cls_attention(images, attention):
-    """The CLS token's attention to the patches, as maps `(B, heads, rows, columns)`."""
+    """Return the CLS token's attention to the patches, as maps `(B, heads, rows, columns)`."""
     attention = np.asarray(attention)
     if attention.ndim != 4 or attention.shape[2] != attention.shape[3]:
         raise ValueError(

@@ -20,7 +20,9 @@ _YELLOW, _RED = np.array([240, 228, 66]), np.array([213, 20, 0])
 def overlay(
     image: Array, anomaly_map: Array, threshold: float | None, lowest: float = -22.5
 ) -> np.ndarray:
-    """An image with what lies above the threshold painted over it. Needs NumPy and Pillow only.
+    """Return an image with what lies above the threshold painted over it.
+
+    Needs NumPy and Pillow only.
 
     One scale holds for all images, and nothing below the threshold is painted: a normal image stays
     as it is. From the threshold on the paint goes from yellow to red, which is reached twice as far
@@ -64,7 +66,7 @@ def anomaly_map(
     titles: Any = None,
     masks: Array | None = None,
 ) -> Figure:
-    """Images, their anomaly maps and both in one, against the threshold.
+    """Return images, their anomaly maps and both in one, against the threshold.
 
     Every map is drawn on the same scale: white at the threshold, blue below it down to what is in
     the bank, red above it up to twice as far. So a map of a normal image is blue all over, and
@@ -119,7 +121,7 @@ def anomaly_map(
 
 
 def _heat(maps, threshold, lowest):
-    """Maps on the scale of pictures: 0 is in the bank, 1 the threshold, 2 twice as far."""
+    """Return maps on the scale of pictures: 0 is in the bank, 1 the threshold, 2 twice as far."""
     if maps.ndim != 3 or 0 in maps.shape or np.isnan(maps).any():
         raise ValueError(
             "`maps` must be scores of places, (B, h, w). "
@@ -142,6 +144,6 @@ def _resized(values, size, method):
 
 
 def _inside(mask):
-    """Where all four neighbors belong to a mask as well."""
+    """Tell where all four neighbors belong to a mask as well."""
     padded = np.pad(mask, 1, constant_values=True)
     return padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]

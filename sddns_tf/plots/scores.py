@@ -20,7 +20,7 @@ SCORE_LABEL = "OOD score (higher: more out-of-distribution)"
 
 
 def score_histograms(id_scores: Array, ood_scores: Array, threshold: float | None = None) -> Figure:
-    """Histograms of the scores of normal images against each out-of-distribution set.
+    """Draw histograms of the scores of normal images against each out-of-distribution set.
 
     One row per set, all on one axis of scores, with the in-distribution scores repeated in each.
     Every histogram is scaled to its own peak, so that sets of any size and spread can be
@@ -92,7 +92,7 @@ def score_histograms(id_scores: Array, ood_scores: Array, threshold: float | Non
 
 
 def roc_curves(id_scores: Array, ood_scores: Array) -> Figure:
-    """Receiver operating characteristic of each out-of-distribution set, AUROC in the legend.
+    """Draw the ROC curve of each out-of-distribution set, AUROC in the legend.
 
     Args:
         id_scores: Scores of in-distribution images, `(N,)`, higher meaning more
@@ -158,7 +158,7 @@ def _score_sets(id_scores, ood_scores):
 
 
 def _score_limits(sets):
-    """Limits that show all of every set but its long tails.
+    """Return limits that show all of every set but its long tails.
 
     From the 5 and 95 % quantiles, outwards by the distance between them: 4.9 standard deviations
     of a normal distribution, which thus fits whole.

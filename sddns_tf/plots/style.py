@@ -21,7 +21,7 @@ LINE_STYLES = ("-", "--", ":", "-.")
 
 
 def save(figure: Any, path: str | os.PathLike) -> pathlib.Path:
-    """Writes a figure to a file, whole or not at all.
+    """Write a figure to a file, whole or not at all.
 
     The picture is written beside its destination and renamed when complete, so an interrupted
     run leaves an earlier file as it was. Missing folders are created.
@@ -53,7 +53,7 @@ def save(figure: Any, path: str | os.PathLike) -> pathlib.Path:
 
 
 def figure_of(width: float, height: float) -> Figure:
-    """An empty figure of so many inches.
+    """Return an empty figure of so many inches.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -74,5 +74,5 @@ def line_style(index: int) -> dict[str, Any]:
 
 
 def wrapped(text: str, width: int) -> str:
-    """A text in lines of at most so many characters."""
+    """Return a text in lines of at most so many characters."""
     return "\n".join(line for part in text.split("\n") for line in textwrap.wrap(part, width))

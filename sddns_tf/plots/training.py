@@ -15,7 +15,7 @@ from sddns_tf.plots.style import figure_of, line_style, wrapped
 
 
 def training_curves(history: Any) -> Figure:
-    """What happened during training, one panel per quantity.
+    """Draw what happened during training, one panel per quantity.
 
     All losses share the first panel, and a quantity and its `val_` twin share one. A quantity
     measured less often than the others is drawn against the count of its evaluations. Values

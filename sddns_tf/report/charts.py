@@ -1,6 +1,6 @@
-"""Charts as small inline SVG, drawn for the width of a phone, coloured by the page's CSS.
+"""Charts as small inline SVG, drawn for the width of a phone, colored by the page's CSS.
 
-A page that follows the reader's light or dark mode cannot use pictures with colours of their own:
+A page that follows the reader's light or dark mode cannot use pictures with colors of their own:
 here every mark has a class (`s0`, `s1`, ... for series, `ink`, `faint`) and the page says the rest.
 """
 
@@ -10,12 +10,12 @@ import numpy as np
 
 WIDTH, HEIGHT = 340, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 10, 40
-SERIES = 7  # colours that the page's style sheet has
+SERIES = 7  # colors that the page's style sheet has
 _DASHES = ("", "6 3", "2 2", "8 3 2 3")
 
 
 def histograms(normal, other, index, threshold, limits):
-    """Histograms of two sets of scores, each scaled to its own peak, and the threshold.
+    """Return histograms of two sets of scores, each scaled to its own peak, and the threshold.
 
     Args:
         normal: Scores of in-distribution images, `(N,)`.
@@ -42,7 +42,7 @@ def histograms(normal, other, index, threshold, limits):
 
 
 def roc(curves):
-    """ROC curves: dict from a series to shares flagged of normal and of other images."""
+    """Return ROC curves: dict from a series to shares flagged of normal and of other images."""
     ticks = [0.0, 0.25, 0.5, 0.75, 1.0]
     frame = _Frame((0, 1), (0, 1), "normal images flagged", "OOD images flagged", ticks, ticks)
     frame.add(f'<path class="faint" d="{frame.path([0, 1], [0, 1])}"/>')
@@ -73,7 +73,7 @@ def calibration(promised, measured, low, high):
 
 
 def scatter(points):
-    """Points in a plane: dict from a name to `(n, 2)`."""
+    """Return points in a plane: dict from a name to `(n, 2)`."""
     everything = np.concatenate(list(points.values()))
     low, high = np.quantile(everything, [0.002, 0.998], axis=0)
     margin = 0.05 * (high - low) + 1e-9
@@ -87,7 +87,7 @@ def scatter(points):
 
 
 def key(index, kind):
-    """The mark of a series in a legend, of the kind `"line"`, `"area"` or `"point"`."""
+    """Return the mark of a series in a legend, of the kind `"line"`, `"area"` or `"point"`."""
     marks = {
         "line": f'<path class="{_class(index)}" {_dash(index)} d="M1 6H25"/>',
         "area": f'<rect class="area s{index % SERIES}" x="6" y="1" width="14" height="10"/>',
@@ -129,7 +129,7 @@ class _Frame:
         self.parts.append(part)
 
     def place(self, x, y):
-        """Where a point lies in the picture."""
+        """Tell where a point lies in the picture."""
         (x_low, x_high), (y_low, y_high) = self.limits
         across = (x - x_low) / (x_high - x_low)
         up = (y - y_low) / (y_high - y_low)
@@ -139,12 +139,12 @@ class _Frame:
         )
 
     def path(self, x, y):
-        """A line through points, as the `d` of a path."""
+        """Return a line through points, as the `d` of a path."""
         x, y = self.place(np.asarray(x, float), np.asarray(y, float))
         return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(x, y, strict=True))
 
     def svg(self, title):
-        """The whole picture."""
+        """Return the whole picture."""
         return _svg(title, "".join(self.parts), HEIGHT)
 
 
@@ -156,7 +156,7 @@ def _svg(title, inside, height):
 
 
 def _ticks(low, high):
-    """Some round numbers between two."""
+    """Return some round numbers between two."""
     raw = (high - low) / 5
     magnitude = 10.0 ** np.floor(np.log10(raw))
     step = magnitude * min((1, 2, 5, 10), key=lambda multiple: abs(multiple * magnitude - raw))
@@ -174,7 +174,7 @@ def _dash(index):
 
 
 def _mark(index, x, y):
-    """Shapes differ as well as colours."""
+    """Shapes differ as well as colors."""
     shapes = (
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="1.8"/>',
         f'<rect x="{x - 1.6:.1f}" y="{y - 1.6:.1f}" width="3.2" height="3.2"/>',

@@ -35,7 +35,7 @@ def write(
     configuration: dict[str, Any] | None = None,
     gallery_size: int = 12,
 ) -> pathlib.Path:
-    """Writes an evaluation as a page: whole, or not at all.
+    """Write an evaluation as a page: whole, or not at all.
 
     The page holds everything, pictures included, and asks the network for nothing. It follows the
     reader's light or dark mode, fits a phone and prints.
@@ -66,7 +66,7 @@ def html(
     configuration: dict[str, Any] | None = None,
     gallery_size: int = 12,
 ) -> str:
-    """The text of the page that `write` writes; arguments as there."""
+    """Return the text of the page that `write` writes; arguments as there."""
     title = escaping.escape(title)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -213,7 +213,7 @@ def _map(evaluation):
 
 
 def _legend(names, kind):
-    """The names of series by their index, each with its mark."""
+    """Return the names of series by their index, each with its mark."""
     items = "".join(
         f"<li>{charts.key(index, kind)}{escaping.escape(name)}</li>"
         for index, name in names.items()
@@ -292,7 +292,7 @@ def _gallery(evaluation, detector, chosen):
 
 
 def _overlay(evaluation, image, anomaly_map):
-    """An image, and beside it what lies above the threshold painted over it."""
+    """Return an image, and beside it what lies above the threshold painted over it."""
     image = _thumbnail(image)
     painted = plots.overlay(image, anomaly_map, evaluation.threshold, evaluation.lowest_score)
     kind = "pair small" if max(image.shape[:2]) <= 64 else "pair"
@@ -325,7 +325,7 @@ def _picture(image, attention):
 
 
 def _data_uri(pixels):
-    """Pixels `(H, W, 3 or 4)` in 0-255 as the address of a PNG that holds them."""
+    """Return pixels `(H, W, 3 or 4)` in 0-255 as the address of a PNG that holds them."""
     png = tf.io.encode_png(np.asarray(pixels).astype(np.uint8)).numpy()
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 

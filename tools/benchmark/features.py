@@ -9,7 +9,7 @@ BATCH = 16
 
 
 def run(settings):
-    """Two records."""
+    """Yield two records."""
     torch = pytorch.imported(settings.threads)
     shape = models.scoring_shape(settings)
     images = models.random_images(BATCH, shape[0]).astype("float32") / 255

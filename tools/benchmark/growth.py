@@ -24,7 +24,7 @@ QUICK_STEPS = {"prototypes": (16_384,), "batch": (64,)}
 
 
 def run(settings):
-    """A record for each size of step."""
+    """Yield a record for each size of step."""
     from tools.benchmark import models
 
     network = (96, 3, 3) if settings.quick else (192, 6, 3)
@@ -42,14 +42,14 @@ def run(settings):
 
 
 def measured_apart(setting):
-    """What `measure` finds of a setting, in a process of its own."""
+    """Return what `measure` finds of a setting, in a process of its own."""
     command = [sys.executable, "-m", "tools.benchmark.growth", json.dumps(setting)]
     result = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return json.loads(result.stdout.splitlines()[-1])
 
 
 def measure(setting):
-    """Seconds of the steps of one size, and the peak of the memory."""
+    """Return the seconds of the steps of one size, and the peak of the memory."""
     from tools.benchmark import models
 
     harness.pin_threads(setting["threads"])

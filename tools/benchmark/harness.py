@@ -37,14 +37,14 @@ class Settings:
 
 
 def seconds(function):
-    """Seconds that a call takes."""
+    """Return the seconds that a call takes."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def take_turns(ours, theirs, rounds, warm_up=True):
-    """Seconds of each side in each round, after one round that is not counted."""
+    """Return the seconds of each side in each round, after one round that is not counted."""
     if warm_up:
         ours(), theirs()
     pairs = []
@@ -56,7 +56,7 @@ def take_turns(ours, theirs, rounds, warm_up=True):
 
 
 def rates(name, partner, times, amount, their_amount=None, unit="images/s"):
-    """A record of rates, where more is better.
+    """Return a record of rates, where more is better.
 
     Args:
         name: Of what was measured.
@@ -85,13 +85,16 @@ def rates(name, partner, times, amount, their_amount=None, unit="images/s"):
 
 
 def durations(name, partner, times):
-    """A record of seconds, where less is better; arguments are those of `rates`."""
+    """Return a record of seconds, where less is better; arguments are those of `rates`."""
     found = rates(name, partner, times, 1, unit="s")
     return {**found, "ours": 1 / found["ours"], "theirs": 1 / found["theirs"]}
 
 
 def fastest(candidates):
-    """Name and function of the candidate that is fastest in two of three calls; the rest go."""
+    """Return the name and function of the candidate that is fastest in two of three calls.
+
+    The rest go.
+    """
     times = {}
     for name, function in candidates.items():
         try:
@@ -103,7 +106,7 @@ def fastest(candidates):
 
 
 def machine(threads):
-    """The processor, the threads used and the versions."""
+    """Return the processor, the threads used and the versions."""
     import keras
     import tensorflow as tf
 
@@ -132,7 +135,7 @@ def pin_threads(threads):
 
 
 def records_of(name, settings):
-    """Records of a benchmark, each with the machine; fewer, and a word, without a partner."""
+    """Yield records of a benchmark, each with the machine; fewer, and a word, without a partner."""
     try:
         for record in importlib.import_module(f"tools.benchmark.{name}").run(settings):
             print(
@@ -146,7 +149,7 @@ def records_of(name, settings):
 
 
 def parse(argv):
-    """Names of the benchmarks, the file to write, and the `Settings` of a command line."""
+    """Return names of the benchmarks, the file to write, and the `Settings` of a command line."""
     parser = argparse.ArgumentParser(prog="benchmark", description=__doc__)
     parser.add_argument(
         "--benchmarks", default="all", help=f"all, or with commas between: {', '.join(BENCHMARKS)}"

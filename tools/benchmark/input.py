@@ -18,7 +18,7 @@ BATCH, STEPS = 64, 3
 
 
 def run(settings):
-    """A record for each kind of file."""
+    """Yield a record for each kind of file."""
     model = models.training_model((32, 4, 96, 3, 3))
     step = tf.function(model.train_step, autograph=False)
 

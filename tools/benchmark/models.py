@@ -11,7 +11,7 @@ from sddns_tf.features import FeatureExtractor, extract_features
 
 
 def random_images(count, size, seed=0):
-    """Images of noise, uint8 `(count, size, size, 3)`."""
+    """Return images of noise, uint8 `(count, size, size, 3)`."""
     return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
@@ -21,7 +21,7 @@ def training_shape(settings):
 
 
 def scoring_shape(settings):
-    """The same of ViT-S/16 at 256 px, or of a small one."""
+    """Return the same of ViT-S/16 at 256 px, or of a small one."""
     return (64, 16, 192, 6, 3) if settings.quick else (256, 16, 384, 12, 6)
 
 
@@ -50,7 +50,7 @@ class ReadyViews(sddns_tf.MultiCrop):
         self._made = views(images, [0, 1])
 
     def __call__(self, images, seed):
-        """The same views each time."""
+        """Return the same views each time."""
         del images, seed
         return self._made
 
@@ -63,7 +63,7 @@ class ReadyNegatives(sddns_tf.Negatives):
         self._made = negatives(views, images, images, [0, 2])
 
     def __call__(self, views, images, auxiliary, seed):
-        """The same negatives each time."""
+        """Return the same negatives each time."""
         del views, images, auxiliary, seed
         return self._made
 
@@ -98,7 +98,7 @@ def training_model(shape, prototypes=4096, local_views=2, ready_made_for=None):
 
 
 def train_step(shape, batch, *, policy="float32", jit_compile=False, ready_made=False, **options):
-    """A function that does one step on one batch of images and returns the loss.
+    """Return a function that does one step on one batch of images and returns the loss.
 
     Args:
         shape: As for `training_model`.

@@ -9,7 +9,7 @@ from tools.benchmark import harness, models
 
 
 def run(settings):
-    """Two records."""
+    """Yield two records."""
     shape = models.scoring_shape(settings)
     detector = models.detector(shape)
     images = models.random_images(32, shape[0])

@@ -4,7 +4,7 @@ from tools.benchmark import harness, models
 
 
 def run(settings):
-    """One record."""
+    """Yield one record."""
     shape = models.scoring_shape(settings)
     detector = models.detector(shape)
     images = models.random_images(32, shape[0])

@@ -10,7 +10,7 @@ from tools.benchmark.partners import pytorch
 
 
 def run(settings):
-    """Two records."""
+    """Yield two records."""
 
     def fresh(program):
         command = [sys.executable, "-c", program]

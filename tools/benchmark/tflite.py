@@ -14,7 +14,7 @@ IMAGES = 10
 
 
 def run(settings):
-    """Two records."""
+    """Yield two records."""
     try:
         from ai_edge_litert.interpreter import Interpreter
     except ImportError as error:

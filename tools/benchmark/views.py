@@ -14,7 +14,7 @@ PILLOW_PAIRS, REPEATS = 8, 4
 
 
 def run(settings):
-    """One record."""
+    """Yield one record."""
     theirs = pillow.all_views()
     crops = sddns_tf.MultiCrop(32, local_views=8)
     negatives = sddns_tf.Negatives("rot90", source="both")

@@ -21,12 +21,12 @@ from sddns_tf.features import extract_features
 
 
 def several(number):
-    """The type of an argument that takes numbers with commas between."""
+    """Return the type of an argument that takes numbers with commas between."""
     return lambda text: [number(part) for part in text.split(",")]
 
 
 def parse(argv):
-    """Settings of a command line."""
+    """Return settings of a command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -55,7 +55,7 @@ def rotated(batch):
 
 
 def make_rotation_model(settings, steps):
-    """The backbone and a layer that names the quarter turns, compiled."""
+    """Return the backbone and a layer that names the quarter turns, compiled."""
     model = keras.Sequential([cifar10.backbone(settings), keras.layers.Dense(4)])
     model.compile(
         cifar10.optimizer(settings, steps),

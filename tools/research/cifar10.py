@@ -35,7 +35,7 @@ class Normal(NamedTuple):
 
 
 def parser(description):
-    """The arguments that all runs take."""
+    """Return the arguments that all runs take."""
     found = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -62,7 +62,7 @@ def parser(description):
 
 
 def read(settings, name, split, exclude=()):
-    """Images of a TFDS set at CIFAR's size."""
+    """Return images of a TFDS set at CIFAR's size."""
     return data.load_arrays(
         f"tfds:{name}",
         split=split,
@@ -79,12 +79,12 @@ def read_held_out(settings):
 
 
 def read_normal(settings):
-    """All training images, and the held-out ones."""
+    """Return all training images, and the held-out ones."""
     return Normal(read(settings, settings.in_distribution, "train"), *read_held_out(settings))
 
 
 def read_ood(settings):
-    """Images of each OOD set by name."""
+    """Return images of each OOD set by name."""
     names = settings.ood.split(",")
     ood = {name: read(settings, name, "test")[: settings.ood_images] for name in names}
     excluded = excluded_classes(settings)
@@ -94,7 +94,7 @@ def read_ood(settings):
 
 
 def excluded_classes(settings):
-    """Names of the classes that the auxiliary set is to be without."""
+    """Return names of the classes that the auxiliary set is to be without."""
     name = settings.auxiliary_exclude
     return sources.read_class_names(name) if name else []
 
@@ -113,7 +113,7 @@ def training_batches(settings, images, auxiliary=None):
 
 
 def backbone(settings):
-    """The network of a run, with new weights."""
+    """Return the network of a run, with new weights."""
     width = settings.width
     if settings.network == "convnet":
         return sddns_tf.ConvNet((width, 2 * width, 4 * width))
@@ -205,7 +205,7 @@ def seconds_per_step(model, batches):
 
 
 def detector_of(settings, network, normal):
-    """A detector on `network`, as all runs have it."""
+    """Return a detector on `network`, as all runs have it."""
     return sddns_tf.Detector.from_images(
         network,
         bank_images=normal.training[: settings.bank_images],
@@ -250,5 +250,5 @@ def record_run(settings, name, measure):
 
 
 def flags_of(settings):
-    """What defines a run, for its record."""
+    """Return what defines a run, for its record."""
     return {name: value for name, value in vars(settings).items() if name not in PATHS}

@@ -26,7 +26,7 @@ VARIANTS = ("float32", "float16", "dynamic", "int8")
 
 
 def parse(argv):
-    """Settings of a command line."""
+    """Return settings of a command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -56,7 +56,7 @@ def tflite_answers(path, images):
 
 
 def row(name, path, predict, test, ood):
-    """A line of the table: name, MB, AUROC of each set, share of normal images flagged."""
+    """Return a line of the table: name, MB, AUROC of each set, share of normal images flagged."""
     normal = predict(test)
     cells = [f"{pathlib.Path(path).stat().st_size / 1e6:.2f}"]
     for images in ood.values():
@@ -66,7 +66,7 @@ def row(name, path, predict, test, ood):
 
 
 def rows(settings, detector, calibration, test, ood, folder):
-    """Lines of the table; the files are written to `folder`."""
+    """Yield lines of the table; the files are written to `folder`."""
     name = f"the detector, bank of {detector.bank.shape[0]:,}"
     yield row(name, settings.detector, lambda x: detector.predict(x, verbose=0), test, ood)
     for variant in VARIANTS:

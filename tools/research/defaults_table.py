@@ -38,7 +38,7 @@ UNIFORM = 0.995
 
 
 def parser():
-    """The arguments."""
+    """Return the arguments."""
     found = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -55,7 +55,7 @@ def parser():
 
 
 def plain(image_size):
-    """Three 3x3 convolutions with group normalization."""
+    """Return three 3x3 convolutions with group normalization."""
     del image_size
     import keras
 
@@ -67,7 +67,7 @@ def plain(image_size):
 
 
 def depthwise(image_size):
-    """The network of `examples/quickstart.py`."""
+    """Return the network of `examples/quickstart.py`."""
     del image_size
     sys.path.append(str(pathlib.Path(__file__).parents[2] / "examples"))
     import quickstart
@@ -76,7 +76,7 @@ def depthwise(image_size):
 
 
 def resnet(image_size):
-    """Three residual blocks with batch normalization."""
+    """Return three residual blocks with batch normalization."""
     del image_size
     import keras
 
@@ -200,7 +200,7 @@ def read_cells(size):
 
 
 def make_model(data, backbone, negatives, settings, seed):
-    """A compiled `SelfDistillation` with nothing set but what the run's name says."""
+    """Return a compiled `SelfDistillation` with nothing set but what the run's name says."""
     import keras
 
     import sddns_tf

@@ -35,7 +35,7 @@ def photographs():
 
 
 def shifted(images, seed):
-    """Images and titles: the photographs, then each shift of them."""
+    """Return images and titles: the photographs, then each shift of them."""
     rows, titles = [], []
     for index, name in enumerate(shifts.NAMES):
         shift = shifts.get(name)
@@ -45,7 +45,7 @@ def shifted(images, seed):
 
 
 def views(image, seed):
-    """Images and titles: a photograph and the views that training sees of it."""
+    """Return images and titles: a photograph and the views that training sees of it."""
     crops = MultiCrop(SIDE, local_views=4)
     batch = tf.constant(image[np.newaxis])
     drawn = [crops(batch, seed=[seed, step]) for step in range(2)]

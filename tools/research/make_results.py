@@ -20,7 +20,7 @@ from tools.research.reproduce_cifar10 import STRATEGIES
 
 
 def read_runs(folder):
-    """Records by strategy, each a list over its seeds."""
+    """Return records by strategy, each a list over its seeds."""
     runs = {}
     for path in sorted(pathlib.Path(folder).glob("*.json")):
         record = json.loads(path.read_text())
@@ -42,7 +42,7 @@ def with_interval(values):
 
 
 def mean_of(record, metric):
-    """Mean of a metric over the OOD sets of one run."""
+    """Return the mean of a metric over the OOD sets of one run."""
     return sum(row[metric] for row in record["ood"].values()) / len(record["ood"])
 
 

@@ -25,7 +25,7 @@ STRATEGIES = (
 
 
 def parse(argv):
-    """Settings of a command line."""
+    """Return settings of a command line."""
     parser = cifar10.parser(__doc__)
     add = parser.add_argument
     add("--strategy", default="auxiliary:rot90", choices=STRATEGIES, help="source and shift")
@@ -44,7 +44,7 @@ def parse(argv):
 
 
 def make_model(settings, steps):
-    """The compiled model."""
+    """Return the compiled model."""
     weight = settings.negative_weight
     if settings.negative_ramp:
         ramp, start = int(settings.negative_ramp * steps), int(0.05 * steps)
@@ -71,7 +71,7 @@ def make_model(settings, steps):
 
 
 def auroc_by_network(settings, model, normal, ood):
-    """AUROC of each OOD set when the score looks at another part of the model."""
+    """Return AUROC of each OOD set when the score looks at another part of the model."""
     networks = {
         "student backbone": model.student_backbone,
         "teacher head": keras.Sequential([model.teacher_backbone, model.teacher_head]),

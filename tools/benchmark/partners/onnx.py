@@ -5,7 +5,7 @@ from tools.benchmark.partners import pytorch
 
 
 def sessions(torch, shape, image, folder, threads):
-    """Name and function of each variant; the function scores one image.
+    """Return the name and function of each variant; the function scores one image.
 
     Args:
         torch: The module, from `pytorch.imported`.

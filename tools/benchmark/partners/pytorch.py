@@ -11,7 +11,7 @@ MODES = {
 
 
 def imported(threads):
-    """The module `torch`, with so many threads."""
+    """Return the module `torch`, with so many threads."""
     try:
         import torch
     except ImportError as error:
@@ -21,7 +21,7 @@ def imported(threads):
 
 
 def vit(torch, size, patch, dim, depth, heads):
-    """The same vision transformer, with PyTorch's own fused attention."""
+    """Return the same vision transformer, with PyTorch's own fused attention."""
     functional = torch.nn.functional
 
     class Block(torch.nn.Module):
@@ -61,7 +61,7 @@ def vit(torch, size, patch, dim, depth, heads):
 
 
 def features(torch, shape, images, bfloat16=False, compiled=False):
-    """A function that gives the features of normalized images `(B, H, W, 3)`."""
+    """Return a function that gives the features of normalized images `(B, H, W, 3)`."""
     network = vit(torch, *shape).eval()
     function = torch.compile(network) if compiled else network
     tensor = torch.tensor(images).permute(0, 3, 1, 2)
@@ -74,7 +74,7 @@ def features(torch, shape, images, bfloat16=False, compiled=False):
 
 
 def train_step(torch, shape, batch, bfloat16=False, compiled=False):
-    """A function that does one step in PyTorch, of the same arithmetic as ours."""
+    """Return a function that does one step in PyTorch, of the same arithmetic as ours."""
     functional = torch.nn.functional
     dim = shape[2]
 
