@@ -19,7 +19,7 @@ from sddns_tf.local import counted_places
 from sddns_tf.validation import check_images, warn_if_nearly_black
 
 # Rows of the bank that all places of a batch are compared with at once.
-_BLOCK_OF_PLACES = 1024
+_BLOCK_OF_PLACES = 256
 
 _TRAINED = pathlib.Path(__file__).parent / "trained"
 PRETRAINED = ("cifar10-small",)
