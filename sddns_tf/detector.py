@@ -27,7 +27,7 @@ from sddns_tf.types import Array
 from sddns_tf.validation import check_int, check_number
 
 # Rows of the bank that all places of a batch are compared with at once.
-_BLOCK_OF_PLACES = 1024
+_BLOCK_OF_PLACES = 256
 
 _TRAINED = pathlib.Path(__file__).parent / "trained"
 PRETRAINED = ("cifar10-small",)
