@@ -1,4 +1,7 @@
-"""How well scores tell normal images from the rest, features tell classes, and how sure that is."""
+"""How well scores tell normal images from the rest, features tell classes, and how sure that is.
+
+Longer than other modules: a dozen independent functions, more than half of it what they mean.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""`SelfDistillation`: student, EMA teacher and center, trained on images without labels."""
+"""`SelfDistillation`: student, EMA teacher and center, trained on images without labels.
+
+Longer than other modules, as it holds one class: its arguments, its doors, and the training step,
+which reads like the algorithm and belongs beside what it calls.
+"""
 
 from __future__ import annotations
 
