@@ -6,6 +6,7 @@ Calls of our own names are bound to the signatures of today, so that a renamed a
 import ast
 import importlib
 import inspect
+import types
 
 import keras
 import numpy as np
@@ -186,11 +187,32 @@ def toy(trained, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def local_names():
+    """What docs/local.md takes for granted: a trained model, images, a local detector's answers."""
+    images = tiles("grass", 80, 32)
+    backbone = sddns_tf.VisionTransformer(32, patch_size=8, hidden_dim=16, depth=2, num_heads=2)
+    backbone(np.zeros((1, 32, 32, 3), "float32"))
+    detector = sddns_tf.Detector.from_images(
+        backbone, images[:40], images[40:], 0.05, layers="auto", bank_size=50, verbose=0
+    )
+    return {
+        "sddns_tf": sddns_tf,
+        "model": types.SimpleNamespace(teacher_backbone=backbone),
+        "train_images": images[:40],
+        "held_out_images": images[40:],
+        "images": images,
+        "detector": detector,
+        "out": detector.predict(images, verbose=0),
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("code", PAGES, ids=lambda code: code.place)
-def test_code_of_a_page_runs(code, toy, monkeypatch):
+def test_code_of_a_page_runs(code, toy, local_names, monkeypatch):
     monkeypatch.chdir(toy)
     source = code.source
     for long, short in SMALLER:
         source = source.replace(long, short)
-    exec(compile(source, code.place, "exec"), {"__name__": "page"})
+    names = local_names if code.place.startswith("local.md") else {}
+    exec(compile(source, code.place, "exec"), {**names, "__name__": "page"})
