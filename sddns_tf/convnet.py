@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import keras
 from keras import layers
-from typing_extensions import Self
 
 from sddns_tf.validation import check_int
 

@@ -10,12 +10,11 @@ import math
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import keras
 import numpy as np
 import tensorflow as tf
-from typing_extensions import Self
 
 from sddns_tf import building, files, image_ops
 from sddns_tf.bank import compress, coreset, ood_score

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import keras
 import numpy as np
 import tensorflow as tf
-from typing_extensions import Self
 
 from sddns_tf import image_ops, local
 from sddns_tf.image_sources import image_source

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import keras
 import tensorflow as tf
-from typing_extensions import Self
 
 from sddns_tf import image_ops, shifts
 from sddns_tf.types import Array

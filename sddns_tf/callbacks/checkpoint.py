@@ -8,11 +8,10 @@ import shutil
 import signal
 import sys
 import threading
-from typing import Any
+from typing import Any, Self
 
 import keras
 from absl import logging
-from typing_extensions import Self
 
 from sddns_tf.callbacks import training_state
 from sddns_tf.types import Array

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import keras
 import numpy as np
 from absl import logging
-from typing_extensions import Self
 
 from sddns_tf.callbacks import training_state
 from sddns_tf.types import Array

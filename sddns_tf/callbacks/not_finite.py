@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import keras
 import numpy as np
 import tensorflow as tf
 from absl import logging
-from typing_extensions import Self
 
 from sddns_tf.callbacks import training_state
 from sddns_tf.types import Array

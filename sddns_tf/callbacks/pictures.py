@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import keras
 import numpy as np
 import tensorflow as tf
-from typing_extensions import Self
 
 from sddns_tf import bank, plots, shifts
 from sddns_tf.callbacks import training_state

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import keras
 import tensorflow as tf
-from typing_extensions import Self
 
 from sddns_tf import bank, metrics, shifts
 from sddns_tf.features import FeatureExtractor, extract_features

@@ -6,13 +6,12 @@ import os
 import pathlib
 import zipfile
 import zlib
-from typing import Any
+from typing import Any, Self
 
 import keras
 import numpy as np
 import tensorflow as tf
 from absl import logging
-from typing_extensions import Self
 
 from sddns_tf import files
 from sddns_tf.keras_private import inner, learning_rate_of

@@ -196,7 +196,7 @@ def _description(detector):
     """Return what a detector is, for people and programs that find its export."""
     packages = ("keras", "numpy", "tensorflow")
     return {
-        "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "packages": {
             "python": platform.python_version(),
             "sddns_tf": __version__,
