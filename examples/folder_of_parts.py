@@ -23,6 +23,10 @@ the damage: pixel AUROC, AUPRO up to 30 % false positives, and the share of a da
 flagged.
 """
 
+from sddns_tf.cli import quiet
+
+quiet.import_tensorflow()  # without its own messages
+
 import csv
 import pathlib
 

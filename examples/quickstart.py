@@ -11,6 +11,10 @@ neighbor on pixels, the untrained network, self-distillation without negatives f
 and writes pictures, the trained model and the detector to `--output_dir`.
 """
 
+from sddns_tf.cli import quiet
+
+quiet.import_tensorflow()  # without its own messages
+
 import pathlib
 import time
 
