@@ -53,11 +53,12 @@ __all__ = sorted({"__version__", *_MODULES, *_NAMES} - set(_MOVED))
 
 
 def __getattr__(name):
-    if name in _MODULES:
-        return importlib.import_module(f"sddns_tf.{name}")
-    if name not in _NAMES:
+    if name not in _MODULES and name not in _NAMES:
         raise AttributeError(f"module 'sddns_tf' has no attribute {name!r}")
-    module = importlib.import_module(f"sddns_tf.{_NAMES[name]}")
+    module = importlib.import_module(f"sddns_tf.{_NAMES.get(name, name)}")
+    _registration.complete()
+    if name in _MODULES:
+        return module
     return module if name in _MOVED else getattr(module, name)
 
 

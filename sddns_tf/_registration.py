@@ -31,12 +31,16 @@ def when_keras_is_imported(modules):
 
 def register():
     """Import all modules that define what `.keras` files hold."""
+    _check_backend()
+    for name in _REGISTERED:
+        importlib.import_module(f"sddns_tf.{name}")
+
+
+def _check_backend():
     import keras
 
     if keras.backend.backend() != "tensorflow":
         raise ImportError(_wrong_backend(keras.backend.backend()))
-    for name in _REGISTERED:
-        importlib.import_module(f"sddns_tf.{name}")
 
 
 def _wrong_backend(name):
@@ -83,4 +87,39 @@ class _Loader(importlib.abc.Loader):
             if backend == "tensorflow":
                 raise
             raise ImportError(_wrong_backend(backend)) from error
+        register_or_wait()
+
+
+class _WhenAllIsImported(importlib.abc.MetaPathFinder):
+    """Registers at the next import of another package, once no module of ours is half imported."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        del path, target
+        if not fullname.startswith("sddns_tf"):
+            complete()
+        return None
+
+
+_waiting = _WhenAllIsImported()
+
+
+def register_or_wait():
+    """Register now or, where Keras is imported by a module of ours, once that is imported."""
+    _check_backend()
+    if _is_importing():
+        sys.meta_path.insert(0, _waiting)
+    else:
         register()
+
+
+def complete():
+    """Register if that waited for a module of ours that is imported by now."""
+    if _waiting in sys.meta_path and not _is_importing():
+        sys.meta_path.remove(_waiting)
+        register()
+
+
+def _is_importing():
+    ours = [module for name, module in list(sys.modules.items()) if name.startswith("sddns_tf.")]
+    specs = [getattr(module, "__spec__", None) for module in ours]
+    return any(getattr(spec, "_initializing", False) for spec in specs)

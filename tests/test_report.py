@@ -22,6 +22,7 @@ class FakeDetector:
 
     threshold = 100.0
     false_positive_rate = 0.1
+    is_local = False
 
     def __init__(self, attends):
         self.extractor = types.SimpleNamespace(
