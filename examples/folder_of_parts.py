@@ -17,7 +17,7 @@ Where something does not count, such as a serial number, `--ignore=mask.png` lea
 
 without folders makes some to try it on, under `--output_dir`: pieces of a brick wall, and to check
 fresh pieces of which half have a scratch or a stain (the wall is a photograph of scikit-image,
-`pip install -e ".[examples]"`; the damage is drawn). That takes about three minutes on two CPU
+`pip install -e ".[examples]"`; the damage is drawn). That takes about five minutes on two busy CPU
 cores; of 100 damaged and 100 sound pieces it says how many it flagged, and how well the maps show
 the damage: pixel AUROC, AUPRO up to 30 % false positives, and the share of a damaged region that is
 flagged.

@@ -1,17 +1,20 @@
 """Which operations of a `.tflite` file an accelerator would hand back to the CPU.
 
 People learn this on the phone otherwise: a delegate takes what it knows, and each change between it
-and the CPU costs time. These are lists of what their makers documented, by name alone. What holds
-besides is in `NEEDS`. Whether a part is taken in the end depends on versions, shapes and drivers.
+and the CPU costs time. The lists go by name alone; what holds besides is in `NEEDS`. Whether a part
+is taken in the end depends on versions, shapes and drivers. GPU and Core ML follow their makers'
+pages. Edge TPU and NNAPI were written from memory and not compared with the pages named beside
+them: take them as a hint, and try the file on the device.
 """
 
-# https://ai.google.dev/edge/litert/performance/gpu, "GPU ML operations support".
+# https://ai.google.dev/edge/litert/performance/gpu, "GPU ML operations support"; that page does not
+# name DEQUANTIZE and QUANTIZE, which are added here.
 _GPU = """
 ADD AVERAGE_POOL_2D CONCATENATION CONV_2D DEPTHWISE_CONV_2D EXP FULLY_CONNECTED LOGICAL_AND LOGISTIC
 LSTM MAX_POOL_2D MAXIMUM MINIMUM MUL PAD PRELU RELU RELU6 RESHAPE RESIZE_BILINEAR SOFTMAX
 STRIDED_SLICE SUB TRANSPOSE_CONV DEQUANTIZE QUANTIZE
 """
-# https://coral.ai/docs/edgetpu/models-intro/#supported-operations
+# Not compared with https://coral.ai/docs/edgetpu/models-intro/#supported-operations yet.
 _EDGE_TPU = """
 ADD AVERAGE_POOL_2D CONCATENATION CONV_2D DEPTHWISE_CONV_2D EXPAND_DIMS FULLY_CONNECTED
 L2_NORMALIZATION LOGISTIC LSTM MAXIMUM MAX_POOL_2D MEAN MINIMUM MUL PACK PAD PRELU QUANTIZE
@@ -24,7 +27,8 @@ _CORE_ML = """
 ADD AVERAGE_POOL_2D CONCATENATION CONV_2D DEPTHWISE_CONV_2D FULLY_CONNECTED HARD_SWISH LOGISTIC
 MAX_POOL_2D MUL RELU RELU_N1_TO_1 RELU6 RESHAPE RESIZE_BILINEAR SOFTMAX TANH TRANSPOSE_CONV
 """
-# https://developer.android.com/ndk/reference/group/neural-networks, operations of API level 30.
+# Operations of API level 30, not compared with their list yet:
+# https://developer.android.com/ndk/reference/group/neural-networks
 _NNAPI = """
 ABS ADD ARG_MAX ARG_MIN AVERAGE_POOL_2D BATCH_TO_SPACE_ND CAST CONCATENATION CONV_2D DEPTH_TO_SPACE
 DEPTHWISE_CONV_2D DEQUANTIZE DIV ELU EMBEDDING_LOOKUP EQUAL EXP EXPAND_DIMS FILL FLOOR
