@@ -51,11 +51,11 @@ def files(detector, images, tmp_path_factory):
     }
 
 
-def close(detector, maps, expected, cosine, share=1.0):
-    """Whether maps agree to the tolerance that exports state, in this share of the places."""
+def close(detector, maps, expected, cosine, times=1.0):
+    """Whether maps agree to so many times the tolerance that exports state."""
     distance = 1.0 + detector.temperature * (expected - detector.lowest_score)
-    agree = np.abs(maps - expected) <= verify.score_tolerance(detector, cosine) * distance
-    return agree.mean() >= share
+    allowed = times * verify.score_tolerance(detector, cosine) * distance
+    return (np.abs(maps - expected) <= allowed).all()
 
 
 def test_a_saved_model_gives_the_map_wherever_it_gives_a_score(detector, images, tmp_path):
@@ -91,9 +91,12 @@ def test_every_variant_gives_the_map(detector, images, files, quantization):
     answers = {name: np.concatenate([a[name] for a in answers]) for name in answers[0]}
     expected = detector.predict(images, verbose=0)
     cosine = verify.COSINE_TOLERANCE[quantization]
-    # Activations in 8 bits may put single places of images that were not compared further off.
-    share = 0.9 if quantization in ("dynamic", "int8") else 1.0
-    assert close(detector, answers["anomaly_map"], expected["anomaly_map"], cosine, share)
+    normal, other = slice(0, 6), slice(6, None)
+    found, known = answers["anomaly_map"], expected["anomaly_map"]
+    assert close(detector, found[normal], known[normal], cosine)
+    # Activations in 8 bits put places twenty times as far out as the threshold further off.
+    in_8_bits = quantization in ("dynamic", "int8")
+    assert close(detector, found[other], known[other], cosine, 2.0 if in_8_bits else 1.0)
     about = metadata.description(path.read_bytes())
     above = (answers["anomaly_map"] > np.float32(about["threshold"])).any(axis=(1, 2))
     np.testing.assert_array_equal(answers["is_ood"], above)

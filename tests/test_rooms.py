@@ -84,6 +84,22 @@ for name in ("Detector", "FeatureExtractor", "SelfDistillation", "MultiCrop", "O
     assert result.returncode == 0, result.stderr[-2000:]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from sddns_tf import evaluation, report",
+        "from sddns_tf.features import FeatureExtractor",
+        "from sddns_tf.detector import Detector",
+        "import sddns_tf.bank",
+    ],
+)
+def test_a_module_of_ours_may_be_what_imports_keras_first(first):
+    path = PACKAGE / "trained" / "cifar10-small.keras"
+    result = run(f"{first}\nimport keras\nprint(keras.saving.load_model({str(path)!r}).name)")
+    assert result.returncode == 0 and result.stdout.strip(), result.stderr[-2000:]
+
+
 def test_only_public_names_are_shown():
     assert set(dir(sddns_tf)) == set(sddns_tf.__all__)
     for name in sddns_tf.__all__:
