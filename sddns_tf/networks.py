@@ -23,8 +23,9 @@ _SCOPE = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_.\\/>-]*")
 def copy_of(network: keras.Layer, input_shape: tuple, trainable: bool = True) -> keras.Layer:
     """Return a network of the same layers and values, with variables of its own.
 
-    Of a subclass of functional models, such as `ConvNet`, it is a plain functional model. What a layer holds besides its weights, such as the mean of an adapted `Normalization`, is
-    brought along. Both are then run on one input and must agree.
+    Of a subclass of functional models, such as `ConvNet`, it is a plain functional model. What a
+    layer holds besides its weights, such as the mean of an adapted `Normalization`, is brought
+    along. Both are then run on one input and must agree.
 
     Args:
         network: Built Keras model or layer.
