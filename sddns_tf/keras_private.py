@@ -1,5 +1,10 @@
 """The names inside Keras that the package uses although they are not public: all in one place."""
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
 import keras
 import tensorflow as tf
 
@@ -27,3 +32,48 @@ def learning_rate_of(
 ) -> keras.Variable | keras.optimizers.schedules.LearningRateSchedule:
     """Return the learning rate of an optimizer as it was given: a variable or a schedule."""
     return inner(optimizer)._learning_rate
+
+
+@contextlib.contextmanager
+def fused_adam(optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
+    """Let Adam move a variable by one operation meanwhile, where Keras makes forty.
+
+    TensorFlow has a kernel of the very formula. It works on Keras' own moments, and everything
+    around the update (schedules, decay, accumulation, loss scaling, files) stays Keras'. An
+    optimizer whose formula is another, AMSGrad too, is left alone.
+
+    Args:
+        optimizer: Built optimizer, or one that scales the loss around it.
+    """
+    adam = inner(optimizer)
+    if type(adam).update_step is not keras.optimizers.Adam.update_step or adam.amsgrad:
+        yield
+        return
+    step = tf.cast(adam.iterations, tf.float32) + 1.0
+    beta_1, beta_2 = tf.constant(adam.beta_1, tf.float32), tf.constant(adam.beta_2, tf.float32)
+    scalars = {
+        "beta1_power": tf.pow(beta_1, step),
+        "beta2_power": tf.pow(beta_2, step),
+        "lr": tf.cast(adam.learning_rate, tf.float32),
+        "beta1": beta_1,
+        "beta2": beta_2,
+        "epsilon": tf.constant(adam.epsilon, tf.float32),
+    }
+
+    def update_step(gradient, variable, learning_rate):
+        del learning_rate  # As above, read once for all.
+        index = adam._get_variable_index(variable)
+        tf.raw_ops.ResourceApplyAdam(
+            var=variable.handle,
+            m=adam._momentums[index].handle,
+            v=adam._velocities[index].handle,
+            grad=tf.cast(gradient, variable.dtype),
+            **{name: tf.cast(value, variable.dtype) for name, value in scalars.items()},
+        )
+
+    vars(adam)["update_step"] = update_step
+    try:
+        yield
+    finally:
+        # Replicas share the optimizer: another one may have been here first.
+        vars(adam).pop("update_step", None)

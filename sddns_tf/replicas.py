@@ -39,6 +39,8 @@ class Part(NamedTuple):
             Tensors of the same structure, the same on all replicas.
         """
         context = tf.distribute.get_replica_context()
+        if context.num_replicas_in_sync == 1:
+            return values
         # A tensor of no device, such as the gradient of nothing, cannot be sent to other machines.
         values = tf.nest.map_structure(tf.identity, values)
         if not isinstance(self.weight, float):

@@ -9,7 +9,7 @@ from typing import Any, Self
 import keras
 import tensorflow as tf
 
-from sddns_tf import image_ops, shifts
+from sddns_tf import image_ops, shifts, tracing
 from sddns_tf.types import Array
 from sddns_tf.validation import check_choice, check_int, check_number, check_numbers
 
@@ -164,9 +164,14 @@ class MultiCrop:
     def _local_views(self, images, seed):
         if not self.local_views:
             return []
-        draws = _Draws([self.local_views, tf.shape(images)[0]], seed)
-        blur, solarize = self.blur[2], self.solarize[2]
-        return [self._views(images, draws, self.local_size, self.local_area, blur, solarize)]
+
+        def of(images, seed):
+            draws = _Draws([self.local_views, tf.shape(images)[0]], seed)
+            blur, solarize = self.blur[2], self.solarize[2]
+            return self._views(images, draws, self.local_size, self.local_area, blur, solarize)
+
+        # Positive and negative local views differ in their images and seed alone.
+        return [tracing.run_once((id(self), "local views"), of, tf.cast(images, tf.float32), seed)]
 
     def _views(self, images, draws, size, area, blur, solarize):
         planes = self._crop(images, draws, size, area)
@@ -201,7 +206,7 @@ class MultiCrop:
         def factor(change):
             return tf.where(jittered, draws.uniform(max(0.0, 1.0 - change), 1.0 + change), 1.0)
 
-        hue_rank, contrast_rank, saturation_rank = (draws.uniform() for _ in range(3))
+        hue_rank, contrast_rank, saturation_rank = (draws.unit() for _ in range(3))
         planes = image_ops.jitter_color(
             planes,
             brightness=factor(self.brightness),
@@ -346,16 +351,21 @@ class _Draws:
     def __init__(self, shape, seed):
         self._numbers = iter(tf.unstack(shifts.uniform([_DRAWS, *shape], seed)))
 
-    def uniform(self, low=0.0, high=1.0):
-        return low + (high - low) * next(self._numbers)
+    def unit(self):
+        """Numbers in 0-1."""
+        return next(self._numbers)
+
+    def uniform(self, low, high):
+        return low + (high - low) * self.unit()
 
     def attempts(self, low, high):
         """As many numbers as a crop has attempts: `(V, B, _CROP_ATTEMPTS)`."""
-        return tf.stack([self.uniform(low, high) for _ in range(_CROP_ATTEMPTS)], axis=-1)
+        units = tf.stack([self.unit() for _ in range(_CROP_ATTEMPTS)], axis=-1)
+        return low + (high - low) * units
 
     def happens(self, probability):
         """Bool `(V, B)`, true with the given probability, which may itself be `(V, B)`."""
-        return self.uniform() < probability
+        return self.unit() < probability
 
 
 def _crop_boxes(draws, height, width, area, aspect_ratio):
@@ -378,6 +388,6 @@ def _crop_boxes(draws, height, width, area, aspect_ratio):
     largest_width = float(min(width, max(1, round(height * widest))))
     crop_height = tf.where(found, tf.reduce_sum(first * heights, axis=-1), largest_height)
     crop_width = tf.where(found, tf.reduce_sum(first * widths, axis=-1), largest_width)
-    top = tf.floor(draws.uniform() * (height - crop_height + 1.0))
-    left = tf.floor(draws.uniform() * (width - crop_width + 1.0))
+    top = tf.floor(draws.unit() * (height - crop_height + 1.0))
+    left = tf.floor(draws.unit() * (width - crop_width + 1.0))
     return top, left, crop_height, crop_width

@@ -13,6 +13,8 @@ import numpy as np
 import tensorflow as tf
 from keras import layers, ops
 
+from sddns_tf.keras_private import layers_of
+from sddns_tf.tracing import run_block
 from sddns_tf.types import Array
 from sddns_tf.validation import check_bool, check_int, check_number, check_size
 
@@ -290,14 +292,21 @@ class TransformerBlock(layers.Layer):
         # Drawn here: what is computed again must be the same.
         scales = [self.drop_path.draw(tokens, training) for _ in range(2)]
 
-        def branches(tokens):
+        def branches(tokens, scales):
             x = self.attention(self.attention_norm(tokens), wanted=wanted)
             tokens = tokens[:, :wanted] + self.drop_path.scaled(x, scales[0])
             x = self.mlp_hidden(self.mlp_norm(tokens))
             x = self.mlp_output(ops.gelu(x, approximate=False))
             return tokens + self.drop_path.scaled(x, scales[1])
 
-        return keras.remat(branches)(tokens) if recompute else branches(tokens)
+        if recompute:
+            return keras.remat(lambda tokens: branches(tokens, scales))(tokens)
+        return run_block(self, (self._likeness(), wanted), branches, tokens, scales)
+
+    def _likeness(self):
+        """All that tells blocks apart but their weights, and what samples lose, which is drawn."""
+        parts = [layer for layer in layers_of(self) if layer not in (self, self.drop_path)]
+        return repr([{**layer.get_config(), "name": None} for layer in parts])
 
     def attention_weights(self, tokens: Array) -> tf.Tensor:
         """Tell how much each token attends to each other one: float32 `(B, num_heads, N, N)`."""

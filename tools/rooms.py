@@ -15,7 +15,7 @@ PACKAGE = ROOT / "sddns_tf"
 # From the ground up. Rooms of one level do not import each other; a room imports lower ones only.
 LEVELS = (
     ("types", "version", "pictures"),
-    ("keras_private", "files", "validation", "replicas", "image_ops"),
+    ("keras_private", "files", "validation", "replicas", "image_ops", "tracing"),
     ("networks", "losses", "schedules", "metrics", "calibration", "image_sources"),
     ("vit", "convnet", "heads", "shifts", "bank", "local"),
     ("dino_weights", "views", "features", "data"),

@@ -116,6 +116,26 @@ def train_step(shape, batch, *, policy="float32", jit_compile=False, ready_made=
     return lambda: step(data)["loss"].numpy()
 
 
+def operations(model, batch):
+    """Count the operations that a training step gives TensorFlow to optimize.
+
+    Every node of the step's graph, constants and placeholders too, and every node of the functions
+    that it calls, each function once however often it is called.
+
+    Args:
+        model: From `training_model`.
+        batch: Number of images.
+
+    Returns:
+        Int.
+    """
+    images = tf.TensorSpec((batch, model.views.image_size, model.views.image_size, 3), tf.uint8)
+    step = tf.function(model.train_step, autograph=False)
+    traced = step.get_concrete_function({"images": images, "auxiliary": images})
+    graph = traced.graph.as_graph_def()
+    return len(graph.node) + sum(len(part.node_def) for part in graph.library.function)
+
+
 def multiplications(shape, prototypes, local_views, batch):
     """Multiplications of the matrix products of one step, forward and backward.
 

@@ -10,7 +10,7 @@ from tools.benchmark.partners import pytorch
 
 
 def run(settings):
-    """Yield two records."""
+    """Yield two records, the second with the number of operations of the step's graph."""
 
     def fresh(program):
         command = [sys.executable, "-c", program]
@@ -30,4 +30,5 @@ def run(settings):
     times = harness.take_turns(
         first_step, lambda: pytorch.train_step(torch, shape, 16)(), rounds=3, warm_up=False
     )
-    yield harness.durations("startup, first step", "PyTorch eager first step", times)
+    record = harness.durations("startup, first step", "PyTorch eager first step", times)
+    yield {**record, "operations": models.operations(models.training_model(shape), 16)}
