@@ -18,8 +18,9 @@ def repeats_once() -> Iterator[None]:
     """While it lasts, a graph holds one function for all that `run_once` or `run_block` repeat.
 
     Around a training step, which runs 36 blocks of a ViT-S and the gradients of 24: TensorFlow
-    traces, differentiates and optimizes six and four. Exported graphs are made without, as some of
-    their readers know no functions.
+    traces, differentiates and optimizes six and four. Weights are read once too, so what changes
+    them comes after all blocks. Exported graphs are made without: not all that reads them knows
+    functions.
     """
     before = getattr(_current, "functions", None)
     _current.functions = {}
@@ -73,7 +74,15 @@ def run_block(
     if _functions() is None:
         return function(*arguments)
     key = key, *((tuple(weight.shape), weight.dtype) for weight in weights)
-    return run_once(key, with_weights, [tf.convert_to_tensor(w.value) for w in weights], *arguments)
+    return run_once(key, with_weights, [_read_once(weight) for weight in weights], *arguments)
+
+
+def _read_once(weight):
+    """Views of two sizes pass the same weights."""
+    key = "read", id(weight), id(tf.compat.v1.get_default_graph())
+    if key not in _current.functions:
+        _current.functions[key] = tf.convert_to_tensor(weight.value)
+    return _current.functions[key]
 
 
 def _functions():
