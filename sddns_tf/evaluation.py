@@ -141,7 +141,7 @@ def evaluate(
     }
     normal_scores = answers[FRESH]["ood_score"]
     rows = {
-        name: _row(normal_scores, answer, name == FRESH, resamples, seed)
+        name: table_row(normal_scores, answer, name == FRESH, resamples, seed)
         for name, answer in answers.items()
     }
     extract: dict[str, Any] = {"batch_size": batch_size, "verbose": 0}
@@ -197,8 +197,19 @@ def _pixel_row(detector, answers, name, masks):
     }
 
 
-def _row(normal_scores, answer, is_normal, resamples, seed):
-    """Return one row of the table: each column's value and its interval."""
+def table_row(normal_scores, answer, is_normal, resamples, seed):
+    """Return a row of `Evaluation.rows`: each column's value and its interval.
+
+    Args:
+        normal_scores: Scores of the normal images, `(N,)`.
+        answer: The detector's answers for the images of the set, dict of arrays `(M,)`.
+        is_normal: Whether the set is that of the normal images, which has no AUROC.
+        resamples: Draws of the bootstrap.
+        seed: Int, of the bootstrap.
+
+    Returns:
+        Dict from a column to `(value, low, high)`.
+    """
     flagged = float(np.mean(answer["is_ood"]))
     row = {"flagged": (flagged, *metrics.share_interval(flagged, len(answer["is_ood"])))}
     if is_normal:

@@ -156,7 +156,7 @@ class MultiCrop:
 
     def _global_views(self, images, recipe, seed):
         """`recipe` is 0 or 1, `(V, 1)` or `(V, B)`: the first or the second global view's."""
-        draws = _Draws([recipe.shape[0], tf.shape(images)[0]], seed)
+        draws = Draws([recipe.shape[0], tf.shape(images)[0]], seed)
         blur = tf.gather(tf.constant(self.blur, tf.float32), recipe)
         solarize = tf.gather(tf.constant(self.solarize, tf.float32), recipe)
         return self._views(images, draws, self.image_size, self.global_area, blur, solarize)
@@ -164,7 +164,7 @@ class MultiCrop:
     def _local_views(self, images, seed):
         if not self.local_views:
             return []
-        draws = _Draws([self.local_views, tf.shape(images)[0]], seed)
+        draws = Draws([self.local_views, tf.shape(images)[0]], seed)
         blur, solarize = self.blur[2], self.solarize[2]
         return [self._views(images, draws, self.local_size, self.local_area, blur, solarize)]
 
@@ -184,7 +184,7 @@ class MultiCrop:
     def _crop(self, images, draws, size, area):
         """Crop, resize and flip at random: planes `(V, B, 3, size, size)`."""
         height, width = images.shape[1:3]
-        top, left, crop_height, crop_width = _crop_boxes(
+        top, left, crop_height, crop_width = crop_boxes(
             draws, height, width, area, self.aspect_ratio
         )
         rows = image_ops.resampling_matrix(height, size, top, crop_height)
@@ -337,8 +337,8 @@ class Negatives:
         return cls(shift, config["source"])
 
 
-class _Draws:
-    """Uniform numbers for each view and image, `(V, B)`, fresh ones at each call.
+class Draws:
+    """Uniform random numbers for each view and image, `(V, B)`, new ones at each call.
 
     All come from one random operation: the graph stays small and compiles fast.
     """
@@ -347,22 +347,31 @@ class _Draws:
         self._numbers = iter(tf.unstack(shifts.uniform([_DRAWS, *shape], seed)))
 
     def uniform(self, low=0.0, high=1.0):
+        """Return numbers from `low` to `high`, `(V, B)`."""
         return low + (high - low) * next(self._numbers)
 
     def attempts(self, low, high):
-        """As many numbers as a crop has attempts: `(V, B, _CROP_ATTEMPTS)`."""
+        """Return a number for each attempt of a crop, `(V, B, _CROP_ATTEMPTS)`."""
         return tf.stack([self.uniform(low, high) for _ in range(_CROP_ATTEMPTS)], axis=-1)
 
     def happens(self, probability):
-        """Bool `(V, B)`, true with the given probability, which may itself be `(V, B)`."""
+        """Return bool `(V, B)`, true with the given probability, which may itself be `(V, B)`."""
         return self.uniform() < probability
 
 
-def _crop_boxes(draws, height, width, area, aspect_ratio):
-    """Return whole-pixel boxes as torchvision's `RandomResizedCrop` draws them.
+def crop_boxes(draws, height, width, area, aspect_ratio):
+    """Draw whole-pixel boxes as torchvision's `RandomResizedCrop` does.
 
-    Area uniform, aspect ratio log-uniform; the first of ten attempts that fits, else the largest
-    box of an allowed aspect ratio (of a square: all of it), here at a random place.
+    The area is uniform and the aspect ratio log-uniform. The first of ten attempts that fits is
+    taken, else the largest box of an allowed aspect ratio (for a square, the whole image). Its
+    place is random.
+
+    Args:
+        draws: `Draws`.
+        height: Height of the images.
+        width: Width of the images.
+        area: Pair of the smallest and largest share of the image's area.
+        aspect_ratio: Pair of the smallest and largest ratio of width to height.
 
     Returns:
         top, left, height, width: float tensors `(V, B)`.

@@ -169,12 +169,24 @@ def test_stdin_and_lists_give_rows_in_their_order_as_json(models, photos_folder,
     ("arguments", "message"),
     [
         (["--images=-"], "--model is needed"),
-        (["--model=no.tflite", "--images=-"], "--model must be a .tflite file"),
-        (["--model={here}", "--images=-"], "--model must be a .tflite file"),
-        (["--model={models}/model.tflite", "--images=there"], "--images must be folder:PATH"),
-        (["--model={models}/model.tflite", "--images=folder:{here}"], "must hold images"),
-        (["--model={here}/broken.tflite", "--images=-"], "cannot be loaded"),
-        (["--model={here}/broken.tflite", "--images=-", "more"], "unrecognized arguments: more"),
+        (["--model=no.tflite", "--images=-"], "--model must be an existing .tflite file"),
+        (["--model={here}", "--images=-"], "--model must be an existing .tflite file"),
+        (
+            ["--model={models}/model.tflite", "--images=there"],
+            "--images must be an existing folder:PATH",
+        ),
+        (
+            ["--model={models}/model.tflite", "--images=folder:{here}"],
+            "must be a folder that holds images",
+        ),
+        (
+            ["--model={here}/broken.tflite", "--images=-"],
+            "--model must be a .tflite file that sddns export wrote",
+        ),
+        (
+            ["--model={here}/broken.tflite", "--images=-", "more"],
+            "Expected options that --help lists. Received: more",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(arguments, message, models, tmp_path):

@@ -1,4 +1,4 @@
-"""On which devices a training runs."""
+"""The devices on which training runs."""
 
 import json
 import os
@@ -10,18 +10,18 @@ STRATEGIES = ("auto", "none", "mirrored", "multi_worker")
 
 
 def strategy(name, logical_devices=None):
-    """Return the distribution strategy, to be made before anything else of TensorFlow is used.
+    """Return the distribution strategy. Call it before anything else that uses TensorFlow.
 
     Args:
         name: One of `STRATEGIES`.
-        logical_devices: None, or into how many devices to divide the CPU, to try out on one
-            machine what will run on several GPUs.
+        logical_devices: Number of devices into which to divide the CPU, to try out on one machine
+            what will later run on several GPUs; None to leave it whole.
 
     Returns:
         `tf.distribute.Strategy`, or None for one device.
 
     Raises:
-        UsageError: If the environment does not fit.
+        UsageError: If `TF_CONFIG` is missing or TensorFlow has started already.
     """
     import tensorflow as tf
 
@@ -31,7 +31,10 @@ def strategy(name, logical_devices=None):
         try:
             tf.config.set_logical_device_configuration(cpu, parts)
         except RuntimeError as error:
-            raise UsageError(f"--logical_devices comes too late: {error}") from error
+            raise UsageError(
+                "--logical_devices must be set before TensorFlow starts. "
+                f"Received: {logical_devices} ({error})"
+            ) from error
     if name == "multi_worker":
         if "TF_CONFIG" not in os.environ:
             raise UsageError(
@@ -48,13 +51,13 @@ def strategy(name, logical_devices=None):
 
 
 def worker_index(name):
-    """Tell which of several machines this is. The first one writes the results.
+    """Return the index of this machine among several. The first one writes the results.
 
     Args:
         name: One of `STRATEGIES`.
 
     Returns:
-        Int, 0 for the first and for the only one.
+        Int, 0 for the first or only machine.
     """
     if name != "multi_worker":
         return 0
@@ -62,13 +65,13 @@ def worker_index(name):
         return int(json.loads(os.environ["TF_CONFIG"]).get("task", {}).get("index", 0))
     except (ValueError, AttributeError) as error:
         raise UsageError(
-            f"TF_CONFIG must be JSON, as TensorFlow wants it. Received: {os.environ['TF_CONFIG']}"
+            f"TF_CONFIG must be JSON as TensorFlow defines it. Received: {os.environ['TF_CONFIG']}"
         ) from error
 
 
 def _several(strategy):
-    """Return the strategy, or None where it has one replica and nothing is to be distributed."""
+    """Return the strategy, or None if it has only one replica."""
     if strategy.num_replicas_in_sync == 1:
-        say("One device only: training without a strategy")
+        say("Only one device: training without a distribution strategy")
         return None
     return strategy

@@ -1,25 +1,25 @@
-"""What a user can put right is told in one line; everything else keeps its traceback."""
+"""Errors that a user can fix are shown in one line; all others keep their traceback."""
 
 import contextlib
 
 
 class UsageError(Exception):
-    """A mistake that a user can put right: the message is one line, and no traceback is shown."""
+    """A mistake that a user can fix: shown as one line, without a traceback."""
 
 
 @contextlib.contextmanager
 def user_input(option=None, kinds=(ValueError, OSError, ImportError)):
-    """A block that looks at what the user gave: errors about it become a `UsageError`.
+    """Turn errors that a block raises about user input into a `UsageError`.
 
-    Put it around checking and reading only. A `ValueError` from the middle of a computation is a
-    bug, and keeps its traceback.
+    Use it only around code that checks or reads input. A `ValueError` from the middle of a
+    computation is a bug and should keep its traceback.
 
     Args:
-        option: Name of the option that is looked at, or None.
-        kinds: Class of error to expect, or a tuple of such.
+        option: Name of the option that is checked, or None.
+        kinds: Class of error to convert, or a tuple of classes.
 
     Raises:
-        UsageError: For an error of these classes that the block raises.
+        UsageError: If the block raises an error of these classes.
     """
     try:
         yield

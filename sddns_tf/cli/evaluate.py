@@ -3,15 +3,15 @@ r"""Measure how well a detector tells normal images from others.
     sddns evaluate --model=parts/detector.keras --test=folder:parts/fresh \
         --ood=scratched=folder:parts/scratched,npz:photos.npz --output_dir=parts/evaluation
 
-AUROC, AUPR, FPR95 and the share flagged at the calibrated threshold of every set, each with a 95 %
-interval; with --data, whose images have labels, the k-NN accuracy of the features too. --test must
-be images that were neither trained nor calibrated on.
+Reports AUROC, AUPR, FPR95 and the share of images above the calibrated threshold for every set,
+each with a 95 % interval, and the k-NN accuracy of the features if --data and --test have labels.
+--test must be images that were used neither for training nor for calibration.
 
-A training model or a backbone (model.keras, backbone.keras) will do for --model as well: give
---data and --calibration then, from which a detector is made.
+--model may also be a training model or a backbone (model.keras, backbone.keras). A detector is then
+made from it with --data and --calibration.
 
-Prints the table as Markdown. Writes to --output_dir: table.md, table.csv, results.json and
-report.html, one page that needs no network: charts, galleries, the configuration.
+Prints the table as Markdown. Writes table.md, table.csv, results.json and report.html to
+--output_dir. The report is one self-contained page with charts, galleries and the configuration.
 """
 
 import json
@@ -38,30 +38,30 @@ def parser():
         "--ood",
         metavar="SOURCE",
         action="append",
-        help="Sources of OOD images, with commas between, each perhaps as NAME=SOURCE (split: "
-        "test). May be repeated.",
+        help="Sources of OOD images, separated by commas; NAME=SOURCE names one (split: test). "
+        "May be repeated.",
     )
     group.add_argument(
         "--data",
         metavar="SOURCE",
-        help="Source of the normal images trained on (split: train): the bank, where --model is "
-        "no detector, and the neighbors of the k-NN accuracy.",
+        help="Source of the training images (split: train), for the k-NN accuracy and, if --model "
+        "is not a detector, for the bank.",
     )
     group.add_argument("--output_dir", metavar="FOLDER", help="Folder to write to.")
     group = parser.group("images")
     group.add_argument(
         "--data_dir",
         metavar="FOLDER",
-        help="Folder of prepared TFDS sets; default: $TFDS_DATA_DIR.",
+        help="Folder of prepared TFDS data sets. Default: $TFDS_DATA_DIR.",
     )
     group.add_argument(
-        "--limit", metavar="N", type=positive_int, help="Score at most so many images of each set."
+        "--limit", metavar="N", type=positive_int, help="Score at most N images of each set."
     )
     group = parser.group("detector")
     group.add_argument(
         "--calibration",
         metavar="SOURCE",
-        help="Source of in-distribution images that are not trained on, to set the threshold anew "
+        help="Source of normal images that were not trained on, to recalibrate the threshold with "
         "(split: test).",
     )
     group.add_argument(
@@ -75,33 +75,39 @@ def parser():
         action="append",
         default=[],
         metavar="detector.KEY=VALUE",
-        help="An argument of `Detector.from_images`, such as detector.k=10, where --model is no "
-        "detector. May be repeated.",
+        help="Set an argument of `Detector.from_images`, such as detector.k=10, if --model is not "
+        "a detector. May be repeated.",
     )
     group.add_argument(
         "--resize",
         choices=("squash", "crop"),
         default="squash",
-        help="How it brings images of another shape to the resolution, where --model is none.",
+        help="How images of another aspect ratio are resized, if --model is not a detector.",
     )
-    group.add_argument("--seed", metavar="N", type=int, default=0, help="Fixes all that is random.")
+    group.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="Seed of everything random."
+    )
     group = parser.group("report")
     group.add_argument(
-        "--resamples", metavar="N", type=positive_int, default=1000, help="Draws of the bootstrap."
+        "--resamples",
+        metavar="N",
+        type=positive_int,
+        default=1000,
+        help="Number of bootstrap resamples.",
     )
     group.add_argument(
         "--gallery_size",
         metavar="N",
         type=positive_int,
         default=12,
-        help="Images in a gallery, about.",
+        help="Approximate number of images in a gallery.",
     )
     group.add_argument("--title", metavar="TEXT", help="Title of the report.")
     return parser
 
 
 def load_detector(options):
-    """Return the detector that --model is, or one made of the backbone that it is."""
+    """Return the detector in --model, or one made from the backbone in it."""
     import sddns_tf
 
     model = load_keras("model", options.model)
@@ -122,7 +128,7 @@ def load_detector(options):
 
 
 def make_detector(model, options):
-    """Return a detector of a training model or a backbone."""
+    """Return a detector made from a training model or a backbone."""
     import sddns_tf
 
     given = {}
@@ -132,7 +138,7 @@ def make_detector(model, options):
     settings = [configuration.parse_setting(text) for text in options.set]
     for key, value in settings:
         if not key.startswith("detector."):
-            raise UsageError(f"--set takes detector.KEY=VALUE here. Received: {key}={value}")
+            raise UsageError(f"--set must be detector.KEY=VALUE here. Received: {key}={value}")
     if options.false_positive_rate is not None:
         settings.append(("detector.false_positive_rate", options.false_positive_rate))
     config = configuration.resolve({}, settings)
@@ -155,7 +161,7 @@ def make_detector(model, options):
 
 
 def read_sets(options, reading):
-    """Return normal images and OOD images by name, and what is known of classes."""
+    """Return normal images, OOD images by name, and labels for the k-NN accuracy if any."""
     limited = {**reading, "limit": options.limit}
     source = sources.parse("test", options.test, "test")
     normal, labels = sources.read_labeled("test", source, **limited)
@@ -168,13 +174,13 @@ def read_sets(options, reading):
     source = sources.parse("data", options.data, "train")
     labeled = sources.read_labeled("data", source, **reading)
     if labels is None or labeled[1] is None:
-        say("No k-NN accuracy: --data or --test has no labels.")
+        say("Skipping k-NN accuracy: --data or --test has no labels.")
         return normal, ood, None, None
     return normal, ood, labels, labeled
 
 
 def settings_of(detector, options):
-    """Return what the report lists: what was asked for, and the detector's own settings."""
+    """Return the settings to list in the report: options of the command and of the detector."""
     extractor = detector.extractor
     settings = {
         "model": options.model,
@@ -201,7 +207,7 @@ def settings_of(detector, options):
 
 
 def main(argv):
-    """Score, measure, write."""
+    """Score all sets, measure, and write the report."""
     options = parser().parse_args(argv)
     require(options, "model", "test", "ood", "output_dir")
     for option, split in (("test", "test"), ("data", "train"), ("calibration", "test")):

@@ -1,4 +1,4 @@
-"""The images of a training: each source is read once, and gives batches from any step on."""
+"""The images of a training run: sources held in memory or streamed, and batches from any step."""
 
 import math
 from typing import NamedTuple
@@ -10,13 +10,14 @@ from sddns_tf.cli.errors import UsageError, user_input
 
 
 class Images(NamedTuple):
-    """What a training sees.
+    """The images that a training run uses.
 
     Attributes:
-        training: uint8 `(N, H, W, 3)`, or None where they are read in each epoch.
+        training: uint8 `(N, H, W, 3)`, or None if they are read again in every epoch.
         calibration: uint8 `(M, H, W, 3)`, images that are not trained on.
-        auxiliary: uint8 `(A, H, W, 3)`; None without, and where they are read in each epoch.
-        resolution: Height and width of all of them.
+        auxiliary: uint8 `(A, H, W, 3)`, or None if there are none or they are read again in every
+            epoch.
+        resolution: Height and width of all these images.
     """
 
     training: np.ndarray | None
@@ -26,18 +27,18 @@ class Images(NamedTuple):
 
 
 def read(config, data_options, data_dir):
-    """Read what is held in memory.
+    """Read the images that are held in memory.
 
     Args:
         config: Resolved configuration.
-        data_options: `DataOptions` of it.
-        data_dir: Folder of prepared TFDS sets, or None.
+        data_options: The `DataOptions` of the configuration.
+        data_dir: Folder of prepared TFDS data sets, or None.
 
     Returns:
         `Images`.
 
     Raises:
-        UsageError: If a source cannot be read, or leaves too few images to calibrate.
+        UsageError: If a source cannot be read or leaves too few images to calibrate with.
     """
     resolution = data_options.resolution
     if resolution is None and data_options.source.startswith("folder:"):
@@ -63,14 +64,15 @@ def read(config, data_options, data_dir):
 
 
 def batches(config, data_options, data_dir, images, first_batch=None):
-    """Return shuffled batches of images, with auxiliary images where negatives need them.
+    """Return shuffled batches of images, with auxiliary images if the negatives need them.
 
     Args:
         config: Resolved configuration.
-        data_options: `DataOptions` of it.
-        data_dir: Folder of prepared TFDS sets, or None.
+        data_options: The `DataOptions` of the configuration.
+        data_dir: Folder of prepared TFDS data sets, or None.
         images: `Images`.
-        first_batch: None for one epoch; else the batches have no end, and begin with this one.
+        first_batch: None for one epoch. Otherwise the batches are endless and start with the one of
+            this number.
 
     Returns:
         `tf.data.Dataset` that `SelfDistillation.fit` takes.
@@ -84,7 +86,7 @@ def batches(config, data_options, data_dir, images, first_batch=None):
         if array is None:
             source = sources.parse(option, text, "train")
             return sources.stream(option, source, **reading, **options, **more)
-        more.pop("exclude_labels", None)  # left out when it was read
+        more.pop("exclude_labels", None)  # already applied when the array was read
         with user_input(option):
             return data.load(array, **options, **more)
 
@@ -104,7 +106,7 @@ def batches(config, data_options, data_dir, images, first_batch=None):
 
 
 def bank(config, data_options, data_dir, images):
-    """Return the training images as `Detector.from_images` takes them: in memory, or in batches."""
+    """Return the training images for `Detector.from_images`, in memory or in batches."""
     if images.training is not None:
         return images.training
     source = sources.parse("data", data_options.source, "train")
@@ -113,7 +115,7 @@ def bank(config, data_options, data_dir, images):
 
 
 def needs_auxiliary(config):
-    """Tell whether negatives are made of auxiliary images."""
+    """Return whether negatives are made from auxiliary images."""
     negatives = config["negatives"]
     return negatives is not None and negatives["source"] != "in_distribution"
 
@@ -130,14 +132,15 @@ def _excluded(data_options):
 
 
 def _held_out(config, data_options, images):
-    """Training images without some that calibrate, and those."""
+    """Split images into those to train on and those to calibrate with."""
     order = np.random.default_rng(config["seed"]).permutation(len(images))
     count = math.ceil(data_options.calibration_share * len(images))
     rate = config["detector"]["false_positive_rate"]
     needed = math.ceil(1 / rate - 1e-6) - 1
     if count < needed or count >= len(images):
         raise UsageError(
-            f"--calibration_share={data_options.calibration_share} of {len(images)} images is "
-            f"{count}; --false_positive_rate={rate} needs at least {needed}, and some to train on."
+            f"--calibration_share must leave at least {needed} images to calibrate with, for "
+            f"--false_positive_rate={rate}, and some to train on. "
+            f"Received: {data_options.calibration_share}, which is {count} of {len(images)} images"
         )
     return images[np.sort(order[count:])], images[np.sort(order[:count])]

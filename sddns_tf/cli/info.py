@@ -1,4 +1,4 @@
-"""Tell what a .keras file, a SavedModel or a .tflite file holds.
+"""Show what a .keras file, a SavedModel or a .tflite file contains.
 
     sddns info parts/detector.keras
     sddns info exports/parts
@@ -27,16 +27,16 @@ def parser():
 
 
 def describe(path):
-    """Return what a file holds.
+    """Return a description of a file.
 
     Args:
-        path: Path of a `.keras` or `.tflite` file or of a SavedModel's folder.
+        path: Path of a `.keras` or `.tflite` file, or of the folder of a SavedModel.
 
     Returns:
-        Dictionary, as JSON takes it.
+        JSON-serializable dictionary.
 
     Raises:
-        UsageError: If it is none of them.
+        UsageError: If it is none of these, or cannot be read.
     """
     path = pathlib.Path(path).expanduser()
     if path.suffix == ".tflite" and path.is_file():
@@ -46,7 +46,7 @@ def describe(path):
     if (folder := saved_model_folder(path)) is not None:
         return _saved_model(folder)
     raise UsageError(
-        "FILE must be a .keras file, a .tflite file or a SavedModel's folder, and be there. "
+        "FILE must be an existing .keras file, .tflite file or folder of a SavedModel. "
         f"Received: {path}"
     )
 
@@ -61,9 +61,11 @@ def _tflite(path):
         try:
             description = metadata.description(file)
             interpreter = Interpreter(model_content=file)
-        # Whatever reading bytes that are no such file raises.
+        # Bytes that are not a .tflite file can raise anything.
         except Exception as error:
-            raise UsageError(f"{path} cannot be read: {error}") from error
+            raise UsageError(
+                f"FILE must be a .tflite file that sddns export wrote. Received: {path} ({error})"
+            ) from error
     inputs = interpreter.get_input_details()[0]
     return {
         "file": str(path),
@@ -78,7 +80,7 @@ def _tflite(path):
 def _saved_model(folder):
     described = folder / "assets.extra" / "metadata.json"
     if not described.is_file():
-        raise UsageError(f"{folder} must be an export of this package. Received: no {described}")
+        raise UsageError(f"FILE must be a SavedModel that sddns export wrote. Received: {folder}")
     with user_input("FILE"):
         found = json.loads(described.read_text(encoding="utf-8"))
     keys = (
@@ -98,7 +100,7 @@ def _saved_model(folder):
 
 
 def _signatures(folder):
-    """Return names and shapes of what each signature takes and gives."""
+    """Return the names of each signature's inputs and outputs."""
     quiet.import_tensorflow()
     from tensorflow.core.protobuf import saved_model_pb2
 
@@ -179,11 +181,11 @@ def _network(model):
 
 
 def lines(found, indent=""):
-    """Yield a description as lines of text, nested ones indented.
+    """Yield the lines of a description as text; nested dictionaries are indented.
 
     Args:
         found: Dictionary from `describe`.
-        indent: What each line begins with.
+        indent: String at the start of each line.
 
     Yields:
         Strings.

@@ -1,4 +1,4 @@
-"""What a training says where no person watches a progress bar."""
+"""Progress messages of a training run that has no terminal for a progress bar."""
 
 import time
 
@@ -11,15 +11,15 @@ _FIRST_SECONDS = 5.0
 
 
 class Progress(keras.callbacks.Callback):
-    """A line every half minute: the step, seconds per step, time left.
+    """Callback that prints a line every half minute: step, seconds per step, time left.
 
-    The first line comes after a few steps, so that what a run costs is known before its first epoch
-    ends. The first step, in which the graph is made, is not counted.
+    The first line comes after a few seconds, so that the duration of a run is known early. The
+    first step, in which the graph is compiled, is not timed.
 
     Args:
         total_steps: Steps of the whole run.
-        steps_done: Steps done before, by a run that was stopped.
-        clock: Function of no arguments to seconds.
+        steps_done: Steps done earlier, if the run is resumed.
+        clock: Function without arguments that returns seconds.
     """
 
     def __init__(self, total_steps, steps_done=0, clock=time.monotonic):
@@ -30,7 +30,7 @@ class Progress(keras.callbacks.Callback):
         self._first_step = self._started = self._last_line = None
 
     def on_train_batch_end(self, batch, logs=None):
-        """Count, and tell where it is time to."""
+        """Count the step and print a line if one is due."""
         del batch
         self.step += 1
         now = self._clock()
@@ -43,7 +43,7 @@ class Progress(keras.callbacks.Callback):
             self._tell(now, logs or {})
 
     def on_epoch_end(self, epoch, logs=None):
-        """The first epoch may be over before the first line was due."""
+        """Print the first line if the epoch ended before it was due."""
         del epoch
         now = self._clock()
         if self._last_line is None and self.step > self._first_step:
@@ -61,10 +61,10 @@ class Progress(keras.callbacks.Callback):
 
 
 def duration(seconds):
-    """Return the seconds as a person says them, such as `"3.5 h"`.
+    """Return a duration in a readable unit, such as `"3.5 h"`.
 
     Args:
-        seconds: Float.
+        seconds: Duration in seconds.
 
     Returns:
         String.

@@ -1,6 +1,6 @@
-"""Detectors of any kind of file as a function from images to answers.
+"""Load a detector from any kind of file as a function from images to answers.
 
-Of a `.tflite` file without TensorFlow and Keras: what a device has is enough.
+A `.tflite` file is loaded without TensorFlow and Keras, as on a device.
 """
 
 import os
@@ -15,12 +15,12 @@ from sddns_tf.cli.errors import UsageError, user_input
 
 
 class Scorer(NamedTuple):
-    """A detector.
+    """A detector loaded from a file.
 
     Attributes:
         answer: Function from uint8 images `(N, H, W, 3)` to a dictionary of arrays `(N,)`.
-        size: Height and width of the images that it takes, or None for any.
-        resize: How an image is brought to that size: `"squash"` or `"crop"`.
+        size: Height and width of the images that it takes, or None for any size.
+        resize: How to resize an image to that size: `"squash"` or `"crop"`.
     """
 
     answer: Callable
@@ -29,18 +29,18 @@ class Scorer(NamedTuple):
 
 
 def open_model(path, threads=None):
-    """Return the scorer of a file or folder.
+    """Load a detector from a file or folder.
 
     Args:
-        path: A `.tflite` file, a SavedModel's folder or that of its versions, of which the last is
-            taken, or a `.keras` file.
+        path: A `.tflite` file, a `.keras` file, the folder of a SavedModel, or the folder that
+            holds its numbered versions, of which the latest is taken.
         threads: CPU cores to use for a `.tflite` file, or None for all.
 
     Returns:
         `Scorer`.
 
     Raises:
-        UsageError: If there is none, or it cannot be loaded.
+        UsageError: If there is no such file, or it cannot be loaded.
     """
     path = pathlib.Path(path).expanduser()
     if path.suffix == ".tflite" and path.is_file():
@@ -50,15 +50,15 @@ def open_model(path, threads=None):
     if (folder := saved_model_folder(path)) is not None:
         return _saved_model(folder)
     raise UsageError(
-        "--model must be a .tflite file, a SavedModel's folder or a .keras file, and be there. "
+        "--model must be an existing .tflite file, .keras file or folder of a SavedModel. "
         f"Received: {path}"
     )
 
 
 def saved_model_folder(path):
-    """Return the folder of a SavedModel itself, given that or the one of its versions.
+    """Return the folder of a SavedModel, given that folder or the one that holds its versions.
 
-    None if neither.
+    Returns None if the path is neither.
     """
     if (path / "saved_model.pb").is_file():
         return path
@@ -68,18 +68,18 @@ def saved_model_folder(path):
 
 
 def load_keras(option, path, kind=None):
-    """Return a saved model.
+    """Load a Keras model.
 
     Args:
-        option: Name of the option, for the error.
+        option: Name of the option, for error messages.
         path: Path of a `.keras` file.
-        kind: Class that it must be of, or None.
+        kind: Class that the model must have, or None for any.
 
     Returns:
         Keras model.
 
     Raises:
-        UsageError: If there is none of that kind.
+        UsageError: If there is no such file, or it holds something else.
     """
     import keras
 
@@ -87,11 +87,13 @@ def load_keras(option, path, kind=None):
 
     path = pathlib.Path(path).expanduser()
     if not path.is_file() or path.suffix != ".keras":
-        raise UsageError(f"--{option} must be a .keras file. Received: {path}")
+        raise UsageError(f"--{option} must be an existing .keras file. Received: {path}")
     try:
         model = keras.saving.load_model(path)
-    except Exception as error:  # Keras lets through whatever zipfile, json and h5py raise.
-        raise UsageError(f"--{option}: {path} cannot be loaded: {error}") from error
+    except Exception as error:  # Errors of zipfile, json and h5py too.
+        raise UsageError(
+            f"--{option} must be a model that Keras can load. Received: {path} ({error})"
+        ) from error
     if kind is not None and not isinstance(model, kind):
         raise UsageError(
             f"--{option} must hold a {kind.__name__}. Received: {path}, which holds a "
@@ -110,7 +112,9 @@ def _tflite(path, threads):
         interpreter = Interpreter(str(path), num_threads=threads or os.cpu_count())
         runner = interpreter.get_signature_runner("serving_default")
     except (ValueError, RuntimeError, KeyError) as error:
-        raise UsageError(f"--model: {path} cannot be loaded: {error}") from error
+        raise UsageError(
+            f"--model must be a .tflite file that sddns export wrote. Received: {path} ({error})"
+        ) from error
     with user_input("model"):
         description = metadata.description(path.read_bytes())
     batch, height, width, _ = interpreter.get_input_details()[0]["shape_signature"].tolist()
@@ -135,7 +139,9 @@ def _saved_model(folder):
     try:
         signature = tf.saved_model.load(str(folder)).signatures["serving_default"]
     except (OSError, KeyError, tf.errors.OpError) as error:
-        raise UsageError(f"--model: {folder} cannot be loaded: {error}") from error
+        raise UsageError(
+            f"--model must be a SavedModel that sddns export wrote. Received: {folder} ({error})"
+        ) from error
     return Scorer(
         lambda images: {k: v.numpy() for k, v in signature(images=tf.constant(images)).items()}
     )
@@ -148,7 +154,7 @@ def _keras(path):
     import sddns_tf
 
     detector = load_keras("model", path, sddns_tf.Detector)
-    # Traced once for all sizes, or memory would grow with their number.
+    # Traced once for all sizes: a trace per size would make memory grow.
     spec = tf.TensorSpec([None, None, None, 3], tf.uint8)
     call = tf.function(lambda images: detector(images), input_signature=[spec], autograph=False)
     return Scorer(lambda images: {name: value.numpy() for name, value in call(images).items()})

@@ -1,6 +1,6 @@
 """Sources of images on the command line: `tfds:NAME`, `tfds:NAME@SPLIT`, `folder:PATH`, `npz:PATH`.
 
-In a list of sources, each may be given the name that tables show: `NAME=SOURCE`.
+In a list of sources, `NAME=SOURCE` sets the name that tables show for a set.
 """
 
 import os
@@ -13,12 +13,12 @@ KINDS = ("tfds", "folder", "npz")
 
 
 class Source(NamedTuple):
-    """Where images come from.
+    """A source of images.
 
     Attributes:
-        name: What tables call the set.
+        name: Name of the set in tables.
         location: `"tfds:NAME"`, `"folder:PATH"` or `"npz:PATH"`, as `sddns_tf.data.load` takes it.
-        split: TFDS split; of no effect elsewhere.
+        split: TFDS split; not used by other sources.
     """
 
     name: str
@@ -27,18 +27,18 @@ class Source(NamedTuple):
 
 
 def parse(option, text, split):
-    """Return the source that the text of an option names.
+    """Parse the value of an option as a source.
 
     Args:
-        option: Name of the option, for the error.
+        option: Name of the option, for error messages.
         text: `SOURCE` or `NAME=SOURCE`.
-        split: TFDS split where the text names none.
+        split: TFDS split if the text names none.
 
     Returns:
         `Source`.
 
     Raises:
-        UsageError: If the text names none.
+        UsageError: If the text has another form.
 
     Example:
     >>> parse("ood", "scratched=folder:parts/scratched", "test")
@@ -48,10 +48,11 @@ def parse(option, text, split):
     name, location = (start, rest) if equals and ":" not in start else (None, text)
     kind, _, place = location.partition(":")
     if kind not in KINDS or not place or name == "":
-        hint = f" Is it folder:{location}?" if os.path.isdir(os.path.expanduser(location)) else ""
+        is_folder = os.path.isdir(os.path.expanduser(location))
+        hint = f" (did you mean folder:{location}?)" if is_folder else ""
         raise UsageError(
             f"--{option} must be tfds:NAME, tfds:NAME@SPLIT, folder:PATH or npz:PATH. "
-            f"Received: {text}.{hint}"
+            f"Received: {text}{hint}"
         )
     if kind == "tfds":
         place, at, given = place.partition("@")
@@ -61,18 +62,18 @@ def parse(option, text, split):
 
 
 def parse_list(option, texts, split):
-    """Return the sources of an option that takes several, each with a name of its own.
+    """Parse the values of an option that takes several sources.
 
     Args:
-        option: Name of the option, for the error.
-        texts: List of strings, each one source or several with commas between.
-        split: TFDS split where a text names none.
+        option: Name of the option, for error messages.
+        texts: List of strings, each one source or several separated by commas.
+        split: TFDS split if a text names none.
 
     Returns:
         List of `Source`.
 
     Raises:
-        UsageError: If a text names no source, or two sources have the same name.
+        UsageError: If a text has another form, or two sources have the same name.
     """
     texts = [text for several in texts for text in several.split(",") if text]
     found = [parse(option, text, split) for text in texts]
@@ -80,19 +81,19 @@ def parse_list(option, texts, split):
     for name in names:
         if names.count(name) > 1:
             raise UsageError(
-                f"--{option} has two sets named {name}: name them, as in NAME=SOURCE. "
+                f"--{option} must give each set a name of its own, as in NAME=SOURCE. "
                 f"Received: {','.join(texts)}"
             )
     return found
 
 
 def stream(option, source, **options):
-    """Stream batches of the images of a source, read as they are needed.
+    """Return batches of the images of a source, read as they are needed.
 
     Args:
-        option: Name of the option, for the error.
+        option: Name of the option, for error messages.
         source: `Source`.
-        **options: Of `sddns_tf.data.load`: `batch_size`, `data_dir`, `image_size`, `resize`, ...
+        **options: Arguments of `sddns_tf.data.load`: `batch_size`, `image_size`, `resize`, ...
 
     Returns:
         `tf.data.Dataset` of uint8 `(B, H, W, 3)`.
@@ -110,9 +111,9 @@ def read(option, source, **options):
     """Read all images of a source into memory.
 
     Args:
-        option: Name of the option, for the error.
+        option: Name of the option, for error messages.
         source: `Source`.
-        **options: Of `sddns_tf.data.load_arrays`: `data_dir`, `image_size`, `resize`, `limit`, ...
+        **options: Arguments of `sddns_tf.data.load_arrays`: `data_dir`, `image_size`, `limit`, ...
 
     Returns:
         uint8 `(N, H, W, 3)`; with `with_labels=True` a pair of that and int64 `(N,)`.
@@ -127,7 +128,7 @@ def read(option, source, **options):
 
 
 def read_labeled(option, source, **options):
-    """Read images and their labels, int64 `(N,)`, or None where they have none."""
+    """Read images and their labels, int64 `(N,)`, or None instead of labels if there are none."""
     try:
         return read(option, source, with_labels=True, **options)
     except UsageError as error:
@@ -137,7 +138,7 @@ def read_labeled(option, source, **options):
 
 
 def seen_by(detector):
-    """Return options of `read` and `stream` that bring images to how a detector sees them.
+    """Return options with which `read` and `stream` resize images as a detector does.
 
     Args:
         detector: `Detector`.
@@ -151,7 +152,7 @@ def seen_by(detector):
 
 
 def read_class_names(path):
-    """Return names of classes in a text file: the first word of each line that is no comment."""
+    """Read names of classes from a text file: the first word of each line, comments skipped."""
     with user_input("auxiliary_exclude"):
         lines = pathlib.Path(path).expanduser().read_text(encoding="utf-8").splitlines()
     return [line.split()[0] for line in lines if line.strip() and line[0] != "#"]

@@ -17,17 +17,17 @@ from sddns_tf.cli.schedule_forms import Length, value_of
 
 
 class Place(NamedTuple):
-    """Where and how a run takes place; none of it changes what comes out.
+    """Where and how a run takes place. None of this changes the results.
 
     Attributes:
         output_dir: Folder to write to.
-        data_dir: Folder of prepared TFDS sets, or None.
-        resume: Whether to go on with a run that is there.
+        data_dir: Folder of prepared TFDS data sets, or None.
+        resume: Whether to continue a run in `output_dir`.
         strategy: One of `devices.STRATEGIES`.
-        logical_devices: None, or into how many devices to divide the CPU.
+        logical_devices: Number of devices into which to divide the CPU, or None.
         checkpoint_every: Steps between two checkpoints.
-        rollbacks: How often to go back where a number is not finite, before giving up.
-        pictures_every: Epochs between histograms in TensorBoard.
+        rollbacks: How many times to return to a checkpoint if a number is not finite.
+        pictures_every: Epochs between pictures in TensorBoard.
     """
 
     output_dir: str
@@ -41,17 +41,17 @@ class Place(NamedTuple):
 
 
 def train(config, place):
-    """Train, or go on training, and write everything.
+    """Train, or continue training, and write all results.
 
     Args:
         config: Resolved configuration: see `configuration.resolve`.
         place: `Place`.
 
     Returns:
-        The `Detector` and its `Images`; the detector is None on all machines but the first.
+        The `Detector` and the `Images`; the detector is None on all machines but the first.
 
     Raises:
-        UsageError: For what a user can put right.
+        UsageError: If the user can fix what is wrong.
     """
     import sddns_tf
     from sddns_tf.callbacks import training_state
@@ -60,7 +60,9 @@ def train(config, place):
     strategy = devices.strategy(place.strategy, place.logical_devices)
     data_options = check(config)
     index = devices.worker_index(place.strategy)
-    checkpoint_dir = pathlib.Path(place.output_dir).expanduser() / "checkpoint"  # of all machines
+    checkpoint_dir = (
+        pathlib.Path(place.output_dir).expanduser() / "checkpoint"
+    )  # shared by all machines
     output_dir = checkpoint_dir.parent / f"worker-{index}" if index else checkpoint_dir.parent
     with user_input("output_dir"):
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -85,7 +87,7 @@ def train(config, place):
         watching.append(Progress(length.steps, step))
     for first_batch, part in training_state.parts_left(step, length.steps_per_epoch, length.epochs):
         batches = images.batches(config, data_options, place.data_dir, found, first_batch)
-        with user_input(kinds=OSError):  # a disk that is full
+        with user_input(kinds=OSError):  # such as a full disk
             model.fit(batches, callbacks=watching, verbose=verbose(), shuffle=False, **part)
     if index:
         return None, found
@@ -94,7 +96,7 @@ def train(config, place):
 
 
 def check(config):
-    """Look at a configuration before anything slow.
+    """Check a configuration before anything slow.
 
     Args:
         config: Resolved configuration.
@@ -134,7 +136,7 @@ def check(config):
 
 
 def _check_arguments(config):
-    """Make what costs nothing to make, so that it is refused now and not after reading images."""
+    """Construct everything cheap now, so that wrong arguments fail before images are read."""
     import sddns_tf
 
     image_size = config["views"]["image_size"] or 32
@@ -151,7 +153,7 @@ def _check_arguments(config):
 
 
 def make_negatives(config):
-    """`Negatives` of a configuration, or None."""
+    """Return the `Negatives` of a configuration, or None."""
     import sddns_tf
 
     options = config["negatives"]
@@ -159,7 +161,7 @@ def make_negatives(config):
 
 
 def make_backbone(config, image_size):
-    """Return the network to start from."""
+    """Return the backbone to train."""
     import keras
 
     options = dict(config["backbone"])
@@ -180,7 +182,7 @@ def make_backbone(config, image_size):
 
 
 def make_optimizer(config, length):
-    """Return the Keras optimizer."""
+    """Return the Keras optimizer of a configuration."""
     options = dict(config["optimizer"])
     name = options.pop("type")
     options = {key: value_of(f"optimizer.{key}", form, length) for key, form in options.items()}
@@ -199,7 +201,7 @@ def make_model(config, resolution, length):
         `SelfDistillation`.
 
     Raises:
-        UsageError: If a constructor refuses its arguments.
+        UsageError: If a constructor rejects its arguments.
     """
     import keras
 
@@ -226,14 +228,14 @@ def make_model(config, resolution, length):
 
 
 def check_same_run(config, output_dir):
-    """Refuse to go on with a run that was begun with another configuration.
+    """Check that a folder holds no run with another configuration.
 
     Args:
         config: Resolved configuration.
         output_dir: Folder of the run.
 
     Raises:
-        UsageError: If a run of another configuration is there.
+        UsageError: If it does.
     """
     path = pathlib.Path(output_dir) / "config.json"
     if not path.exists():
@@ -242,13 +244,13 @@ def check_same_run(config, output_dir):
     before.pop("derived", None)
     for key, old, new in configuration.differences(before, json.loads(json.dumps(config))):
         raise UsageError(
-            f"--output_dir={output_dir} holds a run with {key}={json.dumps(old)}. Received: "
-            f"{key}={json.dumps(new)}. Choose another folder, or --noresume to start anew."
+            f"--output_dir={output_dir} holds a run with {key}={json.dumps(old)}; choose another "
+            f"folder, or start over with --noresume. Received: {key}={json.dumps(new)}"
         )
 
 
 def forget(output_dir):
-    """Remove what a run would go on from."""
+    """Remove the files from which a run would continue."""
     for name in ("checkpoint", "tensorboard"):
         shutil.rmtree(pathlib.Path(output_dir) / name, ignore_errors=True)
     for name in ("config.json", "log.csv"):
@@ -258,7 +260,9 @@ def forget(output_dir):
 def _length(config, one_epoch):
     steps = config["steps_per_epoch"] or int(one_epoch.cardinality())
     if steps < 1:
-        raise UsageError("--steps_per_epoch is needed: the number of images is not known.")
+        raise UsageError(
+            "--steps_per_epoch is needed where the number of images is unknown. Received: none"
+        )
     return Length(config["epochs"], steps, config["batch_size"])
 
 
@@ -279,7 +283,7 @@ def _write_config(config, output_dir, found, length):
 
 
 def callbacks(config, place, output_dir, checkpoint, one_epoch, found):
-    """Return what watches, logs and keeps the training: a list of Keras callbacks."""
+    """Return the Keras callbacks that monitor, log and checkpoint the training."""
     import keras
 
     import sddns_tf
@@ -311,7 +315,7 @@ def callbacks(config, place, output_dir, checkpoint, one_epoch, found):
 
 
 def write_results(config, model, bank, found, output_dir):
-    """Write the model, its backbone and the detector, which is returned."""
+    """Make the detector, write it with the model and its backbone, and return it."""
     import sddns_tf
 
     with user_input():
@@ -337,7 +341,7 @@ def write_results(config, model, bank, found, output_dir):
 
 
 def input_size(model, resolution):
-    """Return the input size of the detector: the views' area, in the proportions of the images."""
+    """Return the detector's input size: the area of a view, in the aspect ratio of the images."""
     side = model.views.image_size
     if resolution[0] == resolution[1]:
         return side, side

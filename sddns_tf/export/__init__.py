@@ -1,11 +1,11 @@
-"""Detectors for where there is no Keras: a SavedModel for TensorFlow Serving, a `.tflite` file.
+"""Export detectors to run without Keras: a SavedModel for TensorFlow Serving, or a `.tflite` file.
 
-Either carries everything: resizing, normalization, backbone, bank, score and calibration.
+Each contains everything: resizing, normalization, backbone, bank, score and calibration.
 """
 
 import importlib
 
-# Imported when they are asked for: what reads a `.tflite` file needs `metadata`, no TensorFlow.
+# Imported on first use: a program that reads a `.tflite` file needs `metadata` but no TensorFlow.
 _MODULES = {"saved_model": "to_saved_model", "tflite": "to_tflite"}
 
 __all__ = ["metadata", "saved_model", "tflite"]

@@ -1,4 +1,4 @@
-"""What a served detector can be asked: the functions behind a SavedModel's signatures."""
+"""The functions behind the signatures of a SavedModel."""
 
 import math
 
@@ -14,19 +14,19 @@ _RATE = tf.TensorSpec([None], tf.float32, name="false_positive_rate")
 
 
 def signatures(detector, max_pixels, include_features=False):
-    """Return functions of a detector by the names of their signatures.
+    """Return the functions of a detector by the names of their signatures.
 
     Args:
         detector: A `Detector`.
-        max_pixels: Image files of more pixels are not decoded.
-        include_features: Whether answers hold the features as well.
+        max_pixels: Image files with more pixels are not decoded.
+        include_features: Whether answers include the features.
 
     Returns:
         Dict of `tf.function`s: see `export.saved_model`.
     """
     size = resolution(detector)
 
-    # The one large function: all signatures call it, so the network is written once.
+    # All signatures call this function, so the network is stored only once.
     @tf.function(input_signature=[tf.TensorSpec([None, *size, 3], tf.float32)], autograph=False)
     def answer_resized(images):
         features = detector.features(images)
@@ -63,7 +63,7 @@ def signatures(detector, max_pixels, include_features=False):
 
 
 def _resized(detector, images):
-    """Return images at the detector's resolution; those that have it already cost nothing."""
+    """Resize images to the detector's resolution, unless they have it already."""
     size = resolution(detector)
     fits = tf.reduce_all(tf.shape(images)[1:3] == size)
     resized = tf.cond(
@@ -75,7 +75,7 @@ def _resized(detector, images):
 
 
 def _where_decoded(detector, answers, status):
-    """Return answers, and for a file without an image those for a score that is not a number."""
+    """Replace the answers for files that were not decoded with those for a score of NaN."""
     decoded = status == ""
     lowest = np.float32(1.0 / (1.0 + detector.calibration_scores.shape[0]))
     instead = {"ood_score": math.nan, "p_value": lowest, "is_ood": True, "features": math.nan}
@@ -88,9 +88,9 @@ def _where_decoded(detector, answers, status):
 
 
 def _at_rate(detector, answers, rate):
-    """Return answers with the decisions of other rates than the detector's own, one for each image.
+    """Replace the decisions with those at other false positive rates, one for each image.
 
-    As in `Detector`, p-values are compared by their rank, so that rounding decides nothing.
+    As in `Detector`, p-values are compared by rank, so that rounding has no effect.
     """
     images = tf.size(answers["p_value"])
     shape = tf.debugging.assert_equal(

@@ -1,10 +1,11 @@
-r"""Draws the documentation's pictures of views and shifts, from photographs inside scikit-image.
+r"""Draws the documentation's pictures of views and shifts, with photographs from scikit-image.
 
     python -m tools.research.make_figures --growth=docs/results/speed/growth.json \
         --output_dir=docs/images
 
-Writes shifts.png (what each shift makes of photographs), views.png (global and local views) and,
-of the records that `tools.benchmark --benchmarks=growth --json=PATH` wrote, growth.svg.
+Writes shifts.png (each shift applied to photographs) and views.png (global and local views). With
+--growth=PATH, the file that `tools.benchmark --benchmarks=growth --json=PATH` wrote, also writes
+growth.svg.
 """
 
 import argparse
@@ -22,7 +23,7 @@ SIDE = 96
 
 
 def photographs():
-    """Four photographs, uint8 `(4, SIDE, SIDE, 3)`."""
+    """Return four photographs, uint8 `(4, SIDE, SIDE, 3)`."""
     found = [skimage.data.astronaut(), skimage.data.chelsea(), skimage.data.coffee()]
     found.append(np.repeat(skimage.data.brick()[:256, :256, np.newaxis], 3, axis=-1))
     squares = []
@@ -35,7 +36,7 @@ def photographs():
 
 
 def shifted(images, seed):
-    """Return images and titles: the photographs, then each shift of them."""
+    """Return images and titles: each shift applied to the photographs."""
     rows, titles = [], []
     for index, name in enumerate(shifts.NAMES):
         shift = shifts.get(name)
@@ -45,7 +46,7 @@ def shifted(images, seed):
 
 
 def views(image, seed):
-    """Return images and titles: a photograph and the views that training sees of it."""
+    """Return images and titles: a photograph and views of it as used in training."""
     crops = MultiCrop(SIDE, local_views=4)
     batch = tf.constant(image[np.newaxis])
     drawn = [crops(batch, seed=[seed, step]) for step in range(2)]
@@ -59,7 +60,7 @@ def views(image, seed):
 
 
 def growth(records):
-    """Seconds per step against what the multiplications would make of the smallest, by setting."""
+    """Plot seconds per step, measured and expected from the number of multiplications."""
     figure = Figure(figsize=(9, 2.8), dpi=150, layout="constrained")
     settings = [dict(part.rsplit(" ", 1) for part in r["name"].split(", ")[1:]) for r in records]
     names = list(settings[0])
@@ -78,11 +79,11 @@ def growth(records):
 
 
 def main(argv=None):
-    """Draw them."""
+    """Draw the pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", default="docs/images", help="folder to write to")
     parser.add_argument("--growth", help="JSON of the benchmark `growth`")
-    parser.add_argument("--seed", type=int, default=0, help="fixes the draws")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
     settings = parser.parse_args(argv)
     folder = pathlib.Path(settings.output_dir)
     images = photographs()
