@@ -12,10 +12,20 @@ made from it with --data and --calibration.
 
 Prints the table as Markdown. Writes table.md, table.csv, results.json and report.html to
 --output_dir. The report is one self-contained page with charts, galleries and the configuration.
+
+For a local detector, --masks=FOLDER also measures how well its maps show the damage: pixel AUROC,
+AUPRO up to 30 % false positives, and the share of each damaged region above the threshold. FOLDER
+has a folder for each OOD set; the mask of 000.png is 000_mask.png or 000.png in it, not black where
+the damage is. That is the ground_truth folder of MVTec AD. A whole folder in that layout is read by
+
+    sddns evaluate --model=bottle.keras --test=mvtec:bottle --output_dir=evaluation
 """
 
 import json
 import pathlib
+from typing import NamedTuple
+
+import numpy as np
 
 from sddns_tf import files
 from sddns_tf.cli import configuration, quiet, sources
@@ -38,8 +48,14 @@ def parser():
         "--ood",
         metavar="SOURCE",
         action="append",
+        default=[],
         help="Sources of OOD images, separated by commas; NAME=SOURCE names one (split: test). "
         "May be repeated.",
+    )
+    group.add_argument(
+        "--masks",
+        metavar="FOLDER",
+        help="Masks of what is damaged, in a folder for each OOD set that is a folder.",
     )
     group.add_argument(
         "--data",
@@ -160,23 +176,86 @@ def make_detector(model, options):
         )
 
 
-def read_sets(options, reading):
-    """Return normal images, OOD images by name, and labels for the k-NN accuracy if any."""
+class Sets(NamedTuple):
+    """What is measured, as `evaluation.evaluate` takes it.
+
+    Attributes:
+        normal: uint8 `(N, H, W, 3)`.
+        ood: Dict from a name to images.
+        labels: Classes of the normal images, or None.
+        labeled: Training images and their classes, or None.
+        masks: Dict from the names of OOD sets that have masks to these.
+        files: Dict from the names of sets that are folders to what their files are called.
+    """
+
+    normal: np.ndarray
+    ood: dict
+    labels: np.ndarray | None
+    labeled: tuple | None
+    masks: dict
+    files: dict
+
+
+def ood_sources(options):
+    """Return sources of OOD images, and the folder of their masks or None."""
+    named = sources.parse_list("ood", options.ood, "test")
+    damaged, masks = sources.damaged_parts(options.test)
+    names = [source.name for source in (*damaged, *named)]
+    if len(set(names)) < len(names):
+        raise UsageError(f"OOD sets must have names of their own. Received: {', '.join(names)}")
+    return [*damaged, *named], options.masks or masks
+
+
+def read_sets(options, detector):
+    """Return the `Sets` of a command line, images and masks as the detector sees them."""
+    from sddns_tf.evaluation import FRESH
+
+    reading = {"data_dir": options.data_dir, **sources.seen_by(detector)}
     limited = {**reading, "limit": options.limit}
     source = sources.parse("test", options.test, "test")
+    found, masks_folder = ood_sources(options)
     normal, labels = sources.read_labeled("test", source, **limited)
-    ood = {
-        each.name: sources.read("ood", each, **limited)
-        for each in sources.parse_list("ood", options.ood, "test")
+    ood = {each.name: sources.read("ood", each, **limited) for each in found}
+    paths = {each.name: sources.file_names("ood", each, options.limit) for each in found}
+    masks = read_masks(masks_folder, paths, reading) if detector.is_local else {}
+    paths[FRESH] = sources.file_names("test", source, options.limit)
+    files = {
+        name: [f"{path.parent.name}/{path.name}" for path in several]
+        for name, several in paths.items()
+        if several
     }
-    if not options.data:
-        return normal, ood, None, None
-    source = sources.parse("data", options.data, "train")
-    labeled = sources.read_labeled("data", source, **reading)
-    if labels is None or labeled[1] is None:
-        say("Skipping k-NN accuracy: --data or --test has no labels.")
-        return normal, ood, None, None
-    return normal, ood, labels, labeled
+    labeled = None
+    if options.data:
+        source = sources.parse("data", options.data, "train")
+        labeled = sources.read_labeled("data", source, **reading)
+        if labels is None or labeled[1] is None:
+            say("Skipping k-NN accuracy: --data or --test has no labels.")
+            labels = labeled = None
+    return Sets(normal, ood, labels, labeled, masks, files)
+
+
+def read_masks(folder, paths, reading):
+    """Return the masks of the sets that have a folder of them, by name."""
+    if folder is None:
+        return {}
+    from sddns_tf.data import mvtec
+
+    folder = pathlib.Path(folder).expanduser()
+    named = {name: several for name, several in paths.items() if (folder / name).is_dir()}
+    if not named:
+        raise UsageError(
+            f"--masks must hold a folder of the name of an OOD set: {', '.join(paths)}. "
+            f"Received: {folder}"
+        )
+    for name, several in named.items():
+        if several is None:
+            raise UsageError(f"--masks are those of files, and --ood has {name} from elsewhere.")
+    size, resize = reading["image_size"], reading["resize"]
+    with user_input("masks"):
+        return {
+            name: mvtec.masks_of(several, folder / name, size, resize)
+            for name, several in named.items()
+        }
 
 
 def settings_of(detector, options):
@@ -185,7 +264,8 @@ def settings_of(detector, options):
     settings = {
         "model": options.model,
         "test": options.test,
-        "ood": ", ".join(options.ood),
+        "ood": ", ".join(source.name for source in ood_sources(options)[0]),
+        **({"masks": options.masks} if options.masks else {}),
         "backbone": f"{extractor.backbone.name}, {extractor.backbone.count_params():,} parameters",
         "resolution": extractor.resolution,
         "resize": extractor.resize,
@@ -209,25 +289,26 @@ def settings_of(detector, options):
 def main(argv):
     """Score all sets, measure, and write the report."""
     options = parser().parse_args(argv)
-    require(options, "model", "test", "ood", "output_dir")
+    require(options, "model", "test", "output_dir")
+    if not ood_sources(options)[0]:
+        require(options, "ood")
     for option, split in (("test", "test"), ("data", "train"), ("calibration", "test")):
         if text := getattr(options, option):
             sources.parse(option, text, split)  # before anything slow
-    sources.parse_list("ood", options.ood, "test")
     quiet.import_tensorflow()
 
     import sddns_tf
     from sddns_tf import evaluation, report
 
     detector = load_detector(options)
-    reading = {"data_dir": options.data_dir, **sources.seen_by(detector)}
-    normal, ood, labels, labeled = read_sets(options, reading)
+    if options.masks and not detector.is_local:
+        raise UsageError(
+            "--masks are compared with maps, and only a local detector gives them: train with "
+            f"--set=detector.layers=auto. Received: {options.model}"
+        )
     found = evaluation.evaluate(
         detector,
-        normal,
-        ood,
-        labels,
-        labeled,
+        **read_sets(options, detector)._asdict(),
         resamples=options.resamples,
         seed=options.seed,
         verbose=verbose(),

@@ -41,7 +41,8 @@ def read(config, data_options, data_dir):
         UsageError: If a source cannot be read or leaves too few images to calibrate with.
     """
     resolution = data_options.resolution
-    if resolution is None and data_options.source.startswith("folder:"):
+    location = sources.parse("data", data_options.source, "train").location
+    if resolution is None and location.startswith("folder:"):
         resolution = config["views"]["image_size"]
     reading = _reading(data_options, data_dir, resolution)
     training = None

@@ -1,6 +1,7 @@
 """Sources of images on the command line: `tfds:NAME`, `tfds:NAME@SPLIT`, `folder:PATH`, `npz:PATH`.
 
-In a list of sources, `NAME=SOURCE` sets the name that tables show for a set.
+In a list of sources, `NAME=SOURCE` sets the name that tables show for a set. `mvtec:PATH` is a
+folder in the layout of MVTec AD: its good parts, to train on or to test on, depending on the option.
 """
 
 import os
@@ -10,6 +11,8 @@ from typing import NamedTuple
 from sddns_tf.cli.errors import UsageError, user_input
 
 KINDS = ("tfds", "folder", "npz")
+_LAYOUT = "mvtec:"
+_GOOD_PARTS = {"data": "train/good", "test": "test/good"}
 
 
 class Source(NamedTuple):
@@ -46,6 +49,8 @@ def parse(option, text, split):
     """
     start, equals, rest = text.partition("=")
     name, location = (start, rest) if equals and ":" not in start else (None, text)
+    if location.startswith(_LAYOUT):
+        location = _good_parts(option, location.removeprefix(_LAYOUT))
     kind, _, place = location.partition(":")
     if kind not in KINDS or not place or name == "":
         is_folder = os.path.isdir(os.path.expanduser(location))
@@ -59,6 +64,40 @@ def parse(option, text, split):
         split = given if at else split
     default_name = place if kind == "tfds" else pathlib.Path(place).expanduser().resolve().stem
     return Source(name or default_name, f"{kind}:{place}", split)
+
+
+def _good_parts(option, path):
+    if option not in _GOOD_PARTS:
+        raise UsageError(
+            f"--{option} takes no mvtec:PATH, which stands for the good parts of --data and of "
+            f"--test: name a folder, as in folder:{path}/train/good. Received: mvtec:{path}"
+        )
+    return f"folder:{os.path.join(path, _GOOD_PARTS[option])}"
+
+
+def damaged_parts(text):
+    """Return sources of the damaged parts of a folder in the layout of MVTec AD.
+
+    Args:
+        text: Text of the option `--test`.
+
+    Returns:
+        List of `Source`, one for each folder of `test` but the good parts, and the folder of the
+        masks; an empty list and None where the text names no such layout.
+
+    Raises:
+        UsageError: If the folder holds no damaged parts.
+    """
+    if not text.startswith(_LAYOUT):
+        return [], None
+    root = pathlib.Path(text.removeprefix(_LAYOUT)).expanduser()
+    kinds = sorted(path for path in root.glob("test/*") if path.is_dir() and path.name != "good")
+    if not kinds:
+        raise UsageError(
+            "--test=mvtec:PATH must hold test/good and folders of damaged parts beside it. "
+            f"Received: {text}"
+        )
+    return [Source(path.name, f"folder:{path}", "test") for path in kinds], root / "ground_truth"
 
 
 def parse_list(option, texts, split):
@@ -125,6 +164,16 @@ def read(option, source, **options):
 
     with user_input(option):
         return data.load_arrays(source.location, split=source.split, **options)
+
+
+def file_names(option, source, limit=None):
+    """Return paths of the files that `read` reads of a folder, or None where it is no folder."""
+    if not source.location.startswith("folder:"):
+        return None
+    from sddns_tf import data
+
+    with user_input(option):
+        return [pathlib.Path(path) for path in data.image_files(source.location)[:limit]]
 
 
 def read_labeled(option, source, **options):

@@ -11,7 +11,8 @@ import pathlib
 
 import numpy as np
 
-from sddns_tf.validation import check_size
+from sddns_tf.image_ops import RESIZES, center_crop
+from sddns_tf.validation import check_choice, check_size
 
 _EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png")
 GOOD = "good"
@@ -70,7 +71,7 @@ def load(folder, image_size):
     )
 
 
-def masks_of(paths, folder, size):
+def masks_of(paths, folder, size, resize="squash"):
     """Return the masks of some images.
 
     Args:
@@ -79,6 +80,7 @@ def masks_of(paths, folder, size):
             for images without damage.
         size: Height and width to which masks are resized. A resized pixel counts as damaged if at
             least half of it is.
+        resize: `"squash"` or `"crop"`, as for the images: see `data.load`.
 
     Returns:
         NumPy bool `(N, height, width)`.
@@ -86,12 +88,15 @@ def masks_of(paths, folder, size):
     Raises:
         ValueError: If a mask is missing or differs in size from its image.
     """
+    check_choice("resize", resize, RESIZES)
     if folder is None:
         return np.zeros((len(paths), *size), bool)
-    return np.stack([_mask(path, pathlib.Path(folder), size) for path in paths])
+    return np.stack(
+        [_mask(pathlib.Path(path), pathlib.Path(folder), size, resize) for path in paths]
+    )
 
 
-def _mask(path, folder, size):
+def _mask(path, folder, size, resize):
     from PIL import Image
 
     found = [
@@ -110,8 +115,11 @@ def _mask(path, folder, size):
                 "A mask must have its image's size. Received: "
                 f"{found} of {mask.size}, {path} of {image.size} (width, height)"
             )
-        damage = mask.convert("L").point(lambda value: 255 * (value > 0))
-        return np.asarray(damage.resize(size[::-1], Image.Resampling.BOX)) >= 128
+        damage = np.where(np.asarray(mask.convert("L")) > 0, np.uint8(255), np.uint8(0))
+        if resize == "crop":
+            damage = center_crop(damage[np.newaxis, ..., np.newaxis], *size)[0, ..., 0]
+        resized = Image.fromarray(damage).resize(size[::-1], Image.Resampling.BOX)
+        return np.asarray(resized) >= 128
 
 
 def image_paths(folder):
