@@ -1,7 +1,7 @@
 """Sources of images on the command line: `tfds:NAME`, `tfds:NAME@SPLIT`, `folder:PATH`, `npz:PATH`.
 
-In a list of sources, `NAME=SOURCE` sets the name that tables show for a set. `mvtec:PATH` is a
-folder in the layout of MVTec AD: its good parts, to train on or to test on, depending on the option.
+In a list of sources, `NAME=SOURCE` sets the name that tables show for a set. `mvtec:PATH` is
+a folder in the layout of MVTec AD: its good parts, to train or to test on, depending on the option.
 """
 
 import os
