@@ -14,8 +14,12 @@ Prints the table as Markdown. Writes table.md, table.csv, results.json and repor
 --output_dir. The report is one self-contained page with charts, galleries and the configuration.
 """
 
+from __future__ import annotations
+
 import json
 import pathlib
+from argparse import Namespace
+from typing import Any
 
 from sddns_tf import files
 from sddns_tf.cli import configuration, quiet, sources
@@ -24,7 +28,7 @@ from sddns_tf.cli.errors import UsageError, user_input
 from sddns_tf.cli.scorers import load_keras
 
 
-def parser():
+def parser() -> Parser:
     """Return the options of the command."""
     parser = Parser("evaluate", __doc__)
     group = parser.group("what most people need")
@@ -106,7 +110,7 @@ def parser():
     return parser
 
 
-def load_detector(options):
+def load_detector(options: Namespace) -> Any:
     """Return the detector in --model, or one made from the backbone in it."""
     import sddns_tf
 
@@ -127,7 +131,7 @@ def load_detector(options):
     return model
 
 
-def make_detector(model, options):
+def make_detector(model: Any, options: Namespace) -> Any:
     """Return a detector made from a training model or a backbone."""
     import sddns_tf
 
@@ -160,7 +164,7 @@ def make_detector(model, options):
         )
 
 
-def read_sets(options, reading):
+def read_sets(options: Namespace, reading: dict[str, Any]) -> tuple[Any, dict[str, Any], Any, Any]:
     """Return normal images, OOD images by name, and labels for the k-NN accuracy if any."""
     limited = {**reading, "limit": options.limit}
     source = sources.parse("test", options.test, "test")
@@ -179,7 +183,7 @@ def read_sets(options, reading):
     return normal, ood, labels, labeled
 
 
-def settings_of(detector, options):
+def settings_of(detector: Any, options: Namespace) -> dict[str, Any]:
     """Return the settings to list in the report: options of the command and of the detector."""
     extractor = detector.extractor
     settings = {
@@ -206,7 +210,7 @@ def settings_of(detector, options):
     return settings
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     """Score all sets, measure, and write the report."""
     options = parser().parse_args(argv)
     require(options, "model", "test", "ood", "output_dir")

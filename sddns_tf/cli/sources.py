@@ -3,9 +3,13 @@
 In a list of sources, `NAME=SOURCE` sets the name that tables show for a set.
 """
 
+from __future__ import annotations
+
 import os
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from sddns_tf.cli.errors import UsageError, user_input
 
@@ -26,7 +30,7 @@ class Source(NamedTuple):
     split: str
 
 
-def parse(option, text, split):
+def parse(option: str, text: str | None, split: str) -> Source:
     """Parse the value of an option as a source.
 
     Args:
@@ -38,12 +42,14 @@ def parse(option, text, split):
         `Source`.
 
     Raises:
-        UsageError: If the text has another form.
+        UsageError: If the text is None or has another form.
 
     Example:
     >>> parse("ood", "scratched=folder:parts/scratched", "test")
     Source(name='scratched', location='folder:parts/scratched', split='test')
     """
+    if text is None:
+        raise UsageError(f"--{option} is needed. Received: none")
     start, equals, rest = text.partition("=")
     name, location = (start, rest) if equals and ":" not in start else (None, text)
     kind, _, place = location.partition(":")
@@ -61,7 +67,7 @@ def parse(option, text, split):
     return Source(name or default_name, f"{kind}:{place}", split)
 
 
-def parse_list(option, texts, split):
+def parse_list(option: str, texts: list[str], split: str) -> list[Source]:
     """Parse the values of an option that takes several sources.
 
     Args:
@@ -87,7 +93,7 @@ def parse_list(option, texts, split):
     return found
 
 
-def stream(option, source, **options):
+def stream(option: str, source: Source, **options: Any) -> Any:
     """Return batches of the images of a source, read as they are needed.
 
     Args:
@@ -107,7 +113,7 @@ def stream(option, source, **options):
         return data.load(source.location, split=source.split, **options)
 
 
-def read(option, source, **options):
+def read(option: str, source: Source, **options: Any) -> Any:
     """Read all images of a source into memory.
 
     Args:
@@ -127,7 +133,9 @@ def read(option, source, **options):
         return data.load_arrays(source.location, split=source.split, **options)
 
 
-def read_labeled(option, source, **options):
+def read_labeled(
+    option: str, source: Source, **options: Any
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Read images and their labels, int64 `(N,)`, or None instead of labels if there are none."""
     try:
         return read(option, source, with_labels=True, **options)
@@ -137,7 +145,7 @@ def read_labeled(option, source, **options):
         return read(option, source, **options), None
 
 
-def seen_by(detector):
+def seen_by(detector: Any) -> dict[str, Any]:
     """Return options with which `read` and `stream` resize images as a detector does.
 
     Args:
@@ -151,7 +159,7 @@ def seen_by(detector):
     return {"image_size": tuple(size), "resize": extractor.resize}
 
 
-def read_class_names(path):
+def read_class_names(path: str) -> list[str]:
     """Read names of classes from a text file: the first word of each line, comments skipped."""
     with user_input("auxiliary_exclude"):
         lines = pathlib.Path(path).expanduser().read_text(encoding="utf-8").splitlines()
