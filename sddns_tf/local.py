@@ -151,6 +151,8 @@ def _run(model, inputs, found, prefix=""):
         for layer in model.layers:
             inputs = call(layer, inputs)
     else:
+        # Inputs may have names, as those of KerasHub have: {"images": ...}.
+        inputs = keras.tree.pack_sequence_as(model.input, keras.tree.flatten(inputs))
         keras.models.clone_model(
             model, inputs, clone_function=lambda layer: layer, call_function=call
         )
