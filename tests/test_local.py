@@ -7,6 +7,7 @@ import skimage.data
 import tensorflow as tf
 from PIL import Image
 from scipy import ndimage
+from scipy.spatial import distance
 
 from sddns_tf import bank, local
 from sddns_tf.detector import Detector
@@ -311,7 +312,9 @@ def test_streams_of_any_batches_give_one_detector(detector):
     again = Detector.from_images(
         convnet(), stream, calibration, layers="auto", bank_size=300, verbose=0
     )
-    np.testing.assert_allclose(again.bank, detector.bank, atol=1e-3)
+    # Two rows that are all but equally far may change places: features differ in their last bits.
+    between = distance.cdist(again.bank, detector.bank)
+    assert between.min(axis=0).max() < 1e-2 and between.min(axis=1).max() < 1e-2
     assert again.threshold == pytest.approx(detector.threshold, abs=1e-2)
 
 

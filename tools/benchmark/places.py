@@ -4,9 +4,10 @@ Building runs in processes of its own, for their peak memory; against as many ti
 the smallest set. Feature maps are those of one convolution, 28 x 28 places of 384 channels, since
 the network is not what is measured. One size alone, such as 100,000 images:
 
-    python -m tools.benchmark.places '{"images": 100000, "threads": 1}'
+    python -m tools.benchmark.places --images=100000
 """
 
+import argparse
 import json
 import pathlib
 import resource
@@ -26,7 +27,7 @@ def run(settings):
     yield from scores(settings)
     smallest = None
     for count in (64, 256) if settings.quick else IMAGES:
-        measured = measured_apart({"images": count, "threads": settings.threads})
+        measured = measured_apart(count, settings.threads)
         smallest = smallest or (measured["building"], count)
         expected = smallest[0] * count / smallest[1]
         times = [measured["building"]] * 3, [expected] * 3
@@ -76,14 +77,15 @@ def one_convolution(side, channels):
     return FeatureExtractor(network, layers="maps")
 
 
-def measured_apart(setting):
-    """Return what `measure` finds of a setting, in a process of its own."""
-    command = [sys.executable, "-m", "tools.benchmark.places", json.dumps(setting)]
+def measured_apart(count, threads):
+    """Return what `main` finds of a number of images, in a process of its own."""
+    options = [f"--images={count}", f"--threads={threads}"]
+    command = [sys.executable, "-m", "tools.benchmark.places", *options]
     result = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def measure(setting):
+def measure(count, threads):
     """Return the processor's seconds of building a bank of places, and the peak of the memory."""
     import time
 
@@ -91,10 +93,9 @@ def measure(setting):
 
     from sddns_tf.building import bank_of_places
 
-    harness.pin_threads(setting["threads"])
+    harness.pin_threads(threads)
     extractor = one_convolution(28, 384)
     noise = np.random.default_rng(0).integers(0, 256, (32, 224, 224, 3), dtype=np.uint8)
-    count = setting["images"]
     batches = (noise[: count - first] for first in range(0, count, 32))
     start = time.process_time()
     bank_of_places(extractor, batches, np.ones((28, 28), bool), 5_000, verbose=0)
@@ -102,5 +103,14 @@ def measure(setting):
     return {"building": time.process_time() - start, "peak_memory_mb": round(peak)}
 
 
+def main(argv=None):
+    """Print what `measure` finds, as JSON."""
+    parser = argparse.ArgumentParser(prog="places", description="Build a bank of places.")
+    parser.add_argument("--images", type=int, default=1_000, help="images to build it from")
+    parser.add_argument("--threads", type=int, default=1, help="of TensorFlow")
+    options = parser.parse_args(argv)
+    print(json.dumps(measure(options.images, options.threads)))
+
+
 if __name__ == "__main__":
-    print(json.dumps(measure(json.loads(sys.argv[1]))))
+    main()
