@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 
-def load_backbone(backbone: keras.Model, state: Any) -> None:
+def load_backbone(backbone: keras.Model, state: Any) -> keras.Model:
     """Assign DINO's parameters to a vision transformer.
 
     Everything is checked before anything is assigned. At `image_size` the features are DINO's. At
@@ -43,7 +43,7 @@ def load_backbone(backbone: keras.Model, state: Any) -> None:
     return backbone
 
 
-def load_head(head: keras.Model, state: Any) -> None:
+def load_head(head: keras.Model, state: Any) -> keras.Model:
     """Assign DINO's parameters to a projection head.
 
     Everything is checked before anything is assigned.

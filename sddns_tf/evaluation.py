@@ -205,7 +205,9 @@ def _pixel_row(detector, answers, masks):
     }
 
 
-def table_row(normal_scores, answer, is_normal, resamples, seed):
+def table_row(
+    normal_scores: Array, answer: dict[str, Array], is_normal: bool, resamples: int, seed: int
+) -> dict[str, tuple[float, float, float]]:
     """Return a row of `Evaluation.rows`: each column's value and its interval.
 
     Args:

@@ -454,7 +454,7 @@ def _unit_rows(features, name):
         )
     features = features.astype("float32")
     if not np.isfinite(features).all():
-        raise ValueError(f"`{name}` must be finite. Received NaN or infinite values.")
+        raise ValueError(f"`{name}` must be finite. Received: NaN or infinite values.")
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
 

@@ -343,23 +343,29 @@ class Draws:
     All come from one random operation: the graph stays small and compiles fast.
     """
 
-    def __init__(self, shape, seed):
+    def __init__(self, shape: Any, seed: Any) -> None:
         self._numbers = iter(tf.unstack(shifts.uniform([_DRAWS, *shape], seed)))
 
-    def uniform(self, low=0.0, high=1.0):
+    def uniform(self, low: Any = 0.0, high: Any = 1.0) -> tf.Tensor:
         """Return numbers from `low` to `high`, `(V, B)`."""
         return low + (high - low) * next(self._numbers)
 
-    def attempts(self, low, high):
+    def attempts(self, low: float, high: float) -> tf.Tensor:
         """Return a number for each attempt of a crop, `(V, B, _CROP_ATTEMPTS)`."""
         return tf.stack([self.uniform(low, high) for _ in range(_CROP_ATTEMPTS)], axis=-1)
 
-    def happens(self, probability):
+    def happens(self, probability: Any) -> tf.Tensor:
         """Return bool `(V, B)`, true with the given probability, which may itself be `(V, B)`."""
         return self.uniform() < probability
 
 
-def crop_boxes(draws, height, width, area, aspect_ratio):
+def crop_boxes(
+    draws: Draws,
+    height: int,
+    width: int,
+    area: tuple[float, float],
+    aspect_ratio: tuple[float, float],
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
     """Draw whole-pixel boxes as torchvision's `RandomResizedCrop` does.
 
     The area is uniform and the aspect ratio log-uniform. The first of ten attempts that fits is

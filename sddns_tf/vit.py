@@ -24,7 +24,7 @@ def _initializer():
     return keras.initializers.RandomNormal(stddev=0.02)
 
 
-def bicubic_matrix(size, source_size, xp=np):
+def bicubic_matrix(size: Any, source_size: int, xp: Any = np) -> Any:
     """Return the matrix that resamples `source_size` samples to `size` samples, bicubically.
 
     Keys' kernel with a = -0.75, half-pixel centers, no antialiasing and clamped edges: the rule of
@@ -530,7 +530,7 @@ class VisionTransformer(keras.Model):
         )
         return config
 
-    def embed(self, images):
+    def embed(self, images: Array) -> tf.Tensor:
         """Map normalized images to the tokens that enter the first block, `(B, 1 + N, D)`."""
         self._check_shape(images.shape)
         if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(images.dtype)):
@@ -549,7 +549,7 @@ class VisionTransformer(keras.Model):
         positions = self.positions(height // self.patch_size, width // self.patch_size)
         return tokens + ops.cast(positions, tokens.dtype)
 
-    def positions(self, rows, columns):
+    def positions(self, rows: Any, columns: Any) -> tf.Tensor:
         """Return the position embedding of a grid of patches, `(1, 1 + rows * columns, D)`."""
         known = isinstance(rows, int) and isinstance(columns, int)
         if known and (rows, columns) == self.grid_size:

@@ -127,7 +127,7 @@ def test_every_kind_of_model_gives_the_detectors_answers(
         assert rows[name]["error"] and not rows[name]["ood_score"] and not rows[name]["is_ood"]
     told = done.stderr.splitlines()
     assert told[-1].endswith(", 2 not scored")
-    assert told[-2] == f"1 files of other kinds left out, such as {photos_folder / 'notes.txt'}"
+    assert told[-2] == f"Skipped 1 files that are not images, such as {photos_folder / 'notes.txt'}"
 
 
 def test_a_detector_of_places_is_scored(normal, photos_folder, tmp_path):

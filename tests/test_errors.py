@@ -17,7 +17,7 @@ EXCEPTIONS = {
     ("building.py", "The backbone gives features that are not finite"): "nothing was passed",
     ("self_distillation.py", "Weight decay was asked for twice"): "names both places",
     ("self_distillation.py", "SelfDistillation trains without labels"): "no colon",
-    ("bank.py", "`"): "no colon",
+    ("bank.py", "`` must be a finite array"): "no colon",
 }
 
 
@@ -78,7 +78,7 @@ def test_an_error_without_it_would_be_found(tmp_path):
         "    if x: raise ValueError(f'`x` must be 0: {x}')\n"
         "    raise errors.UsageError(HINT.format(x))\n"
     )
-    assert [(line, "Received: " in text) for line, text in messages(module)] == [
+    assert sorted((line, "Received: " in text) for line, text in messages(module)) == [
         (3, False),
         (4, True),
     ]
@@ -110,8 +110,14 @@ def test_an_error_without_it_would_be_found(tmp_path):
             ". Received: {here}/no.tflite",
         ),
         (["score", "--model=m", "--images=there"], "or list:FILE, or -. Received: there"),
-        (["info", "{here}/broken.tflite"], "FILE must be a .tflite file that sddns export wrote."),
-        (["info", "{here}/broken.keras"], "FILE must be a model that Keras can load. Received: "),
+        (
+            ["info", "{here}/broken.tflite"],
+            "info: FILE must be a .tflite file",
+        ),
+        (
+            ["info", "{here}/broken.keras"],
+            "info: FILE must be a model that Keras can load.",
+        ),
         (
             ["convert-dino", "--checkpoint={here}/no.pth", "--output=x.weights.h5"],
             "--checkpoint must be an existing file. Received: {here}/no.pth",

@@ -84,7 +84,12 @@ def test_a_folder_in_mvtecs_layout_is_measured_as_it_comes(wall, local, tmp_path
     page = (tmp_path / "report.html").read_text()
     for title in ("Least anomalous", "Most anomalous", "Borderline", "Missed", "False alarms"):
         assert f"<h2>{title}</h2>" in page
-    for text in ("patch/003.png", "good/001.png", "region_recall", "one scale for all images"):
+    for text in (
+        "patch/003.png",
+        "good/001.png",
+        "region_recall",
+        "all images have the same scale",
+    ):
         assert text in page
     assert " #" not in page.partition("<h2>Least")[2].partition("<h2>Configuration")[0]
 

@@ -21,11 +21,15 @@ that change during training.
 The resolved configuration has every default filled in. It can be used as a recipe itself.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import importlib.resources
 import inspect
 import json
 import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from sddns_tf.cli.errors import UsageError, user_input
 
@@ -94,13 +98,13 @@ class RunOptions:
     precision: str = "float32"
 
 
-def recipe_names():
+def recipe_names() -> list[str]:
     """Return the names of the recipes that come with the package."""
     folder = importlib.resources.files("sddns_tf.cli") / "recipes"
     return sorted(file.name[:-5] for file in folder.iterdir() if file.name.endswith(".json"))
 
 
-def read_recipe(name):
+def read_recipe(name: str) -> dict[str, Any]:
     """Return a recipe that comes with the package, or one from a JSON file.
 
     Args:
@@ -112,7 +116,7 @@ def read_recipe(name):
     Raises:
         UsageError: If there is no such recipe, or the file does not hold a JSON object.
     """
-    path = pathlib.Path(name).expanduser()
+    path: Any = pathlib.Path(name).expanduser()
     if name in recipe_names():
         path = importlib.resources.files("sddns_tf.cli") / "recipes" / f"{name}.json"
     elif not (path.suffix == ".json" and path.is_file()):
@@ -134,7 +138,7 @@ def read_recipe(name):
     return recipe
 
 
-def parse_setting(text):
+def parse_setting(text: str) -> tuple[str, Any]:
     """Return key and value of `--set KEY=VALUE`; a value that is not JSON is taken as a string."""
     key, equals, value = text.partition("=")
     if not equals or not key:
@@ -145,7 +149,7 @@ def parse_setting(text):
         return key, value
 
 
-def resolve(recipe, settings):
+def resolve(recipe: dict[str, Any], settings: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the complete, checked configuration of a run, with all defaults filled in.
 
     Args:
@@ -175,7 +179,7 @@ def resolve(recipe, settings):
     return resolved
 
 
-def flat(config):
+def flat(config: dict[str, Any]) -> dict[str, Any]:
     """Return a configuration as a flat dictionary with keys such as `"views.hue"`."""
     found = {}
     for key, value in config.items():
@@ -186,7 +190,7 @@ def flat(config):
     return found
 
 
-def differences(one, other):
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """List the differences of two configurations: triples of a key and both values."""
     one, other = flat(one), flat(other)
     return [
@@ -196,7 +200,7 @@ def differences(one, other):
     ]
 
 
-def _put(config, key, value):
+def _put(config: dict[str, Any], key: str, value: Any) -> None:
     section, dot, name = key.partition(".")
     if not dot:
         config[key] = value
@@ -210,7 +214,7 @@ def _put(config, key, value):
     config[section][name] = value
 
 
-def _resolved_section(section, config):
+def _resolved_section(section: str, config: dict[str, Any]) -> dict[str, Any] | None:
     given = config.get(section, {})
     if section == "negatives" and given is None:
         return None
@@ -228,7 +232,7 @@ def _resolved_section(section, config):
     }
 
 
-def constructor(section, type_name=None):
+def constructor(section: str, type_name: str | None = None) -> Callable:
     """Return the class or function whose arguments a section holds.
 
     Args:
@@ -245,7 +249,7 @@ def constructor(section, type_name=None):
     if section == "data":
         return DataOptions
     if section == "backbone":
-        return sddns_tf.ConvNet if type_name == "convnet" else getattr(sddns_tf, type_name)
+        return sddns_tf.ConvNet if type_name == "convnet" else getattr(sddns_tf, str(type_name))
     if section == "optimizer":
         found = getattr(keras.optimizers, str(type_name), None)
         if not (inspect.isclass(found) and issubclass(found, keras.optimizers.Optimizer)):
@@ -254,16 +258,17 @@ def constructor(section, type_name=None):
                 f"Received: {type_name!r}"
             )
         return found
-    return {
+    constructors: dict[str, Callable] = {
         "views": sddns_tf.MultiCrop,
         "negatives": sddns_tf.Negatives,
         "head": sddns_tf.ProjectionHead,
         "model": sddns_tf.SelfDistillation,
         "detector": sddns_tf.Detector.from_images,
-    }[section]
+    }
+    return constructors[section]
 
 
-def _constructor(section, given):
+def _constructor(section: str, given: dict[str, Any]) -> tuple[Callable, dict[str, Any]]:
     """Return the constructor of a section, and defaults of the keys that it does not take."""
     if section == "optimizer":
         name = given.get("type", "Adam")
@@ -281,7 +286,7 @@ def _constructor(section, given):
     return constructor(section, name), {"type": name, "weights": None}
 
 
-def _defaults(section, constructor):
+def _defaults(section: str, constructor: Callable) -> dict[str, Any]:
     """Return the arguments that a section may hold, with their defaults."""
     parameters = dict(inspect.signature(constructor).parameters)
     if any(one.kind == one.VAR_KEYWORD for one in parameters.values()) and section == "backbone":
@@ -298,7 +303,9 @@ def _defaults(section, constructor):
     }
 
 
-def _without_preset_defaults(parameters):
+def _without_preset_defaults(
+    parameters: Mapping[str, inspect.Parameter],
+) -> dict[str, inspect.Parameter]:
     """Replace the defaults of the sizes that a preset chooses itself with None."""
     sizes = ("hidden_dim", "depth", "num_heads")
     return {
@@ -307,11 +314,11 @@ def _without_preset_defaults(parameters):
     }
 
 
-def _as_json(value):
+def _as_json(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _check_keys(prefix, given, known, owner):
+def _check_keys(prefix: str, given: dict[str, Any], known: Iterable[str], owner: str) -> None:
     for key in given:
         if key not in known:
             names = ", ".join(prefix + name for name in sorted(known))
@@ -321,7 +328,7 @@ def _check_keys(prefix, given, known, owner):
             )
 
 
-def _checked(key, value, default):
+def _checked(key: str, value: Any, default: Any) -> Any:
     """Return the value if it has the type of the default.
 
     Everything else is checked by the constructor.

@@ -1,8 +1,12 @@
 """Messages and option parsing, shared by all commands."""
 
+from __future__ import annotations
+
 import argparse
 import re
 import sys
+from argparse import Namespace
+from typing import Any, NoReturn
 
 from absl.flags import argparse_flags
 
@@ -21,12 +25,12 @@ _ARGPARSE_MESSAGES = (
 )  # fmt: skip
 
 
-def say(text):
+def say(text: str) -> None:
     """Print progress to stderr; stdout is kept for results."""
     print(text, file=sys.stderr, flush=True)
 
 
-def verbose():
+def verbose() -> int:
     """Return Keras' `verbose`: 1 in a terminal, 0 where the output goes to a file."""
     return int(sys.stderr.isatty() and sys.stdout.isatty())
 
@@ -46,7 +50,7 @@ class Parser(argparse_flags.ArgumentParser):
         'parts.tflite'
     """
 
-    def __init__(self, command, description):
+    def __init__(self, command: str, description: str) -> None:
         super().__init__(
             prog=f"sddns {command}",
             usage=f"sddns {command} --OPTION=VALUE ...",
@@ -57,17 +61,17 @@ class Parser(argparse_flags.ArgumentParser):
             inherited_absl_flags=None,
         )
 
-    def group(self, title):
+    def group(self, title: str) -> Any:
         """Return a new, titled group of options; help shows groups in the order of creation."""
         return self.add_argument_group(title)
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse a list of strings."""
         group = self.group("help")
         group.add_argument("-h", "--help", action="help", help="Show this text and exit.")
         return super().parse_args(args, namespace)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         """Raise a `UsageError` in place of what argparse would print."""
         for pattern, form in _ARGPARSE_MESSAGES:
             if found := re.fullmatch(pattern, message, re.DOTALL):
@@ -75,14 +79,14 @@ class Parser(argparse_flags.ArgumentParser):
         raise UsageError(f"{message}. `{self.prog} --help` lists the options")
 
 
-def positive_int(text):
+def positive_int(text: str) -> int:
     """Parse an option's value as an int of at least 1."""
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a positive int. Received: {text}")
     return int(text)
 
 
-def share(text):
+def share(text: str) -> float:
     """Parse an option's value as a float between 0 and 1."""
     try:
         value = float(text)
@@ -93,7 +97,7 @@ def share(text):
     return value
 
 
-def size(text):
+def size(text: str) -> int | list[int]:
     """Parse an option's value, `SIDE` or `HEIGHT,WIDTH` in pixels, as an int or a list of two."""
     sides = text.split(",")
     if len(sides) not in (1, 2) or not all(side.isdecimal() and int(side) for side in sides):
@@ -101,7 +105,7 @@ def size(text):
     return int(text) if len(sides) == 1 else [int(side) for side in sides]
 
 
-def require(options, *names):
+def require(options: Namespace, *names: str) -> None:
     """Raise a `UsageError` if one of these options is missing."""
     for name in names:
         if not getattr(options, name):

@@ -7,8 +7,13 @@ the checkpoint. Sizes are inferred from the shapes of the parameters. Two things
 and may be given: the aspect ratio of the images and the number of attention heads.
 """
 
+from __future__ import annotations
+
 import argparse
 import pickle
+from typing import Any
+
+import numpy as np
 
 from sddns_tf import files
 from sddns_tf.cli import quiet
@@ -16,7 +21,7 @@ from sddns_tf.cli.console import Parser, positive_int, require, size
 from sddns_tf.cli.errors import UsageError, user_input
 
 
-def parser():
+def parser() -> Parser:
     """Return the options of the command."""
     parser = Parser("convert-dino", __doc__)
     group = parser.group("what most people need")
@@ -50,7 +55,7 @@ def parser():
     return parser
 
 
-def read_state(path, key):
+def read_state(path: str, key: str) -> dict[str, np.ndarray]:
     """Return the parameters in a checkpoint.
 
     Args:
@@ -96,7 +101,11 @@ def read_state(path, key):
     }
 
 
-def infer_backbone(shapes, image_size=None, num_heads=None):
+def infer_backbone(
+    shapes: dict[str, tuple[int, ...]],
+    image_size: int | tuple[int, int] | None = None,
+    num_heads: int | None = None,
+) -> dict[str, Any]:
     """Return arguments of the `VisionTransformer` whose parameters have these shapes.
 
     Args:
@@ -143,7 +152,7 @@ def infer_backbone(shapes, image_size=None, num_heads=None):
     }
 
 
-def infer_head(shapes):
+def infer_head(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     """Return arguments of the `ProjectionHead` whose parameters have these shapes.
 
     Args:
@@ -167,7 +176,14 @@ def infer_head(shapes):
     }
 
 
-def convert(checkpoint, key, output, head_output=None, image_size=None, num_heads=None):
+def convert(
+    checkpoint: str,
+    key: str,
+    output: str,
+    head_output: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    num_heads: int | None = None,
+) -> None:
     """Write the weights of a checkpoint's backbone and, on request, of its projection head.
 
     Args:
@@ -184,7 +200,7 @@ def convert(checkpoint, key, output, head_output=None, image_size=None, num_head
     quiet.import_tensorflow()
     from sddns_tf import dino_weights, heads, vit
 
-    shapes = {"backbone": {}, "head": {}}
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {"backbone": {}, "head": {}}
     for full_name, value in state.items():
         part, name = dino_weights.split_prefix(full_name)
         for wanted in shapes if part is None else [part]:
@@ -205,7 +221,7 @@ def convert(checkpoint, key, output, head_output=None, image_size=None, num_head
         print(f"{path}: sddns_tf.{type(model).__name__}({arguments})")
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     """Convert the checkpoint that the options name."""
     options = parser().parse_args(argv)
     require(options, "checkpoint", "output")

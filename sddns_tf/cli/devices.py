@@ -1,7 +1,10 @@
 """The devices on which training runs."""
 
+from __future__ import annotations
+
 import json
 import os
+from typing import Any
 
 from sddns_tf.cli.console import say
 from sddns_tf.cli.errors import UsageError
@@ -9,7 +12,7 @@ from sddns_tf.cli.errors import UsageError
 STRATEGIES = ("auto", "none", "mirrored", "multi_worker")
 
 
-def strategy(name, logical_devices=None):
+def strategy(name: str, logical_devices: int | None = None) -> Any:
     """Return the distribution strategy. Call it before anything else that uses TensorFlow.
 
     Args:
@@ -41,7 +44,7 @@ def strategy(name, logical_devices=None):
                 "--strategy=multi_worker needs the environment variable TF_CONFIG. Received: none"
             )
         return _several(tf.distribute.MultiWorkerMirroredStrategy())
-    if name != "none" and (logical_devices or 0) > 1:
+    if name != "none" and logical_devices is not None and logical_devices > 1:
         devices = [f"CPU:{index}" for index in range(logical_devices)]
         return _several(tf.distribute.MirroredStrategy(devices))
     several = len(tf.config.list_physical_devices("GPU")) > 1
@@ -50,7 +53,7 @@ def strategy(name, logical_devices=None):
     return None
 
 
-def worker_index(name):
+def worker_index(name: str) -> int:
     """Return the index of this machine among several. The first one writes the results.
 
     Args:
@@ -69,7 +72,7 @@ def worker_index(name):
         ) from error
 
 
-def _several(strategy):
+def _several(strategy: Any) -> Any:
     """Return the strategy, or None if it has only one replica."""
     if strategy.num_replicas_in_sync == 1:
         say("Only one device: training without a distribution strategy")

@@ -21,9 +21,12 @@ the damage is. That is the ground_truth folder of MVTec AD. A whole folder in th
     sddns evaluate --model=bottle.keras --test=mvtec:bottle --output_dir=evaluation
 """
 
+from __future__ import annotations
+
 import json
 import pathlib
-from typing import NamedTuple
+from argparse import Namespace
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,7 +37,7 @@ from sddns_tf.cli.errors import UsageError, user_input
 from sddns_tf.cli.scorers import load_keras
 
 
-def parser():
+def parser() -> Parser:
     """Return the options of the command."""
     parser = Parser("evaluate", __doc__)
     group = parser.group("what most people need")
@@ -122,7 +125,7 @@ def parser():
     return parser
 
 
-def load_detector(options):
+def load_detector(options: Namespace) -> Any:
     """Return the detector in --model, or one made from the backbone in it."""
     import sddns_tf
 
@@ -143,7 +146,7 @@ def load_detector(options):
     return model
 
 
-def make_detector(model, options):
+def make_detector(model: Any, options: Namespace) -> Any:
     """Return a detector made from a training model or a backbone."""
     import sddns_tf
 
@@ -196,7 +199,7 @@ class Sets(NamedTuple):
     files: dict
 
 
-def ood_sources(options):
+def ood_sources(options: Namespace) -> tuple[list[sources.Source], Any]:
     """Return sources of OOD images, and the folder of their masks or None."""
     named = sources.parse_list("ood", options.ood, "test")
     damaged, masks = sources.damaged_parts(options.test)
@@ -206,7 +209,7 @@ def ood_sources(options):
     return [*damaged, *named], options.masks or masks
 
 
-def read_sets(options, detector):
+def read_sets(options: Namespace, detector: Any) -> Sets:
     """Return the `Sets` of a command line, images and masks as the detector sees them."""
     from sddns_tf.evaluation import FRESH
 
@@ -234,7 +237,7 @@ def read_sets(options, detector):
     return Sets(normal, ood, labels, labeled, masks, files)
 
 
-def read_masks(folder, paths, reading):
+def read_masks(folder: Any, paths: dict[str, Any], reading: dict[str, Any]) -> dict[str, Any]:
     """Return the masks of the sets that have a folder of them, by name."""
     if folder is None:
         return {}
@@ -258,7 +261,7 @@ def read_masks(folder, paths, reading):
         }
 
 
-def settings_of(detector, options):
+def settings_of(detector: Any, options: Namespace) -> dict[str, Any]:
     """Return the settings to list in the report: options of the command and of the detector."""
     extractor = detector.extractor
     settings = {
@@ -286,7 +289,7 @@ def settings_of(detector, options):
     return settings
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     """Score all sets, measure, and write the report."""
     options = parser().parse_args(argv)
     require(options, "model", "test", "output_dir")

@@ -12,8 +12,14 @@ A .tflite file with slightly different scores (after quantization, or if the ban
 calibrated with.
 """
 
+from __future__ import annotations
+
 import json
 import pathlib
+from argparse import Namespace
+from typing import Any
+
+import numpy as np
 
 from sddns_tf.cli import quiet, sources
 from sddns_tf.cli.console import Parser, positive_int, require, say, verbose
@@ -21,7 +27,7 @@ from sddns_tf.cli.errors import UsageError, user_input
 from sddns_tf.cli.scorers import load_keras
 
 
-def parser():
+def parser() -> Parser:
     """Return the options of the command."""
     parser = Parser("export", __doc__)
     group = parser.group("what most people need")
@@ -86,7 +92,7 @@ def parser():
     return parser
 
 
-def check(options):
+def check(options: Namespace) -> None:
     """Check options that depend on each other, before anything slow."""
     require(options, "detector")
     if not (options.saved_model or options.tflite):
@@ -102,7 +108,7 @@ def check(options):
             sources.parse(option, text, split)
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     """Write the exports that the options name."""
     options = parser().parse_args(argv)
     check(options)
@@ -136,7 +142,9 @@ def main(argv):
         tell("tflite", path)
 
 
-def read(detector, options, option, split, limit=None):
+def read(
+    detector: Any, options: Namespace, option: str, split: str, limit: int | None = None
+) -> np.ndarray | None:
     """Return the images that an option names, resized as for the detector, or None."""
     text = getattr(options, option)
     if not text:
@@ -150,7 +158,7 @@ def read(detector, options, option, split, limit=None):
     )
 
 
-def tell(kind, path):
+def tell(kind: str, path: str | pathlib.Path) -> None:
     """Print the path and size of an export."""
     path = pathlib.Path(path)
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]

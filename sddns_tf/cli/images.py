@@ -1,11 +1,14 @@
 """The images of a training run: sources held in memory or streamed, and batches from any step."""
 
+from __future__ import annotations
+
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sddns_tf.cli import sources
+from sddns_tf.cli.configuration import DataOptions
 from sddns_tf.cli.errors import UsageError, user_input
 
 
@@ -23,10 +26,10 @@ class Images(NamedTuple):
     training: np.ndarray | None
     calibration: np.ndarray
     auxiliary: np.ndarray | None
-    resolution: tuple
+    resolution: tuple[int, int]
 
 
-def read(config, data_options, data_dir):
+def read(config: dict[str, Any], data_options: DataOptions, data_dir: str | None) -> Images:
     """Read the images that are held in memory.
 
     Args:
@@ -40,12 +43,12 @@ def read(config, data_options, data_dir):
     Raises:
         UsageError: If a source cannot be read or leaves too few images to calibrate with.
     """
-    resolution = data_options.resolution
+    resolution: Any = data_options.resolution
     location = sources.parse("data", data_options.source, "train").location
     if resolution is None and location.startswith("folder:"):
         resolution = config["views"]["image_size"]
     reading = _reading(data_options, data_dir, resolution)
-    training = None
+    training: Any = None
     if data_options.in_memory:
         source = sources.parse("data", data_options.source, "train")
         training = sources.read("data", source, limit=data_options.limit, **reading)
@@ -56,7 +59,7 @@ def read(config, data_options, data_dir):
     else:
         training, calibration = _held_out(config, data_options, training)
     resolution = tuple(calibration.shape[1:3])
-    auxiliary = None
+    auxiliary: Any = None
     if needs_auxiliary(config) and data_options.in_memory:
         reading["image_size"] = resolution
         source = sources.parse("auxiliary", data_options.auxiliary, "train")
@@ -64,7 +67,13 @@ def read(config, data_options, data_dir):
     return Images(training, calibration, auxiliary, resolution)
 
 
-def batches(config, data_options, data_dir, images, first_batch=None):
+def batches(
+    config: dict[str, Any],
+    data_options: DataOptions,
+    data_dir: str | None,
+    images: Images,
+    first_batch: int | None = None,
+) -> Any:
     """Return shuffled batches of images, with auxiliary images if the negatives need them.
 
     Args:
@@ -83,7 +92,7 @@ def batches(config, data_options, data_dir, images, first_batch=None):
     options = {"batch_size": config["batch_size"], "shuffle": True, "first_batch": first_batch}
     reading = _reading(data_options, data_dir, images.resolution)
 
-    def load(option, text, array, **more):
+    def load(option: str, text: str | None, array: Any, **more: Any) -> Any:
         if array is None:
             source = sources.parse(option, text, "train")
             return sources.stream(option, source, **reading, **options, **more)
@@ -106,7 +115,9 @@ def batches(config, data_options, data_dir, images, first_batch=None):
     return data.with_auxiliary(normal, auxiliary)
 
 
-def bank(config, data_options, data_dir, images):
+def bank(
+    config: dict[str, Any], data_options: DataOptions, data_dir: str | None, images: Images
+) -> Any:
     """Return the training images for `Detector.from_images`, in memory or in batches."""
     if images.training is not None:
         return images.training
@@ -115,24 +126,26 @@ def bank(config, data_options, data_dir, images):
     return sources.stream("data", source, batch_size=config["batch_size"], **reading)
 
 
-def needs_auxiliary(config):
+def needs_auxiliary(config: dict[str, Any]) -> bool:
     """Return whether negatives are made from auxiliary images."""
     negatives = config["negatives"]
     return negatives is not None and negatives["source"] != "in_distribution"
 
 
-def _reading(data_options, data_dir, resolution):
+def _reading(data_options: DataOptions, data_dir: str | None, resolution: Any) -> dict[str, Any]:
     size = tuple(resolution) if isinstance(resolution, list) else resolution
     return {"data_dir": data_dir, "image_size": size, "resize": data_options.resize}
 
 
-def _excluded(data_options):
+def _excluded(data_options: DataOptions) -> dict[str, list[str]]:
     if not data_options.auxiliary_exclude:
         return {}
     return {"exclude_labels": sources.read_class_names(data_options.auxiliary_exclude)}
 
 
-def _held_out(config, data_options, images):
+def _held_out(
+    config: dict[str, Any], data_options: DataOptions, images: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Split images into those to train on and those to calibrate with."""
     order = np.random.default_rng(config["seed"]).permutation(len(images))
     count = math.ceil(data_options.calibration_share * len(images))

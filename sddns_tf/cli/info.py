@@ -7,9 +7,13 @@
 A .tflite file is read without TensorFlow.
 """
 
+from __future__ import annotations
+
 import json
 import pathlib
 import zipfile
+from collections.abc import Iterator
+from typing import Any
 
 from sddns_tf.cli import quiet
 from sddns_tf.cli.console import Parser
@@ -17,7 +21,7 @@ from sddns_tf.cli.errors import UsageError, user_input
 from sddns_tf.cli.scorers import load_keras, saved_model_folder
 
 
-def parser():
+def parser() -> Parser:
     """Return the options of the command."""
     parser = Parser("info", __doc__)
     parser.usage = "sddns info [--json] FILE"
@@ -26,7 +30,7 @@ def parser():
     return parser
 
 
-def describe(path):
+def describe(path: str | pathlib.Path) -> dict[str, Any]:
     """Return a description of a file.
 
     Args:
@@ -51,7 +55,7 @@ def describe(path):
     )
 
 
-def _tflite(path):
+def _tflite(path: pathlib.Path) -> dict[str, Any]:
     file = path.read_bytes()
     with user_input("FILE"):
         from ai_edge_litert.interpreter import Interpreter
@@ -77,7 +81,7 @@ def _tflite(path):
     }
 
 
-def _saved_model(folder):
+def _saved_model(folder: pathlib.Path) -> dict[str, Any]:
     described = folder / "assets.extra" / "metadata.json"
     if not described.is_file():
         raise UsageError(f"FILE must be a SavedModel that sddns export wrote. Received: {folder}")
@@ -99,7 +103,7 @@ def _saved_model(folder):
     }
 
 
-def _signatures(folder):
+def _signatures(folder: pathlib.Path) -> dict[str, dict[str, list[str]]]:
     """Return the names of each signature's inputs and outputs."""
     quiet.import_tensorflow()
     from tensorflow.core.protobuf import saved_model_pb2
@@ -115,7 +119,7 @@ def _signatures(folder):
     }
 
 
-def _keras(path):
+def _keras(path: pathlib.Path) -> dict[str, Any]:
     quiet.import_tensorflow()
     model = load_keras("FILE", path)
     found = {"file": str(path), "holds": type(model).__name__, "bytes": path.stat().st_size}
@@ -125,7 +129,7 @@ def _keras(path):
     return {**found, **describers.get(type(model).__name__, _network)(model)}
 
 
-def _detector(detector):
+def _detector(detector: Any) -> dict[str, Any]:
     extractor = detector.extractor
     return {
         "backbone": _network(extractor.backbone),
@@ -146,7 +150,7 @@ def _detector(detector):
     }
 
 
-def _self_distillation(model):
+def _self_distillation(model: Any) -> dict[str, Any]:
     from sddns_tf import shifts
 
     negatives = None
@@ -168,7 +172,7 @@ def _self_distillation(model):
     }
 
 
-def _network(model):
+def _network(model: Any) -> dict[str, Any]:
     size = getattr(model, "image_size", None) or model.input_shape[1:3]
     size = (size, size) if isinstance(size, int) else tuple(size)
     return {
@@ -180,7 +184,7 @@ def _network(model):
     }
 
 
-def lines(found, indent=""):
+def lines(found: dict[str, Any], indent: str = "") -> Iterator[str]:
     """Yield the lines of a description as text; nested dictionaries are indented.
 
     Args:
@@ -201,7 +205,7 @@ def lines(found, indent=""):
         yield f"{indent}{key:<{width}}  {'none' if value is None else value}"
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     """Describe the file."""
     options = parser().parse_args(argv)
     found = describe(options.file)

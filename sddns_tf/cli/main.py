@@ -7,6 +7,8 @@ The exit code is 0 on success. On a user's mistake it is 1, with one line on std
 option or file and what was received. `sddns score` exits with 2 if some images were not scored.
 """
 
+from __future__ import annotations
+
 import importlib
 import re
 import sys
@@ -28,7 +30,7 @@ COMMANDS = {
 _INTERRUPTED = 130
 
 
-def overview():
+def overview() -> str:
     """Return the text of `sddns --help`."""
     lines = [f"  {name:<14}{text}" for name, text in COMMANDS.items()]
     return "\n".join(
@@ -44,7 +46,7 @@ def overview():
     )
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
     """Run a command.
 
     Args:
@@ -68,27 +70,33 @@ def main(argv):
         command = importlib.import_module(f"sddns_tf.cli.{name.replace('-', '_')}")
         return command.main(argv[1:]) or 0
     except UsageError as error:
-        command = f"sddns {name}" if name in COMMANDS else "sddns"
+        sender = f"sddns {name}" if name in COMMANDS else "sddns"
         message = re.sub(r"\s*\n\s*", " ", str(error).strip())  # Keras' errors have many lines.
-        print(f"{command}: {message}", file=sys.stderr)
+        print(f"{sender}: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"sddns {name}: interrupted", file=sys.stderr)
         return _INTERRUPTED
 
 
-def run():
+def run() -> None:
     """Entry point of the console script: run the command line of the process and exit."""
     warnings.formatwarning = _one_line
     logging.set_verbosity(logging.WARNING)  # hides the info messages of libraries
     app.run(lambda argv: main(argv[1:]), flags_parser=_left_to_the_command)
 
 
-def _left_to_the_command(argv):
+def _left_to_the_command(argv: list[str]) -> list[str]:
     flags.FLAGS.mark_as_parsed()
     return argv
 
 
-def _one_line(message, category, *place):
-    del place
+def _one_line(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    del filename, lineno, line
     return f"{category.__name__}: {message}\n"

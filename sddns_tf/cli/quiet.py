@@ -4,12 +4,14 @@ TensorFlow's libraries warn about missing GPU drivers before they read `TF_CPP_M
 stderr (file descriptor 2) has to be redirected during the import.
 """
 
+from __future__ import annotations
+
 import os
 import sys
 import tempfile
 
 
-def import_tensorflow():
+def import_tensorflow() -> None:
     """Import TensorFlow, and show its messages only if the import fails.
 
     Call it before anything that imports TensorFlow or Keras.

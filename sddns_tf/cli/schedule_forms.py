@@ -12,8 +12,10 @@
 proportion to `batch_size`. A number of steps may be written as `{"epochs": 1.5}`.
 """
 
+from __future__ import annotations
+
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sddns_tf.cli.errors import UsageError
 
@@ -38,16 +40,16 @@ class Length(NamedTuple):
     batch_size: int
 
     @property
-    def steps(self):
+    def steps(self) -> int:
         """Steps of the whole run."""
         return self.epochs * self.steps_per_epoch
 
-    def steps_in(self, epochs):
+    def steps_in(self, epochs: float) -> int:
         """Return the steps in a number of epochs, which may be a fraction, within the run."""
         return min(round(epochs * self.steps_per_epoch), self.steps)
 
 
-def value_of(key, form, length):
+def value_of(key: str, form: Any, length: Length) -> Any:
     """Return the value that a form stands for in a run of the given length.
 
     Args:
@@ -86,7 +88,7 @@ def value_of(key, form, length):
     return schedules.WarmupCosine(start, end, length.steps, warmup)
 
 
-def _check(key, form):
+def _check(key: str, form: dict[str, Any]) -> None:
     numbers = [value for value in form.values() if not isinstance(value, list)]
     if set(form) == {"epochs"} and all(map(_is_number, numbers)):
         return
@@ -109,6 +111,6 @@ def _check(key, form):
     )
 
 
-def _is_number(value):
+def _is_number(value: Any) -> bool:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_number and math.isfinite(value) and value >= 0

@@ -11,6 +11,8 @@ are written to OUTPUT.partial, which is renamed to OUTPUT at the end.
 The exit code is 0 if all images were scored, 2 if some were not, and 1 if nothing could be done.
 """
 
+from __future__ import annotations
+
 import contextlib
 import csv
 import itertools
@@ -20,20 +22,22 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TextIO
 
 import numpy as np
 
 from sddns_tf.cli.console import Parser, positive_int, require, say
 from sddns_tf.cli.errors import UsageError, user_input
-from sddns_tf.cli.scorers import open_model
+from sddns_tf.cli.scorers import Scorer, open_model
 
 ANSWERS = ("ood_score", "p_value", "is_ood")
 FIELDS = ("path", *ANSWERS, "error")
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
-def parser():
+def parser() -> Parser:
     """Return the options of the command."""
     parser = Parser("score", __doc__)
     group = parser.group("what most people need")
@@ -71,7 +75,7 @@ def parser():
     return parser
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
     """Score the images that the options name."""
     options = parser().parse_args(argv)
     require(options, "model", "images")
@@ -100,7 +104,7 @@ def main(argv):
     return 2 if counts["failed"] else 0
 
 
-def image_paths(text):
+def image_paths(text: str) -> Iterator[str]:
     """Return an iterator over the paths of the images that `--images` names.
 
     Args:
@@ -112,10 +116,10 @@ def image_paths(text):
     Raises:
         UsageError: If the text has another form, or there are no images.
     """
-    kind, _, place = text.partition(":")
+    kind, _, name = text.partition(":")
     if text == "-":
         return _listed(sys.stdin)
-    place = pathlib.Path(place).expanduser()
+    place = pathlib.Path(name).expanduser()
     if kind == "list" and place.is_file():
         return _listed(place.open(encoding="utf-8", errors="surrogateescape"))
     if kind == "folder" and place.is_dir():
@@ -132,12 +136,12 @@ def image_paths(text):
     )
 
 
-def _listed(lines):
+def _listed(lines: Iterable[str]) -> Iterator[str]:
     """Return the paths in a list, without empty lines."""
     return (line.rstrip("\r\n") for line in lines if line.strip())
 
 
-def _in_folder(folder):
+def _in_folder(folder: pathlib.Path) -> Iterator[str]:
     """Yield the image files in a folder and its subfolders, except hidden ones.
 
     At the end, say how many other files were skipped.
@@ -157,7 +161,7 @@ def _in_folder(folder):
         say(f"Skipped {len(others)} files that are not images, such as {others[0]}")
 
 
-def scored(scorer, paths, batch_size):
+def scored(scorer: Scorer, paths: Iterator[str], batch_size: int) -> Iterator[list[dict[str, Any]]]:
     """Yield the rows of one batch after another, in the order of the paths.
 
     Args:
@@ -172,7 +176,7 @@ def scored(scorer, paths, batch_size):
         while some := list(itertools.islice(paths, batch_size)):
             images = list(pool.map(lambda path: read_image(path, scorer), some))
             rows = [dict.fromkeys(FIELDS) | {"path": path} for path in some]
-            by_size = {}
+            by_size: dict[tuple[int, ...], list[tuple[dict[str, Any], np.ndarray]]] = {}
             for row, image in zip(rows, images, strict=True):
                 if isinstance(image, str):
                     row["error"] = image
@@ -185,7 +189,7 @@ def scored(scorer, paths, batch_size):
             yield rows
 
 
-def read_image(path, scorer):
+def read_image(path: str, scorer: Scorer) -> np.ndarray | str:
     """Read an image file in the form that the scorer takes.
 
     Args:
@@ -208,7 +212,7 @@ def read_image(path, scorer):
         return f"{type(error).__name__}: {error}".replace("\n", " ")
 
 
-def _fitted(image, height, width, resize):
+def _fitted(image: np.ndarray, height: int, width: int, resize: str) -> np.ndarray:
     """Return an image resized as `image_ops.fit` does it, without TensorFlow."""
     from PIL import Image
 
@@ -224,7 +228,7 @@ def _fitted(image, height, width, resize):
 
 
 @contextlib.contextmanager
-def opened_output(path):
+def opened_output(path: str | None) -> Iterator[TextIO]:
     """Open stdout or a file, which is called `PATH.partial` until it is complete.
 
     After an interruption the partial file is kept.
@@ -240,21 +244,21 @@ def opened_output(path):
             sys.stdout.reconfigure(errors="surrogateescape")
         yield sys.stdout
         return
-    path = pathlib.Path(path).expanduser()
-    partial = path.with_name(f"{path.name}.partial")
+    target = pathlib.Path(path).expanduser()
+    partial = target.with_name(f"{target.name}.partial")
     with user_input("output"):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         file = partial.open("w", encoding="utf-8", errors="surrogateescape", newline="")
     try:
         with file:
             yield file
     except BaseException:
-        say(f"Interrupted: the rows written so far are in {partial}")
+        say(f"The rows written so far are in {partial}")
         raise
-    os.replace(partial, path)
+    os.replace(partial, target)
 
 
-def row_writer(output, kind):
+def row_writer(output: TextIO, kind: str) -> Callable[[dict[str, Any]], Any]:
     """Return a function that writes one row, as `"csv"` or `"jsonl"`."""
     if kind == "jsonl":
         return lambda row: output.write(json.dumps(_as_json(row)) + "\n")
@@ -263,7 +267,7 @@ def row_writer(output, kind):
     return lambda row: writer.writerow(_as_json(row))
 
 
-def _as_json(row):
+def _as_json(row: dict[str, Any]) -> dict[str, Any]:
     """Replace a score that is not finite with None, because JSON has no such numbers."""
     finite = row["ood_score"] is None or math.isfinite(row["ood_score"])
     return row if finite else {**row, "ood_score": None}

@@ -3,15 +3,17 @@
 A `.tflite` file is loaded without TensorFlow and Keras, as on a device.
 """
 
+from __future__ import annotations
+
 import os
 import pathlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sddns_tf.cli import quiet
-from sddns_tf.cli.errors import UsageError, user_input
+from sddns_tf.cli.errors import UsageError, name_of, user_input
 
 
 class Scorer(NamedTuple):
@@ -24,11 +26,11 @@ class Scorer(NamedTuple):
     """
 
     answer: Callable
-    size: tuple | None = None
+    size: tuple[int, int] | None = None
     resize: str = "squash"
 
 
-def open_model(path, threads=None):
+def open_model(path: str | pathlib.Path, threads: int | None = None) -> Scorer:
     """Load a detector from a file or folder.
 
     Args:
@@ -55,7 +57,7 @@ def open_model(path, threads=None):
     )
 
 
-def saved_model_folder(path):
+def saved_model_folder(path: pathlib.Path) -> pathlib.Path | None:
     """Return the folder of a SavedModel, given that folder or the one that holds its versions.
 
     Returns None if the path is neither.
@@ -67,7 +69,7 @@ def saved_model_folder(path):
     return max(versions, key=lambda folder: int(folder.name), default=None)
 
 
-def load_keras(option, path, kind=None):
+def load_keras(option: str, path: str | pathlib.Path, kind: type | None = None) -> Any:
     """Load a Keras model.
 
     Args:
@@ -87,22 +89,22 @@ def load_keras(option, path, kind=None):
 
     path = pathlib.Path(path).expanduser()
     if not path.is_file() or path.suffix != ".keras":
-        raise UsageError(f"--{option} must be an existing .keras file. Received: {path}")
+        raise UsageError(f"{name_of(option)} must be an existing .keras file. Received: {path}")
     try:
         model = keras.saving.load_model(path)
     except Exception as error:  # Errors of zipfile, json and h5py too.
         raise UsageError(
-            f"--{option} must be a model that Keras can load. Received: {path} ({error})"
+            f"{name_of(option)} must be a model that Keras can load. Received: {path} ({error})"
         ) from error
     if kind is not None and not isinstance(model, kind):
         raise UsageError(
-            f"--{option} must hold a {kind.__name__}. Received: {path}, which holds a "
+            f"{name_of(option)} must hold a {kind.__name__}. Received: {path}, which holds a "
             f"{type(model).__name__}"
         )
     return model
 
 
-def _tflite(path, threads):
+def _tflite(path: pathlib.Path, threads: int | None) -> Scorer:
     with user_input("model"):
         from ai_edge_litert.interpreter import Interpreter
 
@@ -119,7 +121,7 @@ def _tflite(path, threads):
         description = metadata.description(path.read_bytes())
     batch, height, width, _ = interpreter.get_input_details()[0]["shape_signature"].tolist()
 
-    def answer(images):
+    def answer(images: np.ndarray) -> dict[str, np.ndarray]:
         if batch < 0:
             return runner(images=images)
         parts = []
@@ -132,7 +134,7 @@ def _tflite(path, threads):
     return Scorer(answer, (height, width), description.get("resize", "squash"))
 
 
-def _saved_model(folder):
+def _saved_model(folder: pathlib.Path) -> Scorer:
     quiet.import_tensorflow()
     import tensorflow as tf
 
@@ -147,7 +149,7 @@ def _saved_model(folder):
     )
 
 
-def _keras(path):
+def _keras(path: pathlib.Path) -> Scorer:
     quiet.import_tensorflow()
     import tensorflow as tf
 

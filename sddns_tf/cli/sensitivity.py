@@ -16,9 +16,13 @@ for each strategy with the files of `sddns train` and sensitivity.json. If the c
 run it again: strategies that are done are not trained again.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import json
 import pathlib
+from argparse import Namespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,13 +31,16 @@ from sddns_tf.cli import quiet, sources, train
 from sddns_tf.cli.console import Parser, positive_int, say
 from sddns_tf.cli.errors import UsageError
 
+if TYPE_CHECKING:
+    from sddns_tf.cli.training import Place
+
 STRATEGIES = ",".join(
     f"{shift}:auxiliary" for shift in ("rot90", "rot360", "perm4", "perm16", "pixel_perm")
 )
 _SOURCES = ("in_distribution", "auxiliary", "both")
 
 
-def parser():
+def parser() -> Parser:
     """Return the options of the comparison and those of `sddns train`."""
     parser = Parser("sensitivity", __doc__)
     group = parser.group("what most people need")
@@ -80,7 +87,7 @@ def parser():
     return parser
 
 
-def strategies(text):
+def strategies(text: str) -> dict[str, tuple[str, str]]:
     """Parse the value of `--strategies`.
 
     Args:
@@ -92,7 +99,7 @@ def strategies(text):
     Raises:
         UsageError: If a strategy does not exist or is repeated.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for name in text.split(","):
         shift, _, source = name.partition(":")
         expected = ("",) if shift == "none" else _SOURCES
@@ -105,7 +112,7 @@ def strategies(text):
     return found
 
 
-def configuration_of(options, shift, source):
+def configuration_of(options: Namespace, shift: str, source: str) -> dict[str, Any]:
     """Return the resolved configuration of one strategy."""
     from sddns_tf.cli import configuration
 
@@ -114,7 +121,7 @@ def configuration_of(options, shift, source):
     return configuration.resolve(config, [("negatives", negatives)])
 
 
-def measure(name, config, place, options):
+def measure(name: str, config: dict[str, Any], place: Place, options: Namespace) -> dict[str, Any]:
     """Train and score one strategy, or read the results if that was done earlier."""
     import keras
 
@@ -147,7 +154,7 @@ def measure(name, config, place, options):
     return found
 
 
-def true_aurocs(detector, options):
+def true_aurocs(detector: Any, options: Namespace) -> dict[str, float]:
     """Return the AUROC against each OOD set, by name."""
     from sddns_tf import metrics
 
@@ -157,7 +164,7 @@ def true_aurocs(detector, options):
         **sources.seen_by(detector),
     }
 
-    def scores(option, source):
+    def scores(option: str, source: sources.Source) -> np.ndarray:
         images = sources.read(option, source, **reading)
         return detector.predict(images, batch_size=256, verbose=0)["ood_score"]
 
@@ -170,7 +177,7 @@ def true_aurocs(detector, options):
     }
 
 
-def summary(found):
+def summary(found: dict[str, Any]) -> dict[str, Any]:
     """Return the contents of results.json: the choice, the sensitivities and their check."""
     from sddns_tf import sensitivity
 
@@ -187,7 +194,7 @@ def summary(found):
         )
         correlation = dict(zip(("value", "low", "high"), values, strict=True))
     return {
-        "chosen": max(means, key=means.get),
+        "chosen": max(means, key=lambda name: means[name]),
         "sensitivity": means,
         "mean_auroc": aurocs,
         "spearman": correlation,
@@ -195,7 +202,7 @@ def summary(found):
     }
 
 
-def table(results):
+def table(results: dict[str, Any]) -> str:
     """Return the summary as Markdown, the most sensitive strategy first."""
     names = sorted(results["sensitivity"], key=results["sensitivity"].get, reverse=True)
     sets = list(next(iter(results["strategies"].values()))["auroc"])
@@ -215,7 +222,7 @@ def table(results):
     return "\n".join(lines)
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     """Train and score each strategy, then choose one."""
     options = parser().parse_args(argv)
     asked = strategies(options.strategies)
@@ -232,7 +239,7 @@ def main(argv):
     for config in configs.values():
         training.check(config)  # before anything slow
     output_dir = pathlib.Path(place.output_dir).expanduser()
-    found = {}
+    found: dict[str, Any] = {}
     for name, config in configs.items():
         say(f"Strategy {name} ({len(found) + 1} of {len(configs)})")
         own = place._replace(output_dir=str(output_dir / name.replace(":", "-")))

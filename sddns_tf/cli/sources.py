@@ -4,9 +4,13 @@ In a list of sources, `NAME=SOURCE` sets the name that tables show for a set. `m
 a folder in the layout of MVTec AD: its good parts, to train or to test on, depending on the option.
 """
 
+from __future__ import annotations
+
 import os
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from sddns_tf.cli.errors import UsageError, user_input
 
@@ -29,7 +33,7 @@ class Source(NamedTuple):
     split: str
 
 
-def parse(option, text, split):
+def parse(option: str, text: str | None, split: str) -> Source:
     """Parse the value of an option as a source.
 
     Args:
@@ -41,12 +45,14 @@ def parse(option, text, split):
         `Source`.
 
     Raises:
-        UsageError: If the text has another form.
+        UsageError: If the text is None or has another form.
 
     Example:
     >>> parse("ood", "scratched=folder:parts/scratched", "test")
     Source(name='scratched', location='folder:parts/scratched', split='test')
     """
+    if text is None:
+        raise UsageError(f"--{option} is needed. Received: none")
     start, equals, rest = text.partition("=")
     name, location = (start, rest) if equals and ":" not in start else (None, text)
     if location.startswith(_LAYOUT):
@@ -66,7 +72,7 @@ def parse(option, text, split):
     return Source(name or default_name, f"{kind}:{place}", split)
 
 
-def _good_parts(option, path):
+def _good_parts(option: str, path: str) -> str:
     if option not in _GOOD_PARTS:
         raise UsageError(
             f"--{option} takes no mvtec:PATH, which stands for the good parts of --data and of "
@@ -75,7 +81,7 @@ def _good_parts(option, path):
     return f"folder:{os.path.join(path, _GOOD_PARTS[option])}"
 
 
-def damaged_parts(text):
+def damaged_parts(text: str) -> tuple[list[Source], pathlib.Path | None]:
     """Return sources of the damaged parts of a folder in the layout of MVTec AD.
 
     Args:
@@ -100,7 +106,7 @@ def damaged_parts(text):
     return [Source(path.name, f"folder:{path}", "test") for path in kinds], root / "ground_truth"
 
 
-def parse_list(option, texts, split):
+def parse_list(option: str, texts: list[str], split: str) -> list[Source]:
     """Parse the values of an option that takes several sources.
 
     Args:
@@ -126,7 +132,7 @@ def parse_list(option, texts, split):
     return found
 
 
-def stream(option, source, **options):
+def stream(option: str, source: Source, **options: Any) -> Any:
     """Return batches of the images of a source, read as they are needed.
 
     Args:
@@ -146,7 +152,7 @@ def stream(option, source, **options):
         return data.load(source.location, split=source.split, **options)
 
 
-def read(option, source, **options):
+def read(option: str, source: Source, **options: Any) -> Any:
     """Read all images of a source into memory.
 
     Args:
@@ -166,7 +172,7 @@ def read(option, source, **options):
         return data.load_arrays(source.location, split=source.split, **options)
 
 
-def file_names(option, source, limit=None):
+def file_names(option: str, source: Source, limit: int | None = None) -> list[pathlib.Path] | None:
     """Return paths of the files that `read` reads of a folder, or None where it is no folder."""
     if not source.location.startswith("folder:"):
         return None
@@ -176,7 +182,9 @@ def file_names(option, source, limit=None):
         return [pathlib.Path(path) for path in data.image_files(source.location)[:limit]]
 
 
-def read_labeled(option, source, **options):
+def read_labeled(
+    option: str, source: Source, **options: Any
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Read images and their labels, int64 `(N,)`, or None instead of labels if there are none."""
     try:
         return read(option, source, with_labels=True, **options)
@@ -186,7 +194,7 @@ def read_labeled(option, source, **options):
         return read(option, source, **options), None
 
 
-def seen_by(detector):
+def seen_by(detector: Any) -> dict[str, Any]:
     """Return options with which `read` and `stream` resize images as a detector does.
 
     Args:
@@ -200,7 +208,7 @@ def seen_by(detector):
     return {"image_size": tuple(size), "resize": extractor.resize}
 
 
-def read_class_names(path):
+def read_class_names(path: str) -> list[str]:
     """Read names of classes from a text file: the first word of each line, comments skipped."""
     with user_input("auxiliary_exclude"):
         lines = pathlib.Path(path).expanduser().read_text(encoding="utf-8").splitlines()

@@ -18,9 +18,17 @@ Writes to --output_dir:
   checkpoint/      training state; if the command was stopped, run it again to continue
 """
 
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import TYPE_CHECKING, Any
+
 from sddns_tf.cli import configuration, quiet
 from sddns_tf.cli.console import Parser, positive_int, require, share, size
 from sddns_tf.cli.devices import STRATEGIES
+
+if TYPE_CHECKING:
+    from sddns_tf.cli.training import Place
 
 # Options that set one key of the configuration.
 SHORT_FOR = {
@@ -47,7 +55,7 @@ SHORT_FOR = {
 SHIFTS = ("rot90", "rot360", "perm4", "perm16", "pixel_perm", "identity", "none")
 
 
-def parser():
+def parser() -> Parser:
     """Return the options of the command."""
     parser = Parser("train", __doc__)
     group = parser.group("what most people need")
@@ -69,7 +77,7 @@ def parser():
     return parser
 
 
-def add_recipe_options(parser):
+def add_recipe_options(parser: Parser) -> None:
     """Add the options of the recipe."""
     group = parser.group("recipe")
     group.add_argument(
@@ -88,7 +96,7 @@ def add_recipe_options(parser):
     )
 
 
-def add_training_options(parser):
+def add_training_options(parser: Parser) -> None:
     """Add the options that `sddns sensitivity` has as well."""
     group = parser.group("images")
     group.add_argument(
@@ -180,7 +188,7 @@ def add_training_options(parser):
     add_place_options(parser)
 
 
-def add_place_options(parser):
+def add_place_options(parser: Parser) -> None:
     """Add the options that do not change the results."""
     group = parser.group("machine")
     group.add_argument(
@@ -226,7 +234,7 @@ def add_place_options(parser):
     )
 
 
-def configuration_of(options):
+def configuration_of(options: Namespace) -> dict[str, Any]:
     """Return the resolved configuration of a command line.
 
     Args:
@@ -250,14 +258,14 @@ def configuration_of(options):
     return configuration.resolve(configuration.read_recipe(options.recipe), settings)
 
 
-def place_of(options):
+def place_of(options: Namespace) -> Place:
     """Return the `training.Place` of a command line."""
     from sddns_tf.cli.training import Place
 
     return Place(**{name: getattr(options, name) for name in Place._fields})
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     """Run the training that the options describe."""
     options = parser().parse_args(argv)
     quiet.import_tensorflow()

@@ -1,12 +1,16 @@
 """A training run: from a resolved configuration to a calibrated detector on disk."""
 
+from __future__ import annotations
+
 import contextlib
 import importlib.util
 import json
 import math
 import pathlib
 import shutil
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from sddns_tf import files
 from sddns_tf.cli import configuration, devices, images, sources
@@ -40,7 +44,7 @@ class Place(NamedTuple):
     pictures_every: int = 5
 
 
-def train(config, place):
+def train(config: dict[str, Any], place: Place) -> tuple[Any, images.Images]:
     """Train, or continue training, and write all results.
 
     Args:
@@ -95,7 +99,7 @@ def train(config, place):
     return write_results(config, model, bank, found, output_dir), found
 
 
-def check(config):
+def check(config: dict[str, Any]) -> DataOptions:
     """Check a configuration before anything slow.
 
     Args:
@@ -135,7 +139,7 @@ def check(config):
     return data_options
 
 
-def _check_arguments(config):
+def _check_arguments(config: dict[str, Any]) -> None:
     """Construct everything cheap now, so that wrong arguments fail before images are read."""
     import sddns_tf
 
@@ -152,7 +156,7 @@ def _check_arguments(config):
 # --- The model ---------------------------------------------------------------------------------
 
 
-def make_negatives(config):
+def make_negatives(config: dict[str, Any]) -> Any:
     """Return the `Negatives` of a configuration, or None."""
     import sddns_tf
 
@@ -160,7 +164,7 @@ def make_negatives(config):
     return None if options is None else sddns_tf.Negatives(**options)
 
 
-def make_backbone(config, image_size):
+def make_backbone(config: dict[str, Any], image_size: int) -> Any:
     """Return the backbone to train."""
     import keras
 
@@ -181,7 +185,7 @@ def make_backbone(config, image_size):
     return backbone
 
 
-def make_optimizer(config, length):
+def make_optimizer(config: dict[str, Any], length: Length) -> Any:
     """Return the Keras optimizer of a configuration."""
     options = dict(config["optimizer"])
     name = options.pop("type")
@@ -189,7 +193,7 @@ def make_optimizer(config, length):
     return configuration.constructor("optimizer", name)(**options)
 
 
-def make_model(config, resolution, length):
+def make_model(config: dict[str, Any], resolution: tuple[int, int], length: Length) -> Any:
     """Return the compiled `SelfDistillation`.
 
     Args:
@@ -227,7 +231,7 @@ def make_model(config, resolution, length):
 # --- The run -----------------------------------------------------------------------------------
 
 
-def check_same_run(config, output_dir):
+def check_same_run(config: dict[str, Any], output_dir: str | pathlib.Path) -> None:
     """Check that a folder holds no run with another configuration.
 
     Args:
@@ -249,7 +253,7 @@ def check_same_run(config, output_dir):
         )
 
 
-def forget(output_dir):
+def forget(output_dir: pathlib.Path) -> None:
     """Remove the files from which a run would continue."""
     for name in ("checkpoint", "tensorboard"):
         shutil.rmtree(pathlib.Path(output_dir) / name, ignore_errors=True)
@@ -257,7 +261,7 @@ def forget(output_dir):
         (pathlib.Path(output_dir) / name).unlink(missing_ok=True)
 
 
-def _length(config, one_epoch):
+def _length(config: dict[str, Any], one_epoch: Any) -> Length:
     steps = config["steps_per_epoch"] or int(one_epoch.cardinality())
     if steps < 1:
         raise UsageError(
@@ -266,7 +270,9 @@ def _length(config, one_epoch):
     return Length(config["epochs"], steps, config["batch_size"])
 
 
-def _write_config(config, output_dir, found, length):
+def _write_config(
+    config: dict[str, Any], output_dir: pathlib.Path, found: images.Images, length: Length
+) -> None:
     import keras
 
     from sddns_tf.version import __version__
@@ -282,7 +288,14 @@ def _write_config(config, output_dir, found, length):
     files.write_json(output_dir / "config.json", {**config, "derived": derived})
 
 
-def callbacks(config, place, output_dir, checkpoint, one_epoch, found):
+def callbacks(
+    config: dict[str, Any],
+    place: Place,
+    output_dir: pathlib.Path,
+    checkpoint: Any,
+    one_epoch: Any,
+    found: images.Images,
+) -> list[Any]:
     """Return the Keras callbacks that monitor, log and checkpoint the training."""
     import keras
 
@@ -314,7 +327,9 @@ def callbacks(config, place, output_dir, checkpoint, one_epoch, found):
     return [*watching, keras.callbacks.CSVLogger(output_dir / "log.csv", append=True)]
 
 
-def write_results(config, model, bank, found, output_dir):
+def write_results(
+    config: dict[str, Any], model: Any, bank: Any, found: images.Images, output_dir: pathlib.Path
+) -> Any:
     """Make the detector, write it with the model and its backbone, and return it."""
     import sddns_tf
 
@@ -340,7 +355,7 @@ def write_results(config, model, bank, found, output_dir):
     return detector
 
 
-def input_size(model, resolution):
+def input_size(model: Any, resolution: tuple[int, int]) -> tuple[int, ...]:
     """Return the detector's input size: the area of a view, in the aspect ratio of the images."""
     side = model.views.image_size
     if resolution[0] == resolution[1]:
@@ -350,5 +365,5 @@ def input_size(model, resolution):
     return tuple(max(unit, round(scale * length / unit) * unit) for length in resolution)
 
 
-def _number_of(images):
+def _number_of(images: np.ndarray | None) -> str:
     return "streamed" if images is None else f"{len(images):,}"

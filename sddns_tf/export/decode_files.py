@@ -9,9 +9,14 @@ whole batch fail. Files are therefore decoded by a `tf.data` pipeline inside the
 skip elements that raise an error. The files that are missing at the end could not be decoded.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import tensorflow as tf
 
 from sddns_tf import image_ops
+from sddns_tf.types import Array
 
 FORMATS = "JPEG, PNG, BMP or GIF"
 _KIND_NOT_DECODED = (
@@ -27,7 +32,9 @@ _GIF_BLOCKS = 65_536
 _AT_ONCE = 8  # Files of a request that are decoded in parallel, if the server has as many threads.
 
 
-def decode(image_bytes, size, max_pixels, resize="squash"):
+def decode(
+    image_bytes: Array, size: tuple[int, int], max_pixels: int, resize: str = "squash"
+) -> tuple[tf.Tensor, tf.Tensor]:
     """Decode image files to images of one size, each with a status instead of an error.
 
     Args:
@@ -49,7 +56,9 @@ def decode(image_bytes, size, max_pixels, resize="squash"):
     kinds = _kinds(image_bytes)
     count = tf.size(image_bytes)
 
-    def decode_one(index, file, kind):
+    def decode_one(
+        index: Array, file: Array, kind: Array
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         file, pixels = _measured(file, kind)
         no_image = tf.zeros([1, *size, 3])
         image = tf.cond(
@@ -70,14 +79,14 @@ def decode(image_bytes, size, max_pixels, resize="squash"):
     return tf.gather(images, row_of), status
 
 
-def _kinds(files):
+def _kinds(files: Array) -> tf.Tensor:
     """Return the index of each file's format in `_BEGINNINGS`, or -1 for other formats."""
     matches = [tf.strings.substr(files, 0, len(text)) == text for text in _BEGINNINGS]
     kinds = tf.argmax(tf.cast(matches, tf.int32), axis=0, output_type=tf.int32)
     return tf.where(tf.reduce_any(matches, axis=0), kinds, -1)
 
 
-def _options():
+def _options() -> tf.data.Options:
     """Return options without optimization, which takes longer than a pipeline for one request."""
     options = tf.data.Options()
     options.experimental_optimization.apply_default_optimizations = False
@@ -85,7 +94,7 @@ def _options():
     return options
 
 
-def _status(kinds, pixels, max_pixels):
+def _status(kinds: Array, pixels: Array, max_pixels: int) -> tf.Tensor:
     number = tf.strings.as_string(pixels)
     too_large = tf.strings.join(["has ", number, f" pixels; at most {max_pixels} are decoded"])
     status = tf.where(pixels > max_pixels, too_large, "")
@@ -94,7 +103,7 @@ def _status(kinds, pixels, max_pixels):
     return tf.where(kinds < 0, f"is not a {FORMATS} file", status)
 
 
-def _decoded(file):
+def _decoded(file: Array) -> tf.Tensor:
     """Return the pixels of a file as uint8, also of a PNG with 16 bits per channel."""
     is_16_bits = (tf.strings.substr(file, 0, 4) == b"\x89PNG") & (
         tf.strings.substr(file, 24, 1) == b"\x10"
@@ -107,7 +116,7 @@ def _decoded(file):
     return tf.ensure_shape(image, [None, None, 3])
 
 
-def _measured(file, kind):
+def _measured(file: Array, kind: Array) -> tuple[tf.Tensor, tf.Tensor]:
     """Return a file and the number of pixels that its header states, or fail if there is none.
 
     The number is `_OTHER_PIXELS` if the decoder would not give the pixels that the file shows.
@@ -120,17 +129,17 @@ def _measured(file, kind):
         return tf.identity(file), pixels
 
 
-def _jpeg(file):
+def _jpeg(file: Array) -> tuple[Array, Array, Array]:
     return file, tf.image.extract_jpeg_shape(file)[:2], True
 
 
-def _png(file):
+def _png(file: Array) -> tuple[Array, Array, Array]:
     # The first chunk holds its length, "IHDR", then width and height, big-endian.
     sides = tf.io.decode_raw(tf.strings.substr(file, 16, 8), tf.int32, little_endian=False)
     return file, sides, True
 
 
-def _bmp(file):
+def _bmp(file: Array) -> tuple[Array, Array, Array]:
     # Length of the header, width, height, planes and bits, compression. The height is negative if
     # rows are stored from the top.
     header = tf.io.decode_raw(tf.strings.substr(file, 14, 20), tf.int32)
@@ -141,11 +150,11 @@ def _bmp(file):
     return file, tf.abs(header[1:3]), is_plain & (is_color | ((bits == 8) & is_gray))
 
 
-def _neither(file):
+def _neither(file: Array) -> tuple[Array, Array, Array]:
     return file, tf.zeros([2], tf.int32), True
 
 
-def _gif(file):
+def _gif(file: Array) -> tuple[Array, Array, Array]:
     """Return the file cut after its first frame, the frame's sides, and whether it is supported.
 
     The decoder would unpack all frames, and a small file may have very many. It also paints
@@ -153,24 +162,24 @@ def _gif(file):
     """
     data = tf.cast(tf.io.decode_raw(file, tf.uint8), tf.int32)
 
-    def colors(flags):
+    def colors(flags: Array) -> tf.Tensor:
         return tf.where(flags >= 128, 3 * tf.bitwise.left_shift(2, flags % 8), 0)
 
     canvas = tf.linalg.matvec(tf.reshape(data[6:10], [2, 2]), [1, 256])
 
-    def next_block(_, start, inside, sides, is_right):
-        def next_part():  # Of an extension or a frame; an empty part ends it.
+    def next_block(_: Array, start: Array, inside: Array, sides: Array, is_right: Array) -> Any:
+        def next_part() -> tuple[Array, ...]:  # Of an extension or a frame; an empty part ends it.
             length = data[start]
             inside_next = tf.where(length > 0, inside, 0)
             found = tf.logical_and(inside == 2, length == 0)
             return found, start + 1 + length, inside_next, sides, is_right
 
-        def extension():
+        def extension() -> tuple[Array, ...]:
             # The lowest bit of the flags in a graphic control extension (0xF9).
             is_transparent = (data[start + 1] == 0xF9) & (data[start + 3] % 2 == 1)
             return False, start + 2, 1, sides, is_right & ~is_transparent
 
-        def frame():
+        def frame() -> tuple[Array, ...]:
             low_and_high = tf.reshape(data[start + 1 : start + 9], [4, 2])
             place_and_sides = tf.linalg.matvec(low_and_high, [1, 256])
             pixels = start + 10 + colors(data[start + 9]) + 1

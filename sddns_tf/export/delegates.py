@@ -8,6 +8,10 @@ have not been compared with the pages named beside them: take them as a hint, an
 the device.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 # https://ai.google.dev/edge/litert/performance/gpu, "GPU ML operations support". DEQUANTIZE and
 # QUANTIZE are added here; that page does not name them.
 _GPU = """
@@ -54,7 +58,7 @@ NEEDS = {
 }
 
 
-def refused(operators):
+def refused(operators: Iterable[str]) -> dict[str, list[str]]:
     """Return the operations that each delegate does not support.
 
     Args:
@@ -70,7 +74,9 @@ def refused(operators):
     return {name: sorted(set(operators) - taken) for name, taken in TAKEN.items()}
 
 
-def report(operators, quantization=None, batch_size=None):
+def report(
+    operators: Iterable[str], quantization: str | None = None, batch_size: int | None = None
+) -> str:
     """Describe what delegates other than the CPU's would leave to the CPU.
 
     Args:

@@ -20,7 +20,7 @@ NAME = "sddns_tf"
 _DESCRIPTION_BYTES = 4096  # Padded: a device may rewrite it in place but cannot make it longer.
 
 
-def _schema():
+def _schema() -> Any:
     from ai_edge_litert import schema_py_generated
 
     return schema_py_generated
@@ -94,7 +94,7 @@ def described(file: Any, description: Any, placeholders: Any) -> bytearray:
     return bytearray(flatbuffer_utils.convert_object_to_bytearray(model))
 
 
-def _buffer_of(model, name, value):
+def _buffer_of(model: Any, name: str, value: np.ndarray) -> int:
     content = value.tobytes()
     found = [
         index
@@ -152,7 +152,7 @@ def calibrate(file: Any, scores: Array, rate: float) -> None:
     buffers = description(file)["buffers"]
     model = _schema().Model.GetRootAs(file)
 
-    def values(name):
+    def values(name: str) -> np.ndarray:
         return model.Buffers(buffers[name]).DataAsNumpy().view(np.float32)
 
     place = values("scores")
@@ -170,7 +170,7 @@ def calibrate(file: Any, scores: Array, rate: float) -> None:
     describe(file, {**told, "threshold": float(np.sort(scores)[-flagged]) if flagged else None})
 
 
-def _description_bytes(file):
+def _description_bytes(file: Any) -> np.ndarray:
     model = _schema().Model.GetRootAs(file)
     for index in range(model.MetadataLength()):
         if model.Metadata(index).Name() == NAME.encode():

@@ -1,12 +1,15 @@
 """Quantize the backbone in a `.tflite` file, and nothing else in it."""
 
+from __future__ import annotations
+
 import re
 import warnings
+from typing import Any
 
 import numpy as np
 
 
-def import_quantizer():
+def import_quantizer() -> tuple[Any, ...]:
     """Return the quantizer's modules, or raise an error that says how to install it."""
     try:
         from ai_edge_quantizer import calibrator, qtyping, quantizer, recipe_manager
@@ -18,13 +21,19 @@ def import_quantizer():
     return calibrator, qtyping, quantizer, recipe_manager, qsv_utils
 
 
-def backbone_scope(detector):
+def backbone_scope(detector: Any) -> str:
     """Return a regular expression for the names of the backbone's operations in the graph."""
     names = (detector.extractor.name, detector.extractor.backbone.name)
     return "".join(rf"{re.escape(name)}(_\d+)?/" for name in names)
 
 
-def quantized_model(model, quantization, scope, images, batch_size=None):
+def quantized_model(
+    model: bytes,
+    quantization: str | None,
+    scope: str,
+    images: np.ndarray,
+    batch_size: int | None = None,
+) -> bytes:
     """Quantize the dense layers and convolutions within a scope of a TFLite model.
 
     TensorFlow's own converter would also quantize the bank, which makes the error of the score two
@@ -68,7 +77,9 @@ def quantized_model(model, quantization, scope, images, batch_size=None):
     return bytes(quantized.quantized_model)
 
 
-def _activation_ranges(model, recipe, images, batch_size):
+def _activation_ranges(
+    model: bytes, recipe: Any, images: np.ndarray, batch_size: int | None
+) -> Any:
     """Return the smallest and largest value of each quantized tensor over all images.
 
     By default the quantizer takes a moving average over batches, which cuts off the extremes and

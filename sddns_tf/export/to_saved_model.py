@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import platform
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -154,18 +155,19 @@ def saved_model(
     return target
 
 
-def _next_version(directory):
+def _next_version(directory: pathlib.Path) -> int:
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     return max([int(name) for name in names if name.isdecimal()], default=0) + 1
 
 
-def _compared(detector, folder, images):
+def _compared(detector: Any, folder: pathlib.Path, images: np.ndarray) -> dict[str, Any]:
     """Return the largest differences between an export and the detector, if all are allowed."""
     np.save(folder / "rates.npy", np.full(len(images), detector.false_positive_rate, np.float32))
     answers = run_apart(_RUN_SAVED_MODEL, folder, images)
     with tf.device("CPU:0"):  # Where the export ran too.
         expected = detector(images)["p_value"].numpy()
-    scores, p_values = [], []
+    scores: list[float] = []
+    p_values: list[float] = []
     for name in ("serving_default", "serving_bytes", "serving_at_rate", "serving_bytes_at_rate"):
         scores.append(check_answers(detector, images, answers, f"{name}.", COSINE_TOLERANCE[None]))
         p_values.append(np.max(np.abs(answers[f"{name}.p_value"] - expected)))
@@ -181,7 +183,7 @@ def _compared(detector, folder, images):
     }
 
 
-def _warmup_requests(detector, images):
+def _warmup_requests(detector: Any, images: np.ndarray) -> Iterator[tuple[str, dict[str, Array]]]:
     """Yield requests of one image and of four images for every signature."""
     for count in (1, 4):
         batch = np.resize(images, (count, *images.shape[1:]))
@@ -194,7 +196,7 @@ def _warmup_requests(detector, images):
         yield "features", {"images": batch}
 
 
-def _description(detector):
+def _description(detector: Any) -> dict[str, Any]:
     """Return the description of a detector for `metadata.json`."""
     packages = ("keras", "numpy", "tensorflow")
     return {
@@ -216,7 +218,7 @@ def _description(detector):
     }
 
 
-def _files(folder):
+def _files(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
     """Return the size and checksum of each file in a folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -24,6 +25,7 @@ from sddns_tf.export.verify import (
     score_tolerance,
     temporary_folder_in,
 )
+from sddns_tf.types import Array
 from sddns_tf.validation import check_int
 from sddns_tf.version import __version__
 
@@ -125,7 +127,9 @@ def tflite(
     _import_litert()
     if quantization is not None:
         import_quantizer()
-    calibration = _checked(detector, calibration_images, "calibration_images")
+    calibration = None
+    if calibration_images is not None:
+        calibration = _checked(detector, calibration_images, "calibration_images")
     given = representative_images if representative_images is not None else calibration
     images = _checked(detector, images_or_synthetic(detector, given), "representative_images")
     compressed = bank_size is not None and bank_size < detector.bank.shape[0]
@@ -161,7 +165,12 @@ def tflite(
     return path
 
 
-def _check_arguments(quantization, representative_images, bank_size, batch_size):
+def _check_arguments(
+    quantization: str | None,
+    representative_images: Array | None,
+    bank_size: int | None,
+    batch_size: int | None,
+) -> None:
     if quantization not in COSINE_TOLERANCE:
         raise ValueError(
             f"`quantization` must be one of {list(COSINE_TOLERANCE)}. Received: {quantization!r}"
@@ -176,10 +185,8 @@ def _check_arguments(quantization, representative_images, bank_size, batch_size)
             check_int(name, value)
 
 
-def _checked(detector, images, name):
-    """Return checked images at the detector's resolution, or None."""
-    if images is None:
-        return None
+def _checked(detector: Any, images: Array, name: str) -> np.ndarray:
+    """Return images as uint8, if they are valid and at the detector's resolution."""
     images, size = images_or_synthetic(detector, images, name), resolution(detector)
     if images.shape[1:3] != size:
         raise ValueError(
@@ -189,7 +196,7 @@ def _checked(detector, images, name):
     return images
 
 
-def _import_litert():
+def _import_litert() -> Any:
     try:
         from ai_edge_litert.interpreter import Interpreter
     except ImportError as error:
@@ -199,7 +206,14 @@ def _import_litert():
     return Interpreter
 
 
-def _converted(detector, folder, quantization, images, batch_size, room):
+def _converted(
+    detector: Any,
+    folder: pathlib.Path,
+    quantization: str | None,
+    images: np.ndarray,
+    batch_size: int | None,
+    room: int,
+) -> bytearray:
     """Return the bytes of the file, with a description and placeholders for the calibration."""
     size = resolution(detector)
     placeholders = metadata.calibration_placeholders(room)
@@ -231,12 +245,12 @@ def _converted(detector, folder, quantization, images, batch_size, room):
     return metadata.described(file, description, placeholders)
 
 
-def _answer(detector, calibration, shape):
+def _answer(detector: Any, calibration: dict[str, Any], shape: tuple[int | None, ...]) -> Callable:
     """Return `Detector.call` with a calibration that can be rewritten in the file."""
     images = tf.TensorSpec([*shape, 3], tf.uint8, name="images")
 
     @tf.function(input_signature=[images], autograph=False)
-    def answer(images):
+    def answer(images: Array) -> dict[str, tf.Tensor]:
         found = detector.scores(detector.extractor(images), _WHOLE_BANK)
         score = snapped(found["ood_score"], calibration["scores"], detector.rounding)
         # A score of NaN gets the lowest p-value, because every comparison with it is false.
@@ -252,7 +266,9 @@ def _answer(detector, calibration, shape):
     return answer
 
 
-def _scores(file, images, batch_size, verbose):
+def _scores(
+    file: bytearray, images: np.ndarray, batch_size: int | None, verbose: int | str
+) -> np.ndarray:
     """Return the scores that the file gives images, float32 `(N,)`."""
     interpreter = _import_litert()(model_content=bytes(file), num_threads=os.cpu_count())
     runner, step = interpreter.get_signature_runner("serving_default"), batch_size or 1
@@ -269,7 +285,14 @@ def _scores(file, images, batch_size, verbose):
     return np.concatenate(scores)
 
 
-def _check(file, folder, reference, images, quantization, batch_size):
+def _check(
+    file: bytearray,
+    folder: pathlib.Path,
+    reference: Any,
+    images: np.ndarray,
+    quantization: str | None,
+    batch_size: int | None,
+) -> None:
     """Compare the file with the detector, and write it to the folder with the result."""
     count = CHECKED_IMAGES if batch_size is None else -(-CHECKED_IMAGES // batch_size) * batch_size
     images = np.resize(images, (count, *images.shape[1:])) if batch_size else images[:count]
@@ -286,7 +309,7 @@ def _check(file, folder, reference, images, quantization, batch_size):
     (folder / "export").write_bytes(file)
 
 
-def _in_float32(detector):
+def _in_float32(detector: Any) -> Any:
     """Return the detector, or a float32 copy of one in mixed precision, which TFLite lacks."""
     config = detector.get_config()
     float_config = _with_float32_policies(config)
@@ -297,7 +320,7 @@ def _in_float32(detector):
     return copy
 
 
-def _with_float32_policies(config):
+def _with_float32_policies(config: Any) -> Any:
     if isinstance(config, (list, tuple)):
         return type(config)(_with_float32_policies(value) for value in config)
     if not isinstance(config, dict):

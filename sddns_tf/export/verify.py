@@ -4,16 +4,21 @@ The export is run in a separate process without Keras and compared with the dete
 moved into place. So it is either complete and correct, or not there at all.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from sddns_tf.types import Array
 from sddns_tf.validation import image_array
 
 # Allowed error of a cosine in an export. Divided by the temperature it bounds the error of a score:
@@ -28,7 +33,7 @@ CHECKED_IMAGES = 16
 
 
 @contextlib.contextmanager
-def temporary_folder_in(directory):
+def temporary_folder_in(directory: pathlib.Path) -> Iterator[pathlib.Path]:
     """Make a hidden folder in `directory`, and remove it at the end with all it still contains.
 
     `directory` and its parents are removed as well if they were created here and are empty.
@@ -44,7 +49,7 @@ def temporary_folder_in(directory):
                 path.rmdir()  # Fails for a folder that is not empty, as after success.
 
 
-def save(path, detector, signatures):
+def save(path: pathlib.Path, detector: Any, signatures: Mapping[str, Callable]) -> None:
     """Write a SavedModel with these signatures that stores each variable once."""
     # A module with the detector as an attribute would store the variables under names that the
     # session loader does not find. The functions only need the variables to be tracked.
@@ -53,18 +58,18 @@ def save(path, detector, signatures):
     tf.saved_model.save(module, str(path), signatures=signatures)
 
 
-def answer_images(detector, size):
+def answer_images(detector: Any, size: tuple[int | None, int | None]) -> Callable:
     """Return the detector as a function of uint8 images of a size, which may be (None, None)."""
     images = tf.TensorSpec([None, *size, 3], tf.uint8, name="images")
     return tf.function(lambda images: detector(images), input_signature=[images], autograph=False)
 
 
-def resolution(detector):
+def resolution(detector: Any) -> tuple[int, int]:
     """Return the size to which the detector resizes images first."""
     return detector.extractor.resolution or detector.extractor.image_size
 
 
-def images_or_synthetic(detector, images, name="images"):
+def images_or_synthetic(detector: Any, images: Array | None, name: str = "images") -> np.ndarray:
     """Return checked uint8 images to compare on: the given ones or, without any, synthetic ones."""
     if images is None:
         return _synthetic_images(resolution(detector))
@@ -78,7 +83,7 @@ def images_or_synthetic(detector, images, name="images"):
     return whole
 
 
-def _synthetic_images(size):
+def _synthetic_images(size: tuple[int, int]) -> np.ndarray:
     """Return a fixed set of colored gradients with increasing noise."""
     generator = np.random.default_rng(0)
     directions = generator.normal(size=(CHECKED_IMAGES, 3, 2))
@@ -91,7 +96,7 @@ def _synthetic_images(size):
     return np.clip(mixed, 0.0, 255.0).astype(np.uint8)
 
 
-def run_apart(program, folder, images):
+def run_apart(program: str, folder: pathlib.Path, images: np.ndarray) -> dict[str, np.ndarray]:
     """Run the export in `folder` on images, in a new Python process on the CPU."""
     np.save(folder / "images.npy", images)
     result = subprocess.run(
@@ -113,13 +118,15 @@ def run_apart(program, folder, images):
         return dict(answers)
 
 
-def score_tolerance(detector, tolerance):
+def score_tolerance(detector: Any, tolerance: float) -> float:
     """Return the allowed error of a score, given that of a cosine."""
     tolerance = max(tolerance, _rounding(detector)) / detector.temperature
     return tolerance * (_PLACES if detector.is_local else 1)
 
 
-def check_answers(detector, images, answers, prefix, tolerance):
+def check_answers(
+    detector: Any, images: Array, answers: dict[str, Array], prefix: str, tolerance: float
+) -> float:
     """Raise a `RuntimeError` unless answers agree with the detector's.
 
     Args:
@@ -165,7 +172,7 @@ def check_answers(detector, images, answers, prefix, tolerance):
     return np.max(np.abs(scores - expected["ood_score"]))
 
 
-def _off(detector, scores, expected):
+def _off(detector: Any, scores: Array, expected: Array) -> np.ndarray:
     """Return the errors of scores; those of places relative to their distance from the bank."""
     difference = np.abs(scores - expected)
     if not detector.is_local:
@@ -173,7 +180,7 @@ def _off(detector, scores, expected):
     return difference / (1.0 + detector.temperature * (expected - detector.lowest_score))
 
 
-def check_features(detector, images, features):
+def check_features(detector: Any, images: Array, features: Array) -> None:
     """Raise a `RuntimeError` unless features agree with the detector's."""
     with tf.device("CPU:0"):
         expected = detector.features(images).numpy()
@@ -182,7 +189,7 @@ def check_features(detector, images, features):
     _check_difference("features", np.max(np.abs(features - expected)), bound, len(images))
 
 
-def _check_difference(name, difference, bound, count):
+def _check_difference(name: str, difference: float, bound: float, count: int) -> None:
     if not difference <= bound:  # NaN fails as well.
         raise RuntimeError(
             "What was written does not agree with the detector, so it was discarded: its "
@@ -191,7 +198,7 @@ def _check_difference(name, difference, bound, count):
         )
 
 
-def _rounding(detector):
+def _rounding(detector: Any) -> float:
     """Return the relative rounding error of a backbone that does not compute in float32, else 0."""
     precisions = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
     return precisions.get(detector.extractor.backbone.compute_dtype, 0.0)

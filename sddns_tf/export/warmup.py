@@ -7,7 +7,14 @@ here in the wire format of protocol buffers, so that exports do not depend on th
 compare the result with it.
 """
 
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterable
+
 import tensorflow as tf
+
+from sddns_tf.types import Array
 
 FILE = "tf_serving_warmup_requests"
 
@@ -18,7 +25,9 @@ _MODEL_NAME, _MODEL_SIGNATURE = 1, 3
 _MAP_KEY, _MAP_VALUE = 1, 2
 
 
-def write(folder, model, requests):
+def write(
+    folder: pathlib.Path, model: str, requests: Iterable[tuple[str, dict[str, Array]]]
+) -> None:
     """Write warm-up requests in the given order.
 
     Args:
@@ -32,7 +41,7 @@ def write(folder, model, requests):
             writer.write(_field(_LOG_PREDICT, _field(_PREDICT_REQUEST, request)))
 
 
-def _predict_request(model, signature, inputs):
+def _predict_request(model: str, signature: str, inputs: dict[str, Array]) -> bytes:
     spec = _field(_MODEL_NAME, model.encode()) + _field(_MODEL_SIGNATURE, signature.encode())
     request = _field(_REQUEST_MODEL, spec)
     for name, array in inputs.items():
@@ -42,12 +51,12 @@ def _predict_request(model, signature, inputs):
     return request
 
 
-def _field(number, content):
+def _field(number: int, content: bytes) -> bytes:
     """Encode a field of bytes: its number and wire type, the length, the bytes."""
     return _varint(number << 3 | 2) + _varint(len(content)) + content
 
 
-def _varint(value):
+def _varint(value: int) -> bytes:
     """Encode an int in bytes of seven bits, lowest first; the high bit says that more follow."""
     low, rest = value & 0x7F, value >> 7
     return bytes([low | 0x80]) + _varint(rest) if rest else bytes([low])

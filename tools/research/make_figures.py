@@ -16,8 +16,9 @@ import numpy as np
 import skimage.data
 import tensorflow as tf
 from matplotlib.figure import Figure
+from PIL import Image
 
-from sddns_tf import MultiCrop, image_ops, plots, shifts
+from sddns_tf import MultiCrop, files, image_ops, plots, shifts
 
 SIDE = 96
 
@@ -59,6 +60,13 @@ def views(image, seed):
     return np.stack(found), titles
 
 
+def save_small(figure, path):
+    """Write a figure of photographs as a PNG file with 256 colors, which is a third of the size."""
+    plots.save(figure, path)
+    with Image.open(path) as picture, files.replacing(path) as unfinished:
+        picture.convert("RGB").quantize(256).save(unfinished, format="PNG", optimize=True)
+
+
 def growth(records):
     """Plot seconds per step, measured and expected from the number of multiplications."""
     figure = Figure(figsize=(9, 2.8), dpi=150, layout="constrained")
@@ -88,9 +96,9 @@ def main(argv=None):
     folder = pathlib.Path(settings.output_dir)
     images = photographs()
     found, titles = shifted(images, settings.seed)
-    plots.save(plots.contact_sheet(found, titles=titles, columns=8), folder / "shifts.png")
+    save_small(plots.contact_sheet(found, titles=titles, columns=8), folder / "shifts.png")
     found, titles = views(images[0], settings.seed)
-    plots.save(plots.contact_sheet(found, titles=titles, columns=7), folder / "views.png")
+    save_small(plots.contact_sheet(found, titles=titles, columns=7), folder / "views.png")
     if settings.growth:
         records = json.loads(pathlib.Path(settings.growth).read_text())
         plots.save(growth(records), folder / "growth.svg")
