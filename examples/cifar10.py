@@ -1,14 +1,15 @@
-r"""CIFAR-10 as normal, another TFDS set as auxiliary: the paper's experiment, small, in one script.
+r"""The paper's experiment on a small scale: CIFAR-10 as normal, another TFDS data set as auxiliary.
 
     python examples/cifar10.py --data_dir=TFDS --auxiliary=imagenet_resized/32x32 \
         --ood=cifar100,svhn_cropped,dtd
 
-Four epochs of a small vision transformer, about 20 minutes on two CPU cores: the start of the
-curve, far from the paper. `sddns train --recipe=cpu_small` trains the same with checkpoints, and
-`--recipe=paper_cifar10` is the paper's own, which takes days on a GPU.
+Trains a small vision transformer for four epochs, in about 20 minutes on two CPU cores. This is
+only the beginning of a training; results are far from the paper's. `sddns train --recipe=cpu_small`
+trains the same with checkpoints, and `--recipe=paper_cifar10` is the paper's own recipe, which
+takes days on a GPU.
 
-`TFDS` holds prepared TensorFlow-Datasets; nothing is downloaded. `tfds build NAME --data_dir=TFDS`
-prepares public ones. Images of another size are resized to that of the normal ones.
+`TFDS` is a folder of prepared TensorFlow Datasets; nothing is downloaded. `tfds build NAME
+--data_dir=TFDS` prepares public ones. All images are resized to the size of the normal ones.
 
 Prints a table, and writes the model, the detector and pictures to `--output_dir`.
 """
@@ -22,11 +23,13 @@ import sddns_tf
 from sddns_tf import data, metrics, plots, schedules
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("data_dir", None, "Prepared TFDS sets; defaults to $TFDS_DATA_DIR.")
-flags.DEFINE_string("output_dir", "cifar10_output", "Where results go.")
-flags.DEFINE_string("in_distribution", "cifar10", "TFDS set with the splits train and test.")
-flags.DEFINE_string("auxiliary", "imagenet_resized/32x32", "TFDS set that makes negatives.")
-flags.DEFINE_list("ood", ["cifar100", "svhn_cropped", "dtd"], "TFDS sets; their test splits.")
+flags.DEFINE_string("data_dir", None, "Folder of prepared TFDS data sets; default: $TFDS_DATA_DIR.")
+flags.DEFINE_string("output_dir", "cifar10_output", "Folder to write to.")
+flags.DEFINE_string("in_distribution", "cifar10", "TFDS data set with the splits train and test.")
+flags.DEFINE_string("auxiliary", "imagenet_resized/32x32", "TFDS data set to make negatives from.")
+flags.DEFINE_list(
+    "ood", ["cifar100", "svhn_cropped", "dtd"], "TFDS data sets, of which the test split is used."
+)
 flags.DEFINE_integer("epochs", 4, "Passes over the normal images.", lower_bound=1)
 
 SIDE = 32
@@ -34,12 +37,12 @@ BATCH_SIZE = 96
 
 
 def read(name, split):
-    """Return images of a prepared set, uint8 `(N, 32, 32, 3)`."""
+    """Return the images of a prepared data set, uint8 `(N, 32, 32, 3)`."""
     return data.load_arrays(f"tfds:{name}", split=split, data_dir=FLAGS.data_dir, image_size=SIDE)
 
 
 def make_model(steps):
-    """Self-distillation with negatives, compiled for so many steps."""
+    """Return the compiled model, with schedules over a number of steps."""
     model = sddns_tf.SelfDistillation(
         backbone=sddns_tf.VisionTransformer(
             SIDE, patch_size=4, hidden_dim=96, depth=4, num_heads=3
@@ -61,11 +64,11 @@ def make_model(steps):
 
 
 def main(argv):
-    """Train, make a detector, judge it."""
+    """Train, make a detector, test it."""
     del argv
     keras.utils.set_random_seed(0)
     images, auxiliary = read(FLAGS.in_distribution, "train"), read(FLAGS.auxiliary, "train")
-    # One half of the test images calibrates, the other is judged.
+    # Half of the test images are for calibration, the others for testing.
     test = read(FLAGS.in_distribution, "test")
     calibration, fresh = test[::2], test[1::2]
 
@@ -111,7 +114,7 @@ def main(argv):
         plots.score_histograms(*scores, threshold=detector.threshold),
         output_dir / "score_histograms.png",
     )
-    print(f"Model, detector and pictures: {output_dir.resolve()}")
+    print(f"Wrote the model, the detector and pictures to {output_dir.resolve()}")
 
 
 if __name__ == "__main__":

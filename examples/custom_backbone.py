@@ -1,15 +1,16 @@
-"""Any Keras model from normalized images to one vector each can be the backbone.
+"""Use your own backbone: any Keras model that maps normalized images to one vector each.
 
     python examples/custom_backbone.py
     python examples/custom_backbone.py --backbones=mobilenet_v3 --steps=200
 
-Trains each of four for a few steps on crops of grass and makes a detector of it: a network of six
-lines, MobileNetV3 of `keras.applications`, a ResNetV2 of KerasCV and a DINOv2 of KerasHub, the last
-two only where they are installed (`pip install -e ".[keras-cv]"`, `pip install keras-hub`). Prints
-parameters, length of the feature, seconds and the AUROC of grass against gravel. All start from
-random weights and nothing is downloaded; so few steps show that they work, not which is best.
+Trains four backbones for a few steps on crops of grass, and makes a detector from each: a network
+of six lines, MobileNetV3 from `keras.applications`, a ResNetV2 from KerasCV and a DINOv2 from
+KerasHub. The last two are skipped unless they are installed (`pip install -e ".[keras-cv]"`, `pip
+install keras-hub`). Prints the number of parameters, the length of a feature, the seconds, and the
+AUROC of grass against gravel. All start from random weights, and nothing is downloaded. After so
+few steps the figures show that each backbone works, not which is best.
 
-About two minutes on two CPU cores. The photographs come inside scikit-image
+Takes about two minutes on two CPU cores. The photographs come with scikit-image
 (`pip install -e ".[examples]"`).
 """
 
@@ -26,17 +27,17 @@ from sddns_tf import metrics
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list(
-    "backbones", ["own", "mobilenet_v3", "keras_cv", "keras_hub"], "Names, with commas between."
+    "backbones", ["own", "mobilenet_v3", "keras_cv", "keras_hub"], "Names, separated by commas."
 )
-flags.DEFINE_integer("steps", 20, "Training steps of each.", lower_bound=1)
-flags.DEFINE_integer("seed", 0, "Fixes all that is random.")
+flags.DEFINE_integer("steps", 20, "Training steps per backbone.", lower_bound=1)
+flags.DEFINE_integer("seed", 0, "Seed of everything random.")
 
 IMAGE_SIZE = 56
 BATCH_SIZE = 16
 
 
 def own():
-    """Return two convolutions. Sides of `None` let it take global and local views."""
+    """Return two convolutions. With `None` as height and width they take views of any size."""
     images = keras.Input((None, None, 3))
     x = keras.layers.Conv2D(32, 4, strides=4, activation="gelu")(images)
     x = keras.layers.Conv2D(64, 3, padding="same", activation="gelu")(x)
@@ -44,10 +45,10 @@ def own():
 
 
 def mobilenet_v3():
-    """Return a network of `keras.applications`, without its classes.
+    """Return a network from `keras.applications` without its classification layer.
 
-    The images come normalized, so its own preprocessing is off. Its batch statistics see positives
-    only: the model takes care of that.
+    Images are already normalized, so its own preprocessing is switched off. `SelfDistillation`
+    makes sure that batch normalization only sees positives.
     """
     return keras.applications.MobileNetV3Small(
         input_shape=(None, None, 3),
@@ -59,7 +60,7 @@ def mobilenet_v3():
 
 
 def keras_cv():
-    """Return a backbone of KerasCV, whose map of features is averaged."""
+    """Return a backbone from KerasCV with its feature map averaged."""
     from keras_cv.models import ResNetV2Backbone
 
     images = keras.Input((None, None, 3))
@@ -74,7 +75,7 @@ def keras_cv():
 
 
 def keras_hub():
-    """DINOv2 of KerasHub; the class token is the feature. It takes images of one size only."""
+    """Return DINOv2 from KerasHub with the class token as feature. It takes only one image size."""
     from keras_hub.models import DINOV2Backbone
 
     images = keras.Input((IMAGE_SIZE, IMAGE_SIZE, 3))
@@ -91,7 +92,7 @@ def keras_hub():
     return keras.Model(images, backbone(images)[:, 0])
 
 
-# The function that makes each, and the number of local views, which are smaller images.
+# A function that makes each backbone, and the number of local views, which are smaller images.
 BACKBONES = {
     "own": (own, 2),
     "mobilenet_v3": (mobilenet_v3, 2),
@@ -112,7 +113,7 @@ def crops(name, rows, count, generator):
 
 
 def train(backbone, local_views, images):
-    """Self-distillation with rotated images as negatives."""
+    """Return a model trained with rotated images as negatives."""
     model = sddns_tf.SelfDistillation(
         backbone=backbone,
         views=sddns_tf.MultiCrop(IMAGE_SIZE, local_views=local_views),
@@ -127,11 +128,11 @@ def train(backbone, local_views, images):
 
 
 def main(argv):
-    """Train and try each backbone."""
+    """Train and test each backbone."""
     del argv
     unknown = set(FLAGS.backbones) - set(BACKBONES)
     if unknown:
-        raise app.UsageError(f"--backbones: expected of {list(BACKBONES)}. Received: {unknown}")
+        raise app.UsageError(f"--backbones must be from {list(BACKBONES)}. Received: {unknown}")
     generator = np.random.default_rng(FLAGS.seed)
     training = crops("grass", (0, 300), 400, generator)
     calibration, test = (crops("grass", (300, 512), 100, generator) for _ in range(2))
@@ -141,7 +142,7 @@ def main(argv):
     for name in FLAGS.backbones:
         library = {"keras_cv": "keras-cv", "keras_hub": "keras-hub"}.get(name)
         if library and importlib.util.find_spec(name) is None:
-            lines.append(f"{name:16}skipped: it needs `pip install {library}`")
+            lines.append(f"{name:16}skipped: needs `pip install {library}`")
             continue
         print(f"Training {name}")
         keras.utils.set_random_seed(FLAGS.seed)

@@ -1,17 +1,18 @@
-"""A shift of your own: negatives that look like the faults you fear.
+"""Write your own shift: negatives that look like the defects you want to find.
 
     python examples/custom_shift.py
 
-A shift is any function `(images, seed) -> images` of a batch. Here it is `cut_paste`: a patch of
-the image, pasted somewhere else in it, which looks a little like a scratch or a stain. Trains on
-pieces of a brick wall, once with it and once with the built-in `perm16`, and prints how well each
-tells fresh pieces from the same pieces with drawn damage (AUROC), beside each one's sensitivity:
-what it can be chosen by where there is no damage to test on. Writes the negatives as a picture.
+A shift is any function `(images, seed) -> images` of a batch. Here it is `cut_paste`, which pastes
+a patch of the image somewhere else, so that it looks a little like a scratch or a stain. Trains on
+pieces of a brick wall, once with this shift and once with the built-in `perm16`. Prints how well
+each tells fresh pieces from the same pieces with drawn damage (AUROC), and its sensitivity, by
+which a shift can be chosen if there are no damaged images to test on. Writes a picture of the
+negatives.
 
-About four minutes on two CPU cores. The wall is a photograph of scikit-image
+Takes about four minutes on two CPU cores. The wall is a photograph that comes with scikit-image
 (`pip install -e ".[examples]"`).
 
-Reference: Li et al., "CutPaste", arXiv 2104.04015, from which the idea of the shift comes.
+Reference: the idea of the shift is from Li et al., "CutPaste", arXiv 2104.04015.
 """
 
 import pathlib
@@ -26,23 +27,23 @@ import sddns_tf
 from sddns_tf import metrics, plots, schedules, sensitivity, shifts
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("output_dir", "custom_shift_output", "Where the picture goes.")
+flags.DEFINE_string("output_dir", "custom_shift_output", "Folder to write the picture to.")
 flags.DEFINE_integer("steps", 200, "Training steps with each shift.", lower_bound=10)
-flags.DEFINE_integer("seed", 0, "Fixes all that is random.")
+flags.DEFINE_integer("seed", 0, "Seed of everything random.")
 
 IMAGE_SIZE = 32
 BATCH_SIZE = 48
 
 
-# Registered, so that a model that trained with it can be saved and loaded.
+# Registered, so that a model trained with it can be saved and loaded.
 @keras.saving.register_keras_serializable("custom_shift")
 def cut_paste(images, seed):
-    """A random rectangle of each image shows another place of the same image.
+    """Replace a random rectangle of each image by another part of the same image.
 
-    All is whole-batch arithmetic, which compiles: the image is rolled by a random offset, and a
-    mask says where the rolled one shows. `shifts.uniform` draws six numbers for each image from
-    `seed` and the image's place in the global batch: a step can be repeated, and on several devices
-    no two images share their numbers.
+    Everything is computed on the whole batch, so that it compiles: images are rolled by random
+    offsets, and a mask selects where the rolled images are shown. `shifts.uniform` draws six
+    numbers for each image from `seed` and the image's place in the global batch. So a step can be
+    repeated, and on several devices no two images share their numbers.
     """
     images = tf.convert_to_tensor(images)
     size = images.shape[1]
@@ -57,7 +58,7 @@ def cut_paste(images, seed):
     pixels = tf.range(size)
     rolled = tf.gather(images, (pixels + offsets[0]) % size, axis=1, batch_dims=1)
     rolled = tf.gather(rolled, (pixels + offsets[1]) % size, axis=2, batch_dims=1)
-    # A little darker or brighter, as what does not belong there often is.
+    # A little darker or brighter, as defects often are.
     change = 60.0 * tf.sign(draws[4] - 0.5)[:, :, tf.newaxis, tf.newaxis]
     rolled = tf.clip_by_value(tf.cast(rolled, tf.float32) + change, 0.0, 255.0)
     return tf.where(inside, tf.cast(rolled, images.dtype), images)
@@ -85,7 +86,7 @@ def damaged(images, generator):
 
 
 def make_backbone():
-    """Return a small convolutional network; mean and spread of each channel are the feature."""
+    """Return a small convolutional network with mean and spread of each channel as feature."""
     layers = keras.layers
     images = keras.Input((None, None, 3))
     x = layers.Conv2D(32, 4, strides=2, padding="same")(images)
@@ -99,7 +100,7 @@ def make_backbone():
 
 
 def train(images, shift):
-    """Return a `SelfDistillation` whose negatives are the images put through the shift."""
+    """Return a `SelfDistillation` trained with shifted images as negatives."""
     keras.utils.set_random_seed(FLAGS.seed)
     steps = FLAGS.steps
     model = sddns_tf.SelfDistillation(
@@ -123,7 +124,7 @@ def train(images, shift):
 
 
 def main(argv):
-    """Train with each shift, compare."""
+    """Train with each shift and compare the detectors."""
     del argv
     output_dir = pathlib.Path(FLAGS.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -133,7 +134,9 @@ def main(argv):
 
     negatives = cut_paste(training[:16], seed=[FLAGS.seed, 0]).numpy()
     sheet = np.concatenate([training[:16], negatives])
-    figure = plots.contact_sheet(sheet, columns=16, title="Pieces; below, what cut_paste makes")
+    figure = plots.contact_sheet(
+        sheet, columns=16, title="Pieces, and below them their negatives by cut_paste"
+    )
     plots.save(figure, output_dir / "negatives.png")
 
     lines = []
@@ -158,7 +161,7 @@ def main(argv):
     print(f"\n{'shift':12}{'AUROC':>10}{'sensitivity':>14}{'flagged:':>10}")
     print(f"{'':36}{'sound':>10}{'damaged':>10}")
     print("\n".join(lines))
-    print(f"In {output_dir.resolve()}: negatives.png")
+    print(f"Wrote {output_dir.resolve()}/negatives.png")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-r"""Scores image files on an edge device, and calibrates there, without TensorFlow.
+r"""Score image files on an edge device, and recalibrate there, without TensorFlow.
 
     pip install ai-edge-litert numpy pillow
     python edge_inference.py parts.tflite photo.png another.jpg
 
-prints for each file its score, its p-value and the decision. This one file is all that a device
-needs beside the `.tflite` file that `sddns_tf.export.tflite` wrote.
+This prints the score, the p-value and the decision for each file. A device needs only this script
+and a `.tflite` file that `sddns_tf.export.tflite` wrote.
 
-A camera or a light other than those of the calibration images shifts all scores, and then the
-promised false positive rate does not hold. Images of normal parts that the device itself took,
-at least `1 / rate - 1` of them and none of them in the bank, calibrate it again, in seconds:
+Another camera or light than in the calibration images shifts all scores, and then the promised
+false positive rate does not hold. Recalibrate the file in seconds with images of normal parts that
+the device itself took, at least `1 / rate - 1` of them and none of them in the bank:
 
     python edge_inference.py parts.tflite --recalibrate normal/*.png --output parts-here.tflite
 
-A local detector says where as well. Its maps are written over the images, one file for each, with
-what lies above the threshold painted from yellow to red and outlined:
+A local detector also says where an image is anomalous. `--maps` writes a picture of each image in
+which places above the threshold are outlined and colored from yellow to red:
 
     python edge_inference.py parts.tflite photo.png --maps=overlays
 """
@@ -28,7 +28,7 @@ import numpy as np
 
 
 def load(path):
-    """Return the scorer of a `.tflite` file, its batch size (None for any) and image size."""
+    """Load a `.tflite` file: its runner, its batch size (None for any) and its image size."""
     from ai_edge_litert.interpreter import Interpreter
 
     interpreter = Interpreter(str(path))
@@ -38,26 +38,26 @@ def load(path):
 
 
 def read_image(path, size):
-    """Return an image file as uint8 `(height, width, 3)`, resized as the detector resizes."""
+    """Read an image file as uint8 `(height, width, 3)`, resized as by the detector."""
     from PIL import Image
 
     with Image.open(path) as image:
         if image.mode[0] in "IF":
-            raise ValueError(f"{path} must have 8 bits a channel. Received: mode {image.mode}.")
+            raise ValueError(f"{path} must have 8 bits per channel. Received: mode {image.mode}")
         image = image.convert("RGB")
         height, width = size
         return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def score(model, images):
-    """Return scores, p-values and decisions of uint8 images `(N, height, width, 3)`.
+    """Return scores, p-values and decisions for uint8 images `(N, height, width, 3)`.
 
     Args:
-        model: What `load` gave.
-        images: The images, as `read_image` reads them.
+        model: Result of `load`.
+        images: Images from `read_image`.
 
     Returns:
-        Dict of `"ood_score"`, `"p_value"` and `"is_ood"`, arrays `(N,)`; of a local detector also
+        Dict of `"ood_score"`, `"p_value"` and `"is_ood"`, arrays `(N,)`; for a local detector also
         `"anomaly_map"`, `(N, h, w)`.
     """
     runner, batch, _ = model
@@ -71,20 +71,20 @@ def score(model, images):
 
 
 def overlay(image, anomaly_map, threshold, lowest):
-    """Return an image with what lies above the threshold painted over it; one scale for all images.
+    """Return an image with places above the threshold colored, on the same scale for all images.
 
     Args:
         image: uint8 `(height, width, 3)`.
-        anomaly_map: Scores of its places, `(h, w)`.
+        anomaly_map: Scores of places in the image, `(h, w)`.
         threshold: Score above which a place is flagged.
-        lowest: Score of what is in the bank.
+        lowest: Score of a place that is in the bank.
 
     Returns:
         uint8 array `(height, width, 3)`.
     """
     from PIL import Image
 
-    # 1 is the threshold; 2, where the paint is red, twice as far from the bank.
+    # 1 is at the threshold; 2, drawn red, is twice as far from the bank.
     heat = Image.fromarray(((anomaly_map - lowest) / (threshold - lowest)).astype(np.float32))
     size = image.shape[1::-1]
     smooth = np.asarray(heat.resize(size, Image.Resampling.BILINEAR))[..., np.newaxis]
@@ -100,7 +100,7 @@ def overlay(image, anomaly_map, threshold, lowest):
 
 
 def write_map(folder, path, image, answer, about):
-    """Write the overlay of one image as a PNG file of its name; returns the path."""
+    """Write the overlay of an image to a PNG file with the same name, and return its path."""
     from PIL import Image
 
     picture = overlay(image, answer["anomaly_map"][0], about["threshold"], about["lowest_score"])
@@ -111,31 +111,33 @@ def write_map(folder, path, image, answer, about):
 
 
 def _opened(file):
-    """Return the file's tables, and its description as bytes that can be rewritten in place."""
+    """Return the tables of a file, and its description as an array that can be rewritten."""
     from ai_edge_litert import schema_py_generated as schema
 
     tables = schema.Model.GetRootAs(file)
     for entry in map(tables.Metadata, range(tables.MetadataLength())):
         if entry.Name() == b"sddns_tf":
             return tables, tables.Buffers(entry.Buffer()).DataAsNumpy()
-    raise ValueError("The .tflite file was not written by sddns_tf: it has no description.")
+    raise ValueError(
+        "The .tflite file must have been written by sddns_tf. Received: a file without description"
+    )
 
 
 def description(path):
-    """Read what a `.tflite` file says about itself: outputs, rate, sizes, version."""
+    """Return the description in a `.tflite` file: outputs, rate, sizes, version."""
     return json.loads(_opened(bytearray(pathlib.Path(path).read_bytes()))[1].tobytes())
 
 
 def recalibrate(path, scores, output, false_positive_rate=None):
-    """Write a copy of a `.tflite` file that is calibrated with other normal images.
+    """Write a copy of a `.tflite` file, calibrated with other normal images.
 
-    A p-value is `(1 + number of calibration scores as high) / (1 + number of them)`.
+    A p-value is `(1 + number of calibration scores at least as high) / (1 + number of them)`.
 
     Args:
         path: The `.tflite` file.
-        scores: Its own scores of normal images, `(N,)`, at most `calibration_room` of them.
-        output: The file to write, whole or not at all. It may be `path`.
-        false_positive_rate: Largest share of normal images to flag. None keeps the file's.
+        scores: Scores that this file gives normal images, `(N,)`, at most `calibration_room`.
+        output: The file to write. It may be `path`, and is replaced only if writing succeeds.
+        false_positive_rate: Largest share of normal images to flag. None keeps the file's rate.
     """
     file = bytearray(pathlib.Path(path).read_bytes())
     tables, text = _opened(file)
@@ -144,19 +146,19 @@ def recalibrate(path, scores, output, false_positive_rate=None):
     scores, room = np.sort(np.asarray(scores, np.float32)), about["calibration_room"]
     if not 0.0 < rate < 1.0 or np.float32(1.0) / np.float32(len(scores) + 1) > np.float32(rate):
         raise ValueError(
-            "The false positive rate must be between 0 and 1, and it takes at least 1 / rate - 1 "
-            f"calibration images. Received: {rate} and {len(scores)} images."
+            "The false positive rate must be between 0 and 1, and needs at least 1 / rate - 1 "
+            f"calibration images. Received: {rate} and {len(scores)} images"
         )
     if len(scores) > room or not np.isfinite(scores).all():
         raise ValueError(
             f"Expected at most {room} finite scores. Received: {len(scores)}, "
-            f"{np.count_nonzero(~np.isfinite(scores))} of them not finite."
+            f"{np.count_nonzero(~np.isfinite(scores))} of them not finite"
         )
 
     def values(name):
         return tables.Buffers(about["buffers"][name]).DataAsNumpy().view(np.float32)
 
-    values("scores")[:] = -np.inf  # which counts as lower than any score
+    values("scores")[:] = -np.inf  # below every score, so never counted
     values("scores")[: len(scores)] = scores
     ranks = np.arange(1, room + 2, dtype=np.float32)
     values("p_values")[:] = np.minimum(ranks / np.float32(1 + len(scores)), 1.0)
@@ -176,16 +178,24 @@ def recalibrate(path, scores, output, false_positive_rate=None):
 
 
 def main(arguments=None):
-    """Score the files, or calibrate with them."""
+    """Recalibrate the file if asked to, then score the images."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="the .tflite file")
     parser.add_argument("images", nargs="*", help="image files")
-    parser.add_argument("--recalibrate", nargs="+", metavar="IMAGE", help="normal images")
-    parser.add_argument("--false_positive_rate", type=float, help="default: the file's")
-    parser.add_argument("--output", help="calibrated file to write; default: the model itself")
-    parser.add_argument("--maps", metavar="FOLDER", help="where overlays of anomaly maps go")
+    parser.add_argument(
+        "--recalibrate", nargs="+", metavar="IMAGE", help="normal images to recalibrate with"
+    )
+    parser.add_argument(
+        "--false_positive_rate",
+        type=float,
+        help="largest share of normal images to flag; default: that of the file",
+    )
+    parser.add_argument("--output", help="recalibrated file to write; default: replace the model")
+    parser.add_argument(
+        "--maps", metavar="FOLDER", help="folder to write overlays of anomaly maps to"
+    )
     options = parser.parse_args(arguments)
     model = load(options.model)
     if options.recalibrate:
@@ -198,7 +208,7 @@ def main(arguments=None):
         model = load(output)
     about = description(options.output or options.model if options.recalibrate else options.model)
     if options.maps and not about.get("map_size"):
-        raise ValueError("--maps needs the file of a local detector. Received: one without maps.")
+        raise ValueError("--maps needs the file of a local detector. Received: one without maps")
     for path in options.images:
         image = read_image(path, model[2])
         answer = score(model, [image])

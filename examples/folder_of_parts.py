@@ -1,26 +1,28 @@
-"""Industrial inspection: a folder of good parts, a folder to check, what looks wrong and where.
+"""Industrial inspection: learn from a folder of good parts, and show what looks wrong in another.
 
     python examples/folder_of_parts.py --good=photos/good --check=photos/new
 
-Nothing but photographs of good parts is needed, 250 or more, all taken in the same way. A fifth of
-them is held out to set the threshold; the others train. Where several photographs show one part,
-give others to set the threshold, with `--calibration=photos/other_good_parts`: a part that trained
-scores lower than a new one, and the threshold would be too low. Writes, to `--output_dir`,
-`scores.csv` (the images of `--check`, the most suspicious first, with their p-values),
-`most_suspicious.png`, which shows the places above the threshold, and `detector.keras`, which
-`sddns export` and `sddns score` take.
+Only photographs of good parts are needed: 250 or more, all taken in the same way. A fifth of them
+is held out to set the threshold; the others are for training. If several photographs show the same
+part, set the threshold with photographs of other parts, `--calibration=photos/other_good_parts`. A
+part that was used in training scores lower than a new one, so the threshold would be too low.
 
-The detector is a local one: of good parts at most `--false_positive_rate` show any such place.
-Where something does not count, such as a serial number, `--ignore=mask.png` leaves it out.
+Writes to `--output_dir`: `scores.csv` (the images of `--check` with their p-values, the most
+suspicious first), `most_suspicious.png` (with the places above the threshold) and `detector.keras`
+(for `sddns export` and `sddns score`).
+
+The detector is a local one: at most the share `--false_positive_rate` of good parts has any place
+above the threshold. `--ignore=mask.png` leaves out areas that do not matter, such as a serial
+number.
 
     python examples/folder_of_parts.py
 
-without folders makes some to try it on, under `--output_dir`: pieces of a brick wall, and to check
-fresh pieces of which half have a scratch or a stain (the wall is a photograph of scikit-image,
-`pip install -e ".[examples]"`; the damage is drawn). That takes about five minutes on two busy CPU
-cores; of 100 damaged and 100 sound pieces it says how many it flagged, and how well the maps show
-the damage: pixel AUROC, AUPRO up to 30 % false positives, and the share of a damaged region that is
-flagged.
+Without folders, the example makes its own under `--output_dir`: pieces of a brick wall for
+training, and fresh pieces to check, half of which have a drawn scratch or stain. (The wall is a
+photograph that comes with scikit-image, `pip install -e ".[examples]"`.) This takes about five
+minutes on two busy CPU cores. The example then prints how many of 100 damaged and 100 sound pieces
+it flagged, and how well the maps show the damage: pixel AUROC, AUPRO up to 30 % false positives,
+and the share of a damaged region that is flagged.
 """
 
 from sddns_tf.cli import quiet
@@ -44,16 +46,16 @@ flags.DEFINE_string("check", None, "Folder of photographs to check.")
 flags.DEFINE_string(
     "calibration",
     None,
-    "Folder of other good parts, to set the threshold. Default: some of --good.",
+    "Folder of other good parts to set the threshold with. Default: a part of --good.",
 )
 flags.DEFINE_string(
-    "ignore", None, "Mask file for all photographs, not black where nothing counts."
+    "ignore", None, "Mask for all photographs; areas that are not black are ignored."
 )
-flags.DEFINE_string("output_dir", "parts_output", "Where scores, picture and detector go.")
+flags.DEFINE_string("output_dir", "parts_output", "Folder to write to.")
 flags.DEFINE_integer("image_size", 64, "Side in pixels to which photographs are resized.")
 flags.DEFINE_integer("steps", 300, "Training steps.", lower_bound=10)
 flags.DEFINE_float("false_positive_rate", 0.05, "Largest share of good parts to flag.", 0.0, 1.0)
-flags.DEFINE_integer("seed", 0, "Fixes all that is random.")
+flags.DEFINE_integer("seed", 0, "Seed of everything random.")
 
 BATCH_SIZE = 32
 HELD_OUT_SHARE = 0.2
@@ -61,7 +63,7 @@ LAYERS = ("stride4", "stride8")
 
 
 def make_backbone():
-    """Return a small convolutional network: damage is local, and there are few photographs."""
+    """Return a small convolutional network, because damage is local and photographs are few."""
     layers = keras.layers
     images = keras.Input((None, None, 3))
     x = layers.Conv2D(32, 4, strides=2, padding="same")(images)
@@ -71,21 +73,21 @@ def make_backbone():
         y = layers.Dense(64, activation="gelu")(y)
         x = layers.Add(name=f"stride{stride}")([x, layers.Dense(x.shape[-1])(y)])
         x = layers.Conv2D(width, 2, strides=2)(layers.LayerNormalization(epsilon=1e-6)(x))
-    # The spread of a channel over the image shows what is in one place only; its mean does not.
+    # The spread of a channel over the image reveals what is in one place only; its mean does not.
     spread = keras.ops.sqrt(keras.ops.var(x, axis=(1, 2)) + 1e-4)
     features = layers.Concatenate()([layers.GlobalAveragePooling2D()(x), spread])
     return keras.Model(images, features)
 
 
 def load(folder):
-    """Return the images of a folder that can be read, `(N, S, S, 3)`; the others are logged."""
+    """Return the readable images of a folder, `(N, S, S, 3)`. The others are logged."""
     return sddns_tf.data.load_arrays(
         f"folder:{folder}", image_size=FLAGS.image_size, on_error="skip"
     )
 
 
 def load_good_parts(good, calibration):
-    """Map images to train on, and images to set the threshold."""
+    """Return images to train on and images to set the threshold with."""
     parts = load(good)
     if calibration:
         return parts, load(calibration)
@@ -94,15 +96,15 @@ def load_good_parts(good, calibration):
 
 
 def train(images):
-    """Self-distillation on good parts; what is a negative is made of them, by a shift."""
+    """Return a model trained on good parts, with negatives made from them by a shift."""
     steps = FLAGS.steps
     model = sddns_tf.SelfDistillation(
         backbone=make_backbone(),
-        # The camera and its light do not change: nearly whole images, and no color jitter.
+        # Camera and light do not change, so views are nearly whole images without color jitter.
         views=sddns_tf.MultiCrop(
             FLAGS.image_size, local_views=2, global_area=(0.6, 1.0), color_jitter=0, grayscale=0
         ),
-        # Parts put together in a wrong order. See docs/negatives.md for other choices.
+        # Parts assembled in a wrong order. See docs/negatives.md for other choices.
         negatives=sddns_tf.Negatives("perm16", source="in_distribution"),
         head=sddns_tf.ProjectionHead(
             num_prototypes=512, hidden_dim=256, bottleneck_dim=64, norm_last_layer=False
@@ -120,14 +122,14 @@ def train(images):
         steps_per_epoch=steps // 10,
         epochs=10,
         callbacks=[sddns_tf.callbacks.CollapseMonitor()],
-        shuffle=False,  # the data set does it
+        shuffle=False,  # the data set is shuffled already
         verbose=2,
     )
     return model
 
 
 def make_folders(root):
-    """Folders to try the example on: good pieces, others to calibrate, and some to check."""
+    """Make folders of good pieces, pieces to calibrate with, pieces to check, and masks."""
     import skimage.data
 
     generator = np.random.default_rng(FLAGS.seed)
@@ -140,7 +142,7 @@ def make_folders(root):
 
     sets = {
         "good": {"piece": pieces((0, 340), 600)},
-        # From other rows, so that no part of a piece was seen in training.
+        # From other rows, so that nothing of them was seen in training.
         "calibration": {"piece": pieces((340, 512), 150)},
         "check": {
             "sound": pieces((340, 512), 100),
@@ -159,7 +161,7 @@ def make_folders(root):
 
 
 def _damage(piece, generator):
-    """Draws a dark or bright scratch or stain somewhere on a piece; returns its mask."""
+    """Draw a dark or bright scratch or stain on a piece, and return its mask."""
     y, x = np.mgrid[:96, :96]
     center_y, center_x = generator.uniform(24, 72, 2)
     angle = generator.uniform(0, np.pi)
@@ -172,7 +174,7 @@ def _damage(piece, generator):
 
 
 def write_results(files, images, answers, detector, output_dir):
-    """The list of scores, the most suspicious first, and a picture of the top of it."""
+    """Write the scores, the most suspicious first, and a picture of the first ones."""
     order = np.argsort(-answers["ood_score"])
     columns = ("ood_score", "p_value", "is_ood")
     with open(output_dir / "scores.csv", "w", newline="") as file:
@@ -189,13 +191,13 @@ def write_results(files, images, answers, detector, output_dir):
     figure = plots.contact_sheet(
         overlays,
         titles=[f"{files[i].stem}\np = {answers['p_value'][i]:.3f}" for i in top],
-        title="Most suspicious first; painted: places above the threshold",
+        title="Most suspicious first; places above the threshold are colored",
     )
     plots.save(figure, output_dir / "most_suspicious.png")
 
 
 def print_what_was_found(files, answers, detector, masks_folder):
-    """How many of the drawn damages were flagged, and how well the maps show them."""
+    """Print how many damaged pieces were flagged, and how well the maps show the damage."""
     damaged = np.array([file.stem.startswith("damaged") for file in files])
     for kind, chosen in (("sound", ~damaged), ("damaged", damaged)):
         flagged = answers["is_ood"][chosen]
@@ -212,10 +214,12 @@ def print_what_was_found(files, answers, detector, masks_folder):
 
 
 def main(argv):
-    """Train on one folder, check another."""
+    """Train on one folder and check another."""
     del argv
     if bool(FLAGS.good) != bool(FLAGS.check):
-        raise app.UsageError("--good and --check go together: two folders, or neither.")
+        raise app.UsageError(
+            "--good and --check must be given together. Received: only one of them"
+        )
     keras.utils.set_random_seed(FLAGS.seed)
     output_dir = pathlib.Path(FLAGS.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -224,7 +228,7 @@ def main(argv):
         good, calibration, check, masks = make_folders(output_dir / "photos")
 
     training, held_out = load_good_parts(good, calibration)
-    print(f"{len(training)} good parts train, {len(held_out)} set the threshold")
+    print(f"{len(training)} good parts to train on, {len(held_out)} to set the threshold with")
     model = train(training)
     detector = sddns_tf.Detector.from_images(
         model.teacher_backbone,
@@ -245,7 +249,7 @@ def main(argv):
     print(f"{answers['is_ood'].sum()} of {len(files)} images flagged")
     if not FLAGS.good:
         print_what_was_found(files, answers, detector, masks)
-    print(f"In {output_dir.resolve()}: scores.csv, most_suspicious.png, detector.keras")
+    print(f"Wrote scores.csv, most_suspicious.png and detector.keras to {output_dir.resolve()}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Training on all GPUs of a machine: the model is made inside the strategy's scope, all else stays.
+"""Train on all GPUs of a machine: only the model has to be made inside the strategy's scope.
 
     python examples/multi_gpu.py
     python examples/multi_gpu.py --virtual_cpus=2
 
-The second tries the same on a machine without GPUs: its processor plays two devices (and is slower
-for it). Batches are global: 64 images on two devices are 32 on each. Gradients and the teacher's
-center are averaged over all of them: the result is that of one device with the same batches.
+The second command tries the same on a machine without GPUs: it divides the processor into two
+devices, which is slower. Batches are global: with 64 images on two devices, each gets 32. Gradients
+and the teacher's center are averaged over all devices, so the result is the same as on one device
+with the same batches.
 
-Prints images per second and the loss of each epoch. About one minute on two CPU cores. The
-photograph of grass comes inside scikit-image (`pip install -e ".[examples]"`).
+Prints images per second and the loss of each epoch. Takes about one minute on two CPU cores. The
+photograph of grass comes with scikit-image (`pip install -e ".[examples]"`).
 """
 
 import time
@@ -22,19 +23,19 @@ from absl import app, flags
 import sddns_tf
 
 FLAGS = flags.FLAGS
-flags.DEFINE_integer("virtual_cpus", 0, "Devices for the processor to play, without GPUs.")
+flags.DEFINE_integer("virtual_cpus", 0, "Number of devices into which to divide the CPU.")
 flags.DEFINE_integer("batch_size", 64, "Images per step, over all devices.", lower_bound=1)
-flags.DEFINE_integer("steps", 10, "Steps of each of two epochs.", lower_bound=1)
-flags.DEFINE_integer("seed", 0, "Fixes all that is random.")
+flags.DEFINE_integer("steps", 10, "Steps in each of two epochs.", lower_bound=1)
+flags.DEFINE_integer("seed", 0, "Seed of everything random.")
 
 IMAGE_SIZE = 32
 
 
 def make_strategy():
-    """`MirroredStrategy` over all GPUs, or over virtual processors."""
+    """Return a `MirroredStrategy` over all GPUs, or over virtual CPUs."""
     if not FLAGS.virtual_cpus:
         return tf.distribute.MirroredStrategy()
-    # Before anything else touches the devices.
+    # Before anything else uses the devices.
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0],
         [tf.config.LogicalDeviceConfiguration()] * FLAGS.virtual_cpus,
@@ -43,7 +44,7 @@ def make_strategy():
 
 
 def make_model():
-    """Called in the strategy's scope: every variable must be made there."""
+    """Return the compiled model. Call this in the strategy's scope."""
     model = sddns_tf.SelfDistillation(
         backbone=sddns_tf.VisionTransformer(
             IMAGE_SIZE, patch_size=4, hidden_dim=96, depth=4, num_heads=3
@@ -75,7 +76,7 @@ def main(argv):
     keras.utils.set_random_seed(FLAGS.seed)
     with strategy.scope():
         model = make_model()
-    # Whole batches only: a last one that is too small would leave a device without images.
+    # Only whole batches: a small last one could leave a device without images.
     batches = sddns_tf.data.load(
         make_images(), batch_size=FLAGS.batch_size, shuffle=True, drop_remainder=True
     ).repeat()
@@ -83,7 +84,7 @@ def main(argv):
         start = time.perf_counter()
         history = model.fit(batches, steps_per_epoch=FLAGS.steps, shuffle=False, verbose=0)
         rate = FLAGS.steps * FLAGS.batch_size / (time.perf_counter() - start)
-        note = " (with the graph's compilation)" if epoch == 0 else ""
+        note = " (including compilation)" if epoch == 0 else ""
         print(f"loss {history.history['loss'][0]:.3f}, {rate:.0f} images/s{note}")
 
 

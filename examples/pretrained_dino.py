@@ -1,20 +1,19 @@
-"""Published DINO weights, as a detector without any training, or trained further.
+"""Use published DINO weights as a detector, without any training or after further training.
 
     sddns convert-dino --checkpoint=dino_deitsmall16_pretrain.pth \
         --output=dino_vits16.weights.h5
     python examples/pretrained_dino.py --weights=dino_vits16.weights.h5
 
-The first command converts a checkpoint that you have (it needs PyTorch); the second makes a
-detector of it: features of normal images are the bank, and far from all of them is out of
-distribution. With
-`--finetune_steps=200` it first trains on, with negatives, as from scratch but gently. Prints the
-AUROC of crops of grass against other textures; `--good` and `--check` take folders instead, and the
-images of `--check` are listed with their p-values.
+The first command converts a checkpoint that you have downloaded; it needs PyTorch. The second makes
+a detector from it, with the features of normal images as the bank: an image whose feature is far
+from all of them is out of distribution. With `--finetune_steps=200` the network is first trained a
+little further, with negatives. Prints the AUROC of crops of grass against other textures. With the
+folders `--good` and `--check`, it prints the p-values of the images in `--check` instead.
 
     python examples/pretrained_dino.py
 
-without `--weights` does the same with random weights, to see that it runs, in about a minute on two
-CPU cores. The photographs come inside scikit-image (`pip install -e ".[examples]"`).
+Without `--weights`, random weights are used, just to see that the example runs. That takes about a
+minute on two CPU cores. The photographs come with scikit-image (`pip install -e ".[examples]"`).
 """
 
 import keras
@@ -26,14 +25,16 @@ from sddns_tf import metrics, schedules
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("weights", None, "Weights from `sddns convert-dino`.")
-flags.DEFINE_enum("preset", "vit_small", ["vit_tiny", "vit_small", "vit_base"], "Network of them.")
-flags.DEFINE_integer("patch_size", 16, "Side of its patches in pixels.")
-flags.DEFINE_integer("image_size", 96, "Side in pixels at which images are looked at.")
+flags.DEFINE_enum("preset", "vit_small", ["vit_tiny", "vit_small", "vit_base"], "Network.")
+flags.DEFINE_integer("patch_size", 16, "Side of the patches in pixels.")
+flags.DEFINE_integer("image_size", 96, "Side in pixels to which images are resized.")
 flags.DEFINE_integer("finetune_steps", 0, "Training steps.", lower_bound=0)
 flags.DEFINE_string("good", None, "Folder of normal images.")
 flags.DEFINE_string("check", None, "Folder of images to check.")
-flags.DEFINE_integer("count", 200, "Crops of each photograph, without folders.", lower_bound=20)
-flags.DEFINE_integer("seed", 0, "Fixes all that is random.")
+flags.DEFINE_integer(
+    "count", 200, "Number of crops of each photograph, if there are no folders.", lower_bound=20
+)
+flags.DEFINE_integer("seed", 0, "Seed of everything random.")
 
 TRAINED_AT = 224
 BATCH_SIZE = 16
@@ -49,12 +50,12 @@ def make_backbone():
     if FLAGS.weights:
         backbone.load_weights(FLAGS.weights)
     else:
-        print("No --weights: random ones, to see that it runs")
+        print("No --weights: using random weights")
     return backbone
 
 
 def finetune(backbone, images):
-    """Self-distillation from what the network knows: a low learning rate, a slow teacher."""
+    """Train a pretrained network further, with a low learning rate."""
     steps = FLAGS.finetune_steps
     model = sddns_tf.SelfDistillation(
         backbone=backbone,
@@ -70,7 +71,7 @@ def finetune(backbone, images):
 
 
 def crops(name, rows, generator):
-    """Return crops of a photograph of scikit-image between two rows, uint8 `(N, 96, 96, 3)`."""
+    """Return crops of a scikit-image photograph between two rows, uint8 `(N, 96, 96, 3)`."""
     import skimage.data
 
     photo = getattr(skimage.data, name)()
@@ -87,10 +88,12 @@ def load(folder):
 
 
 def main(argv):
-    """Make a detector of a pretrained network, and try it."""
+    """Make a detector from a pretrained network and try it."""
     del argv
     if bool(FLAGS.good) != bool(FLAGS.check):
-        raise app.UsageError("--good and --check go together: two folders, or neither.")
+        raise app.UsageError(
+            "--good and --check must be given together. Received: only one of them"
+        )
     keras.utils.set_random_seed(FLAGS.seed)
     generator = np.random.default_rng(FLAGS.seed)
     if FLAGS.good:

@@ -1,14 +1,14 @@
-r"""Asks TensorFlow Serving about image files: gRPC or REST, many at once, with retries.
+r"""Send image files to TensorFlow Serving by gRPC or REST, with parallel requests and retries.
 
     python serving_client.py --server=localhost:8500 --model=parts photos/            # gRPC
     python serving_client.py --server=http://localhost:8501 --model=parts photos/     # REST
 
-prints a line of JSON for each file, in their order: `file`, `ood_score`, `p_value`, `is_ood` and
-`status`, which is empty for an image and otherwise says what is wrong. Ends with 1 if a file got no
-decision. REST needs no package at all; gRPC needs `pip install tensorflow-serving-api`.
+Prints one line of JSON per file, in order: `file`, `ood_score`, `p_value`, `is_ood` and `status`,
+which is empty for a good file and otherwise says what is wrong. The exit code is 1 if a file got no
+decision. REST needs no package; gRPC needs `pip install tensorflow-serving-api`.
 
-`--drift=N`, with the `calibration_size` of the export's `metadata.json`, compares all p-values with
-what normal images give (see `drift`) and tells the result on stderr.
+`--drift=N`, where N is the `calibration_size` in the export's `metadata.json`, compares all
+p-values with those expected for normal images (see `drift`) and prints the result to stderr.
 """
 
 import argparse
@@ -25,21 +25,21 @@ import urllib.request
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png")
 ANSWERS = ("ood_score", "p_value", "is_ood", "status")
-# A server that is starting, that is full, or that was too slow once: worth another try.
+# The server may be starting, overloaded or slow, so another try may succeed.
 TEMPORARY_HTTP = (429, 502, 503, 504)
 TEMPORARY_GRPC = ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")
 
 
 class TemporaryError(Exception):
-    """The server may answer if it is asked again."""
+    """A failure after which another try may succeed."""
 
 
 class PermanentError(Exception):
-    """The server answered that it will not."""
+    """A failure that another try would not change."""
 
 
 def signature_and_inputs(files, rate):
-    """Signature to ask and its inputs, for a list of the bytes of image files."""
+    """Return the signature to call and its inputs, given the contents of image files."""
     if rate is None:
         return "serving_bytes", {"image_bytes": files}
     return "serving_bytes_at_rate", {
@@ -49,7 +49,7 @@ def signature_and_inputs(files, rate):
 
 
 def rest_body(files, rate=None):
-    """Return the JSON of a REST request, in row format: one instance for each file."""
+    """Return the JSON of a REST request in row format, with one instance per file."""
     signature, inputs = signature_and_inputs(files, rate)
     encoded = [{"b64": base64.b64encode(file).decode()} for file in files]
     inputs = {**inputs, "image_bytes": encoded}
@@ -58,14 +58,14 @@ def rest_body(files, rate=None):
 
 
 def ask_rest(server, model, version, label, timeout, files, rate):
-    """Return answers of TensorFlow Serving's REST interface, a dict for each file."""
+    """Send files to TensorFlow Serving's REST API, and return a dict for each file."""
     which = f"/versions/{version}" if version else f"/labels/{label}" if label else ""
     request = urllib.request.Request(
         f"{server.rstrip('/')}/v1/models/{model}{which}:predict", rest_body(files, rate)
     )
     try:
         with urllib.request.urlopen(request, timeout=timeout) as response:
-            return json.load(response)["predictions"]  # Takes the NaN that the server writes.
+            return json.load(response)["predictions"]  # Accepts NaN, which the server writes.
     except urllib.error.HTTPError as error:
         text = error.read().decode(errors="replace")
         kind = TemporaryError if error.code in TEMPORARY_HTTP else PermanentError
@@ -75,7 +75,7 @@ def ask_rest(server, model, version, label, timeout, files, rate):
 
 
 def ask_grpc(stub, model, version, label, timeout, files, rate):
-    """Return answers of TensorFlow Serving's gRPC interface, a dict for each file."""
+    """Send files to TensorFlow Serving's gRPC API, and return a dict for each file."""
     import grpc
     import tensorflow as tf
     from tensorflow_serving.apis import predict_pb2
@@ -111,7 +111,7 @@ def grpc_stub(server):
 
 
 def answer(ask, paths, rate, retries):
-    """Return a dict for each file of one request, whether there is an answer or not."""
+    """Send one request with retries, and return a dict for each file, even without an answer."""
     files = [pathlib.Path(path).read_bytes() for path in paths]
     for attempt in range(retries + 1):
         try:
@@ -131,12 +131,12 @@ def answer(ask, paths, rate, retries):
 
 
 def _json(value):
-    """NaN, the score of a file that is no image, is not JSON."""
+    """Replace NaN, the score of a bad file, with None, because JSON has no NaN."""
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def image_files(places):
-    """Yield the files that are named and those in the folders that are named, in order."""
+    """Yield the given files, and the image files in given folders, in order."""
     for place in map(pathlib.Path, places):
         if place.is_dir():
             inside = place.rglob("*")
@@ -144,11 +144,11 @@ def image_files(places):
         elif place.is_file():
             yield place
         else:
-            raise FileNotFoundError(f"Expected image files or folders. Received: {place}")
+            raise FileNotFoundError(f"Expected existing image files or folders. Received: {place}")
 
 
 def answers(ask, paths, *, batch_size=16, concurrency=4, rate=None, retries=5):
-    """Yield a dict for each file, in their order, of requests that are sent several at once."""
+    """Send several requests in parallel, and yield a dict for each file in order."""
     batches = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
     with concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
         for batch in pool.map(lambda batch: answer(ask, batch, rate, retries), batches):
@@ -156,17 +156,17 @@ def answers(ask, paths, *, batch_size=16, concurrency=4, rate=None, retries=5):
 
 
 def drift(p_values, calibration_size, significance=0.001):
-    """Tell how far p-values are from those of normal images, and how far is too far.
+    """Return how far p-values are from those of normal images, and how far they may be.
 
-    P-values of normal images are uniform over 1/(N+1), ..., 1, on average over sets of N
-    calibration images; with one such set they are as far off as two samples are from each
-    other, so this is the two-sample test of Kolmogorov and Smirnov. A test against the uniform
-    distribution itself would raise false alarms as soon as there are more images than N.
+    On average over sets of N calibration images, p-values of normal images are uniform over
+    1/(N+1), ..., 1. For a single set they differ from that as two samples differ from each other,
+    so this is the two-sample Kolmogorov-Smirnov test. A test against the uniform distribution
+    itself would raise false alarms as soon as there are more than N images.
 
     Args:
-        p_values: P-values of images that should be normal, one for each independent image.
-        calibration_size: N.
-        significance: Probability of an alarm where nothing has changed.
+        p_values: P-values of independent images that should be normal.
+        calibration_size: Number of calibration images, N.
+        significance: Probability of an alarm if nothing has changed.
 
     Returns:
         Largest distance between the two distribution functions, and the limit for it.
@@ -184,25 +184,31 @@ def drift(p_values, calibration_size, significance=0.001):
 
 
 def parse(arguments):
-    """Return the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("places", nargs="+", help="image files, or folders of them")
     parser.add_argument("--server", default="localhost:8500", help="HOST:PORT or http://HOST:PORT")
-    parser.add_argument("--model", required=True, help="name under which it is served")
+    parser.add_argument("--model", required=True, help="name of the served model")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--version", type=int, help="default: the latest")
-    which.add_argument("--label", help="such as stable or canary")
-    parser.add_argument("--false_positive_rate", type=float, help="default: the detector's own")
-    parser.add_argument("--batch_size", type=int, default=16, help="files in a request")
-    parser.add_argument("--concurrency", type=int, default=4, help="requests at once")
-    parser.add_argument("--retries", type=int, default=5, help="of a request")
-    parser.add_argument("--timeout", type=float, default=30.0, help="of a request, in seconds")
-    parser.add_argument("--drift", type=int, metavar="N", help="calibration images of the detector")
+    which.add_argument("--version", type=int, help="version; default: the latest")
+    which.add_argument("--label", help="version label, such as stable or canary")
+    parser.add_argument(
+        "--false_positive_rate",
+        type=float,
+        help="largest share of normal images to flag; default: the detector's",
+    )
+    parser.add_argument("--batch_size", type=int, default=16, help="files per request")
+    parser.add_argument("--concurrency", type=int, default=4, help="parallel requests")
+    parser.add_argument("--retries", type=int, default=5, help="retries per request")
+    parser.add_argument("--timeout", type=float, default=30.0, help="seconds per request")
+    parser.add_argument(
+        "--drift", type=int, metavar="N", help="number of the detector's calibration images"
+    )
     return parser.parse_args(arguments)
 
 
 def main(arguments=None):
-    """Ask about all files; 0 if each got a decision."""
+    """Send all files, and return 0 if each got a decision."""
     flags = parse(arguments)
     rest = flags.server.startswith(("http://", "https://"))
     ask = functools.partial(
@@ -225,7 +231,7 @@ def main(arguments=None):
             p_values.append(one["p_value"])
     if flags.drift and p_values:
         distance, limit = drift(p_values, flags.drift)
-        verdict = "have drifted" if distance > limit else "are as they should be"
+        verdict = "have drifted" if distance > limit else "are as expected"
         print(
             f"P-values of {len(p_values)} images {verdict}: distance {distance:.3f}, "
             f"limit {limit:.3f}.",

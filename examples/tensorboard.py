@@ -1,14 +1,15 @@
-"""A training to look at in TensorBoard: losses, views and negatives, and how scores separate.
+"""Watch a training run in TensorBoard: losses, views, negatives, and how well scores separate.
 
     pip install -e ".[examples]" tensorboard
     python examples/tensorboard.py
     tensorboard --logdir=tensorboard_output
 
-Scalars: the losses, the signs of collapse (`teacher_entropy`, `mean_output_entropy`,
-`feature_std`), learning rate and teacher momentum, and `auroc_rot90`, `auroc_perm4`: how well
-held-out images are told from the same images put through a shift, which takes neither labels nor
-anomalies. Images: the views of eight images, their negatives, and every second epoch the histograms
-of scores. About one minute on two CPU cores; the photograph of grass comes inside scikit-image.
+The scalars are the losses, metrics that reveal a collapse (`teacher_entropy`,
+`mean_output_entropy`, `feature_std`), learning rate and teacher momentum, and `auroc_rot90` and
+`auroc_perm4`, which say how well held-out images are told from the same images after a shift,
+without labels or anomalies. The images are views of eight photographs, their negatives and, every
+second epoch, histograms of scores. Takes about one minute on two CPU cores. The photograph of grass
+comes with scikit-image.
 """
 
 import pathlib
@@ -22,10 +23,10 @@ from absl import app, flags
 import sddns_tf
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("output_dir", "tensorboard_output", "Folder of the logs.")
-flags.DEFINE_integer("epochs", 6, "Epochs.", lower_bound=1)
-flags.DEFINE_integer("steps", 20, "Steps of each.", lower_bound=1)
-flags.DEFINE_integer("seed", 0, "Fixes all that is random.")
+flags.DEFINE_string("output_dir", "tensorboard_output", "Folder to write logs to.")
+flags.DEFINE_integer("epochs", 6, "Number of epochs.", lower_bound=1)
+flags.DEFINE_integer("steps", 20, "Steps per epoch.", lower_bound=1)
+flags.DEFINE_integer("seed", 0, "Seed of everything random.")
 
 IMAGE_SIZE = 32
 BATCH_SIZE = 48
@@ -43,8 +44,8 @@ def crops(rows, count, generator):
 
 
 def main(argv):
-    """Train, and write what is to be seen."""
-    # This file has the name of TensorBoard's package, and Python looks beside a script first.
+    """Train and write logs for TensorBoard."""
+    # This file is called like the package `tensorboard`, and would be imported instead of it.
     here = pathlib.Path(__file__).resolve().parent
     sys.path = [path for path in sys.path if pathlib.Path(path).resolve() != here]
     del argv
@@ -70,7 +71,7 @@ def main(argv):
         verbose=2,
         callbacks=[
             sddns_tf.callbacks.CollapseMonitor(),
-            # Before TensorBoard, which writes what stands in the logs by then.
+            # Before TensorBoard, which writes what is in the logs by then.
             sddns_tf.callbacks.OODProbe(training[:500], held_out),
             sddns_tf.callbacks.pictures.TrainingPictures(
                 FLAGS.output_dir, training[:500], held_out, every=2
@@ -78,7 +79,7 @@ def main(argv):
             keras.callbacks.TensorBoard(FLAGS.output_dir),
         ],
     )
-    print(f"Now: tensorboard --logdir={FLAGS.output_dir}")
+    print(f"Now run: tensorboard --logdir={FLAGS.output_dir}")
 
 
 if __name__ == "__main__":

@@ -283,23 +283,25 @@ def _farthest_first(features, size, seed):
     """
     half = np.einsum("nd,nd->n", features, features) / 2.0
 
-    def distances(rows, chosen):  # Half of the squared ones.
-        return half[rows, np.newaxis] + half[chosen] - features[rows] @ features[chosen].T
+    def nearness(some, rows):  # Half of the squared distance is `half[rows]` minus this.
+        products = features[some] @ features[rows].T
+        products -= half[some, np.newaxis]
+        return products
 
     everything, few = slice(None), min(_FARTHEST_AT_ONCE, len(features))
     chosen = [int(np.random.default_rng(seed).integers(len(features)))]
-    nearest = distances(everything, chosen)[:, 0]
+    nearest = half - nearness(chosen, everything)[0]
     nearest[chosen] = -1.0
     while len(chosen) < size:
-        farthest = np.argpartition(-nearest, few - 1)[:few]
-        current, among = nearest[farthest], distances(farthest, farthest)
+        farthest = np.argpartition(nearest, len(nearest) - few)[-few:]
+        current, among = nearest[farthest], half[farthest] - nearness(farthest, farthest)
         bound, new = current.min(), []
         while len(chosen) + len(new) < size and current.max() >= bound:
             best = int(np.argmax(current))
             new.append(int(farthest[best]))
             np.minimum(current, among[best], out=current)
             current[best] = -1.0
-        np.minimum(nearest, distances(everything, new).min(axis=1), out=nearest)
+        np.minimum(nearest, half - nearness(new, everything).max(axis=0), out=nearest)
         chosen += new
         nearest[chosen] = -1.0
     return chosen
@@ -331,26 +333,31 @@ class Reservoir:
         check_int("capacity", capacity)
         self._capacity = capacity
         self._generator = np.random.default_rng(seed)
-        self._keys = np.zeros([0])
+        self._offered = 0
+        self._keys = np.full(capacity, np.inf)  # Infinite where there is no row yet.
+        self._numbers = np.zeros(capacity, np.int64)
         self._rows: Any = None
 
     def offer(self, rows: Any) -> None:
         """Show it further rows, float `(N, C)`."""
+        if self._rows is None:
+            self._rows = np.empty((self._capacity, rows.shape[1]), np.float32)
         keys = self._generator.random(len(rows))
-        highest = self._keys.max() if len(self._keys) == self._capacity else np.inf
-        wanted = np.flatnonzero(keys < highest)
-        keys = np.concatenate([self._keys, keys[wanted]])
-        kept = rows[wanted] if self._rows is None else np.concatenate([self._rows, rows[wanted]])
-        if len(keys) > self._capacity:
-            order = np.argpartition(keys, self._capacity - 1)[: self._capacity]
-            order.sort()
-            keys, kept = keys[order], kept[order]
-        self._keys, self._rows = keys, kept
+        wanted = np.flatnonzero(keys < self._keys.max())
+        both = np.concatenate([self._keys, keys[wanted]])
+        lowest = np.zeros(len(both), bool)
+        lowest[np.argpartition(both, self._capacity - 1)[: self._capacity]] = True
+        # In the places of those that leave: what stays is not copied again with every batch.
+        places, new = np.flatnonzero(~lowest[: self._capacity]), wanted[lowest[self._capacity :]]
+        self._rows[places], self._keys[places] = rows[new], keys[new]
+        self._numbers[places] = self._offered + new
+        self._offered += len(rows)
 
     @property
     def rows(self) -> np.ndarray:
-        """The rows kept so far, float32 `(N, C)`."""
-        return self._rows
+        """The rows kept so far, float32 `(N, C)`, in the order in which they were offered."""
+        kept = np.flatnonzero(self._keys < np.inf)
+        return self._rows[kept[np.argsort(self._numbers[kept])]]
 
 
 def __getattr__(name: str) -> Any:

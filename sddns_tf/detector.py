@@ -550,7 +550,7 @@ class Detector(keras.Model):
                 detector then stays as it was.
         """
         if images is None and false_positive_rate is None:
-            raise ValueError("Pass `images`, `false_positive_rate` or both. Received neither.")
+            raise ValueError("Pass `images`, `false_positive_rate` or both. Received: neither.")
         rate = self.false_positive_rate if false_positive_rate is None else false_positive_rate
         if images is None:
             self._set_rate(rate)

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 
-def load_backbone(backbone: keras.Model, state: Any) -> None:
+def load_backbone(backbone: keras.Model, state: Any) -> keras.Model:
     """Assign DINO's parameters to a vision transformer.
 
     Everything is checked before anything is assigned. At `image_size` the features are DINO's. At
@@ -43,7 +43,7 @@ def load_backbone(backbone: keras.Model, state: Any) -> None:
     return backbone
 
 
-def load_head(head: keras.Model, state: Any) -> None:
+def load_head(head: keras.Model, state: Any) -> keras.Model:
     """Assign DINO's parameters to a projection head.
 
     Everything is checked before anything is assigned.
@@ -176,18 +176,19 @@ def _assign(model, entries, state):
     """Assign `state` to the variables of `entries` if it fits them all, else ValueError."""
     entries = {name: entry for name, *entry in entries}
     problems = [
-        f"missing: {name}, expected shape {shape}"
+        f"no {name}, expected with shape {shape}"
         for name, (_, shape, _) in entries.items()
         if name not in state
     ]
     for name, value in state.items():
         if name not in entries:
-            problems.append(f"surplus: {name}, received shape {value.shape}")
+            problems.append(f"{name} of shape {value.shape}, not expected at all")
         elif value.shape != entries[name][1]:
-            problems.append(f"{name}: expected shape {entries[name][1]}, received {value.shape}")
+            problems.append(f"{name} of shape {value.shape}, expected {entries[name][1]}")
     if problems:
         raise ValueError(
-            f"`state` does not fit `{model.name}`. Nothing was assigned. " + "; ".join(problems)
+            f"`state` must fit `{model.name}`; nothing was assigned. Received: "
+            + "; ".join(problems)
         )
     for name, (variable, _, axes) in entries.items():
         variable.assign(np.reshape(np.transpose(state[name], axes), variable.shape))

@@ -24,6 +24,7 @@ PIXEL_MEANING = (
     "region that lies above the threshold."
 )
 FRESH = "fresh normal images"
+ALL_MASKS = "all with masks"
 INTERVALS = "95 % interval, by bootstrap or, of shares, Wilson's"
 _ATTENTION_BATCH = 32
 
@@ -42,7 +43,7 @@ class Evaluation:
         knn_accuracy: `(value, low, high)`, or None where there are no labels.
         features: Dict from the name of each set to features of its first images, `(n, D)`.
         pixels: Dict from the name of each set that has masks to a dict from each of
-            `PIXEL_COLUMNS` to its value.
+            `PIXEL_COLUMNS` to its value; where there are several, also from `ALL_MASKS`.
         lowest_score: Score of what is in the bank, for pictures of maps.
         files: Dict from the name of each set whose images came from files to their names.
     """
@@ -141,7 +142,7 @@ def evaluate(
     }
     normal_scores = answers[FRESH]["ood_score"]
     rows = {
-        name: _row(normal_scores, answer, name == FRESH, resamples, seed)
+        name: table_row(normal_scores, answer, name == FRESH, resamples, seed)
         for name, answer in answers.items()
     }
     extract: dict[str, Any] = {"batch_size": batch_size, "verbose": 0}
@@ -156,9 +157,7 @@ def evaluate(
             name: _one_each(extract_features(detector.extractor, x[:feature_count], **extract))
             for name, x in images.items()
         },
-        pixels={
-            name: _pixel_row(detector, answers, name, mask) for name, mask in (masks or {}).items()
-        },
+        pixels=_pixel_rows(detector, answers, masks or {}),
         lowest_score=detector.lowest_score,
         files=files or {},
     )
@@ -185,11 +184,20 @@ def _one_each(features):
     return features if features.ndim == 2 else features.mean(axis=(1, 2))
 
 
-def _pixel_row(detector, answers, name, masks):
-    """Metrics of the maps of one set, against those of normal images, at the size of its masks."""
-    size = masks.shape[1:]
-    maps = [metrics.at_size(answers[one]["anomaly_map"], size) for one in (name, FRESH)]
-    maps, masks = np.concatenate(maps), np.concatenate([masks, np.zeros(maps[1].shape, bool)])
+def _pixel_rows(detector, answers, masks):
+    """Metrics of the maps of each set that has masks, and of all of these as one."""
+    rows = {name: _pixel_row(detector, answers, {name: mask}) for name, mask in masks.items()}
+    if len({mask.shape[1:] for mask in masks.values()}) == 1 and len(masks) > 1:
+        rows[ALL_MASKS] = _pixel_row(detector, answers, masks)
+    return rows
+
+
+def _pixel_row(detector, answers, masks):
+    """Metrics of the maps of sets, against those of normal images, at the size of their masks."""
+    size = next(iter(masks.values())).shape[1:]
+    maps = [metrics.at_size(answers[one]["anomaly_map"], size) for one in (*masks, FRESH)]
+    masks = [*masks.values(), np.zeros(maps[-1].shape, bool)]
+    maps, masks = np.concatenate(maps), np.concatenate(masks)
     return {
         "pixel_auroc": metrics.pixel_auroc(maps, masks),
         "aupro": metrics.aupro(maps, masks),
@@ -197,8 +205,21 @@ def _pixel_row(detector, answers, name, masks):
     }
 
 
-def _row(normal_scores, answer, is_normal, resamples, seed):
-    """Return one row of the table: each column's value and its interval."""
+def table_row(
+    normal_scores: Array, answer: dict[str, Array], is_normal: bool, resamples: int, seed: int
+) -> dict[str, tuple[float, float, float]]:
+    """Return a row of `Evaluation.rows`: each column's value and its interval.
+
+    Args:
+        normal_scores: Scores of the normal images, `(N,)`.
+        answer: The detector's answers for the images of the set, dict of arrays `(M,)`.
+        is_normal: Whether the set is that of the normal images, which has no AUROC.
+        resamples: Draws of the bootstrap.
+        seed: Int, of the bootstrap.
+
+    Returns:
+        Dict from a column to `(value, low, high)`.
+    """
     flagged = float(np.mean(answer["is_ood"]))
     row = {"flagged": (flagged, *metrics.share_interval(flagged, len(answer["is_ood"])))}
     if is_normal:
@@ -285,12 +306,15 @@ def cell(interval: Any) -> str:
 
 
 def csv(evaluation: Any) -> str:
-    """Return the table as comma-separated values, limits of intervals in columns of their own."""
+    """Return the tables as comma-separated values, limits of intervals in columns of their own."""
     text = io.StringIO()
     writer = csv_writer.writer(text, lineterminator="\n")
     parts = [part for c in COLUMNS for part in (c, f"{c}_low", f"{c}_high")]
-    writer.writerow(["set", "images", *parts])
-    for name, row in evaluation.rows.items():
+    of_pixels = PIXEL_COLUMNS if evaluation.pixels else ()
+    writer.writerow(["set", "images", *parts, *of_pixels])
+    rows = {**{name: {} for name in evaluation.pixels}, **evaluation.rows}
+    for name, row in rows.items():
         cells = [value for c in COLUMNS for value in row.get(c, ("", "", ""))]
-        writer.writerow([name, len(evaluation.images[name]), *cells])
+        pixels = [evaluation.pixels.get(name, {}).get(column, "") for column in of_pixels]
+        writer.writerow([name, len(evaluation.images.get(name, ())) or "", *cells, *pixels])
     return text.getvalue()

@@ -239,7 +239,7 @@ def _feature_dim(backbone, inputs):
         raise ValueError(
             "A backbone must return one feature vector per image, (batch, dimension); to compare "
             "places of images pass `layers`. "
-            f"Received a backbone that returns shape {shape} for {inputs.shape}."
+            f"Received: a backbone that returns shape {shape} for {inputs.shape}."
         )
     return shape[-1]
 
@@ -334,12 +334,17 @@ def _batches(images, batch_size):
     if isinstance(images, tf.data.Dataset):
         steps = int(images.cardinality())
         if steps == tf.data.INFINITE_CARDINALITY:
-            raise ValueError("The dataset repeats for ever. Pass it before `.repeat()`.")
+            raise ValueError(
+                "A dataset must have an end: pass it before `.repeat()`. "
+                "Received: a dataset that repeats forever"
+            )
         return images.prefetch(tf.data.AUTOTUNE).as_numpy_iterator(), steps if steps >= 0 else None
     if isinstance(images, np.ndarray):
         starts = range(0, len(images), batch_size)
         return (images[start : start + batch_size] for start in starts), len(starts)
     steps = None
     if isinstance(images, keras.utils.PyDataset) and (steps := images.num_batches) is None:
-        raise ValueError("The PyDataset has no end. Pass one whose `num_batches` is an int.")
+        raise ValueError(
+            "A PyDataset must have an int as `num_batches`. Received: num_batches=None"
+        )
     return (batch for (batch,) in images), steps

@@ -132,7 +132,8 @@ def _full_name(backbone, known, name):
 
 def _model_of(backbone, names):
     """Return a model of the same layers that gives what these give."""
-    images = keras.Input(backbone.inputs[0].shape[1:], dtype=backbone.inputs[0].dtype)
+    given = backbone.inputs[0]
+    images = keras.Input(given.shape[1:], dtype=given.dtype, name=given.name)
     found = {}
     _run(backbone, images, found)
     return keras.Model(images, [found[name] for name in names], name=backbone.name)
@@ -151,6 +152,8 @@ def _run(model, inputs, found, prefix=""):
         for layer in model.layers:
             inputs = call(layer, inputs)
     else:
+        # Inputs may have names, as those of KerasHub have: {"images": ...}.
+        inputs = keras.tree.pack_sequence_as(model.input, keras.tree.flatten(inputs))
         keras.models.clone_model(
             model, inputs, clone_function=lambda layer: layer, call_function=call
         )

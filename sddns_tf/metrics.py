@@ -11,7 +11,7 @@ import numpy as np
 
 from sddns_tf.types import Array
 
-_BLOCK_ELEMENTS = 2**24  # largest matrix of cosines held at once: 64 MiB of float32
+BLOCK_ELEMENTS = 2**24  # largest matrix of cosines held at once: 64 MiB of float32
 
 
 def as_scores(scores: Array, name: str = "scores") -> np.ndarray:
@@ -30,15 +30,15 @@ def as_scores(scores: Array, name: str = "scores") -> np.ndarray:
     values = np.asarray(scores)
     if values.ndim != 1:
         raise ValueError(
-            f"`{name}` must have shape (N,), one score per image. Received shape {values.shape}."
+            f"`{name}` must have shape (N,), one score per image. Received: shape {values.shape}."
         )
     if values.size == 0:
-        raise ValueError(f"`{name}` must hold at least one score. Received an empty array.")
+        raise ValueError(f"`{name}` must hold at least one score. Received: an empty array.")
     values = values.astype("float64")
     not_finite = int(np.count_nonzero(~np.isfinite(values)))
     if not_finite:
         raise ValueError(
-            f"`{name}` must be finite. Received {not_finite} NaN or infinite of {values.size}."
+            f"`{name}` must be finite. Received: {not_finite} NaN or infinite of {values.size}."
         )
     return values
 
@@ -176,7 +176,7 @@ def share_interval(share: float, count: int, confidence: float = 0.95) -> tuple[
 
     _check_bootstrap(confidence, count)
     if not 0 <= share <= 1:
-        raise ValueError(f"`share` must be in 0-1. Received {share}.")
+        raise ValueError(f"`share` must be in 0-1. Received: {share}.")
     found = binomtest(round(share * count), count).proportion_ci(confidence, method="wilson")
     return float(found.low), float(found.high)
 
@@ -190,9 +190,9 @@ def percentile_interval(values: Any, confidence: float = 0.95) -> tuple[float, f
 
 def _check_bootstrap(confidence, count):
     if not 0 < confidence < 1:
-        raise ValueError(f"`confidence` must be between 0 and 1. Received {confidence}.")
+        raise ValueError(f"`confidence` must be between 0 and 1. Received: {confidence}.")
     if count < 1:
-        raise ValueError(f"At least one draw is needed. Received {count}.")
+        raise ValueError(f"At least one draw is needed. Received: {count}.")
 
 
 def _resampled_counts(generator, positions, levels):
@@ -418,19 +418,19 @@ def knn_accuracy(
     if features.shape[1] != bank_features.shape[1]:
         raise ValueError(
             "`features` and `bank_features` must have the same width. "
-            f"Received {features.shape[1]} and {bank_features.shape[1]}."
+            f"Received: {features.shape[1]} and {bank_features.shape[1]}."
         )
     bank_labels = _labels(bank_labels, len(bank_features), "bank_labels")
     labels = _labels(labels, len(features), "labels")
     if not 1 <= k <= len(bank_features):
         raise ValueError(
-            f"`k` must be from 1 to the size of the bank, {len(bank_features)}. Received {k}."
+            f"`k` must be from 1 to the size of the bank, {len(bank_features)}. Received: {k}."
         )
     if not temperature > 0:
-        raise ValueError(f"`temperature` must be positive. Received {temperature}.")
+        raise ValueError(f"`temperature` must be positive. Received: {temperature}.")
 
     classes, bank_classes = np.unique(bank_labels, return_inverse=True)
-    block = max(1, _BLOCK_ELEMENTS // max(len(bank_features), len(classes)))
+    block = max(1, BLOCK_ELEMENTS // max(len(bank_features), len(classes)))
     correct = 0
     for start in range(0, len(features), block):
         cosines = features[start : start + block] @ bank_features.T
@@ -450,11 +450,11 @@ def _unit_rows(features, name):
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(
             f"`{name}` must have shape (N, D), one feature vector per image. "
-            f"Received shape {features.shape}."
+            f"Received: shape {features.shape}."
         )
     features = features.astype("float32")
     if not np.isfinite(features).all():
-        raise ValueError(f"`{name}` must be finite. Received NaN or infinite values.")
+        raise ValueError(f"`{name}` must be finite. Received: NaN or infinite values.")
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
 
@@ -463,6 +463,6 @@ def _labels(labels, count, name):
     if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(
             f"`{name}` must be integers of shape ({count},), one per feature vector. "
-            f"Received {labels.dtype} of shape {labels.shape}."
+            f"Received: {labels.dtype} of shape {labels.shape}."
         )
     return labels

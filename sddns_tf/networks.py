@@ -129,9 +129,9 @@ def check_backbone(backbone: keras.Model, sizes: tuple) -> int:
     for size in sizes:
         if fixed is not None and any(side not in (None, size) for side in tuple(fixed)[1:3]):
             raise ValueError(
-                f"`backbone` takes inputs of shape {fixed} only, but the views have the sides "
-                f"{sizes}. Build it with an input shape of (None, None, 3), or use "
-                "MultiCrop(local_views=0) with its image_size."
+                f"`backbone` must take views with the sides {sizes}. Build it with an input shape "
+                "of (None, None, 3), or use MultiCrop(local_views=0) with its image_size. "
+                f"Received: a backbone that takes only inputs of shape {fixed}"
             )
         try:
             if not backbone.built:

@@ -51,7 +51,7 @@ def header(file: bytes) -> Header:
         PIL.Image.DecompressionBombError: If it has more pixels than Pillow opens.
     """
     if not file:
-        raise ValueError("the file is empty")
+        raise ValueError("Expected an image. Received: an empty file")
     try:
         with Image.open(io.BytesIO(file), formats=FORMATS) as picture:
             decoder = "pillow"
@@ -64,7 +64,8 @@ def header(file: bytes) -> Header:
             return Header(picture.height, picture.width, decoder, orientation)
     except Image.UnidentifiedImageError:
         raise ValueError(
-            f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image, or its header is damaged"
+            f"Expected a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image. Received: a file of "
+            "another kind, or with a damaged header"
         ) from None
 
 
@@ -115,7 +116,7 @@ def _rgb(picture):
         values = np.asarray(picture)
         low, high = values.min(), values.max()
         if not (low >= 0 and high <= 255):
-            raise ValueError(f"32-bit pixels must lie in 0-255; received {low:.6g} to {high:.6g}")
+            raise ValueError(f"32-bit pixels must lie in 0-255. Received: {low:.6g} to {high:.6g}")
         return _repeated(np.rint(values).astype(np.uint8))
     for premultiplied, mode in (("La", "LA"), ("RGBa", "RGBA")):
         if picture.mode == premultiplied:

@@ -38,14 +38,32 @@ class Part(NamedTuple):
         Returns:
             Tensors of the same structure, the same on all replicas.
         """
+        return self.mean_of_shares(tf.nest.map_structure(self.share, values))
+
+    def share(self, mean: Any) -> Any:
+        """Return what this replica's mean adds to the mean over the global batch."""
+        if isinstance(self.weight, float):
+            return mean
+        return tf.cast(self.weight, mean.dtype) * mean
+
+    def mean_of_shares(self, shares: Any) -> Any:
+        """Average over the replicas what each has weighted with `share`.
+
+        Gradients of a share are shares: what they pass on the way to other replicas, through
+        means over the global batch, is weighted once and not again.
+
+        Args:
+            shares: Tensor, or a structure of tensors.
+
+        Returns:
+            Tensors of the same structure, the same on all replicas.
+        """
         context = tf.distribute.get_replica_context()
         if context.num_replicas_in_sync == 1:
-            return values
+            return shares
         # A tensor of no device, such as the gradient of nothing, cannot be sent to other machines.
-        values = tf.nest.map_structure(tf.identity, values)
-        if not isinstance(self.weight, float):
-            values = tf.nest.map_structure(lambda v: tf.cast(self.weight, v.dtype) * v, values)
-        return context.all_reduce(tf.distribute.ReduceOp.MEAN, values)
+        shares = tf.nest.map_structure(tf.identity, shares)
+        return context.all_reduce(tf.distribute.ReduceOp.MEAN, shares)
 
 
 _current = threading.local()

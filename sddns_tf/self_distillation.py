@@ -368,7 +368,7 @@ class SelfDistillation(keras.Model):
                 views, negatives, part, training=True
             )
             terms = self._loss_terms(targets, positive_logits, negative_logits)
-            scaled_loss = self.optimizer.scale_loss(terms["loss"])
+            scaled_loss = self.optimizer.scale_loss(part.share(terms["loss"]))
         student_moves = self._update_student(self._gradients(tape, scaled_loss, part))
         self._update_teacher(student_moves)
         logs = self._update_trackers(terms, teacher_features, teacher_logits, targets, part)
@@ -518,13 +518,13 @@ class SelfDistillation(keras.Model):
         return {"loss": total, "positive_loss": positive, "negative_loss": negative}
 
     def _gradients(self, tape, loss, part):
-        """Take them of the mean over the global batch.
+        """Take them of the mean over the global batch, given this replica's share of the loss.
 
         Zero for what the loss does not depend on.
         """
         sources = [variable.value for variable in self.trainable_variables]
         gradients = tape.gradient(loss, sources, unconnected_gradients="zero")
-        return part.mean(gradients)
+        return part.mean_of_shares(gradients)
 
     def _update_student(self, gradients):
         """Clip each tensor's gradient, decay, and let the optimizer move the student.

@@ -155,7 +155,7 @@ def bar_chart(sensitivities: Array, aurocs: Array | None = None) -> Figure:
 def _same(aurocs, length):
     values = metrics.as_scores(aurocs, "aurocs")
     if len(values) != length:
-        raise ValueError(f"`aurocs` must have one entry per strategy. Received {len(values)}.")
+        raise ValueError(f"`aurocs` must have one entry per strategy. Received: {len(values)}.")
     return values
 
 

@@ -156,7 +156,7 @@ class MultiCrop:
 
     def _global_views(self, images, recipe, seed):
         """`recipe` is 0 or 1, `(V, 1)` or `(V, B)`: the first or the second global view's."""
-        draws = _Draws([recipe.shape[0], tf.shape(images)[0]], seed)
+        draws = Draws([recipe.shape[0], tf.shape(images)[0]], seed)
         blur = tf.gather(tf.constant(self.blur, tf.float32), recipe)
         solarize = tf.gather(tf.constant(self.solarize, tf.float32), recipe)
         return self._views(images, draws, self.image_size, self.global_area, blur, solarize)
@@ -166,7 +166,7 @@ class MultiCrop:
             return []
 
         def of(images, seed):
-            draws = _Draws([self.local_views, tf.shape(images)[0]], seed)
+            draws = Draws([self.local_views, tf.shape(images)[0]], seed)
             blur, solarize = self.blur[2], self.solarize[2]
             return self._views(images, draws, self.local_size, self.local_area, blur, solarize)
 
@@ -189,7 +189,7 @@ class MultiCrop:
     def _crop(self, images, draws, size, area):
         """Crop, resize and flip at random: planes `(V, B, 3, size, size)`."""
         height, width = images.shape[1:3]
-        top, left, crop_height, crop_width = _crop_boxes(
+        top, left, crop_height, crop_width = crop_boxes(
             draws, height, width, area, self.aspect_ratio
         )
         rows = image_ops.resampling_matrix(height, size, top, crop_height)
@@ -342,37 +342,52 @@ class Negatives:
         return cls(shift, config["source"])
 
 
-class _Draws:
-    """Uniform numbers for each view and image, `(V, B)`, fresh ones at each call.
+class Draws:
+    """Uniform random numbers for each view and image, `(V, B)`, new ones at each call.
 
     All come from one random operation: the graph stays small and compiles fast.
     """
 
-    def __init__(self, shape, seed):
+    def __init__(self, shape: Any, seed: Any) -> None:
         self._numbers = iter(tf.unstack(shifts.uniform([_DRAWS, *shape], seed)))
 
-    def unit(self):
-        """Numbers in 0-1."""
+    def unit(self) -> tf.Tensor:
+        """Return numbers from 0 to 1, `(V, B)`."""
         return next(self._numbers)
 
-    def uniform(self, low, high):
+    def uniform(self, low: Any, high: Any) -> tf.Tensor:
+        """Return numbers from `low` to `high`, `(V, B)`."""
         return low + (high - low) * self.unit()
 
-    def attempts(self, low, high):
-        """As many numbers as a crop has attempts: `(V, B, _CROP_ATTEMPTS)`."""
+    def attempts(self, low: float, high: float) -> tf.Tensor:
+        """Return a number for each attempt of a crop, `(V, B, _CROP_ATTEMPTS)`."""
         units = tf.stack([self.unit() for _ in range(_CROP_ATTEMPTS)], axis=-1)
         return low + (high - low) * units
 
-    def happens(self, probability):
-        """Bool `(V, B)`, true with the given probability, which may itself be `(V, B)`."""
+    def happens(self, probability: Any) -> tf.Tensor:
+        """Return bool `(V, B)`, true with the given probability, which may itself be `(V, B)`."""
         return self.unit() < probability
 
 
-def _crop_boxes(draws, height, width, area, aspect_ratio):
-    """Return whole-pixel boxes as torchvision's `RandomResizedCrop` draws them.
+def crop_boxes(
+    draws: Draws,
+    height: int,
+    width: int,
+    area: tuple[float, float],
+    aspect_ratio: tuple[float, float],
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Draw whole-pixel boxes as torchvision's `RandomResizedCrop` does.
 
-    Area uniform, aspect ratio log-uniform; the first of ten attempts that fits, else the largest
-    box of an allowed aspect ratio (of a square: all of it), here at a random place.
+    The area is uniform and the aspect ratio log-uniform. The first of ten attempts that fits is
+    taken, else the largest box of an allowed aspect ratio (for a square, the whole image). Its
+    place is random.
+
+    Args:
+        draws: `Draws`.
+        height: Height of the images.
+        width: Width of the images.
+        area: Pair of the smallest and largest share of the image's area.
+        aspect_ratio: Pair of the smallest and largest ratio of width to height.
 
     Returns:
         top, left, height, width: float tensors `(V, B)`.

@@ -26,7 +26,7 @@ def _initializer():
     return keras.initializers.RandomNormal(stddev=0.02)
 
 
-def _bicubic_matrix(size, source_size, xp=np):
+def bicubic_matrix(size: Any, source_size: int, xp: Any = np) -> Any:
     """Return the matrix that resamples `source_size` samples to `size` samples, bicubically.
 
     Keys' kernel with a = -0.75, half-pixel centers, no antialiasing and clamped edges: the rule of
@@ -471,7 +471,7 @@ class VisionTransformer(keras.Model):
 
     def call(self, images: Array, training: bool = False) -> tf.Tensor:
         """Map normalized images `(B, height, width, 3)` to features `(B, hidden_dim)`."""
-        tokens = self._embed(images)
+        tokens = self.embed(images)
         recompute = bool(self.recompute and training)
         for block in self.blocks[:-1]:
             tokens = block(tokens, training=training, recompute=recompute)
@@ -493,7 +493,7 @@ class VisionTransformer(keras.Model):
         passed = (self.depth - 1,) if passed is None else passed
         images = ops.convert_to_tensor(images)
         grid = [side // self.patch_size for side in images.shape[1:3]]
-        tokens, found = self._embed(images), {}
+        tokens, found = self.embed(images), {}
         for count in range(max(passed) + 1):
             if count:
                 tokens = self.blocks[count - 1](tokens, training=False)
@@ -510,7 +510,7 @@ class VisionTransformer(keras.Model):
             float32 `(B, num_heads, 1 + N, 1 + N)` for N patches in row-major order; index 0 is the
             class token, so `[:, :, 0, 1:]` is what the class token attends to. Rows sum to one.
         """
-        tokens = self._embed(ops.convert_to_tensor(images))
+        tokens = self.embed(ops.convert_to_tensor(images))
         for block in self.blocks[:-1]:
             tokens = block(tokens, training=False)
         return self.blocks[-1].attention_weights(tokens)
@@ -539,8 +539,8 @@ class VisionTransformer(keras.Model):
         )
         return config
 
-    def _embed(self, images):
-        """Map images to tokens `(B, 1 + N, hidden_dim)`, positions added."""
+    def embed(self, images: Array) -> tf.Tensor:
+        """Map normalized images to the tokens that enter the first block, `(B, 1 + N, D)`."""
         self._check_shape(images.shape)
         if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(images.dtype)):
             raise ValueError(
@@ -555,17 +555,17 @@ class VisionTransformer(keras.Model):
         class_token = ops.cast(self.class_token, patches.dtype)
         class_token = ops.broadcast_to(class_token, (batch, 1, self.hidden_dim))
         tokens = ops.concatenate([class_token, patches], axis=1)
-        positions = self._positions(height // self.patch_size, width // self.patch_size)
+        positions = self.positions(height // self.patch_size, width // self.patch_size)
         return tokens + ops.cast(positions, tokens.dtype)
 
-    def _positions(self, rows, columns):
-        """Position embedding `(1, 1 + rows * columns, hidden_dim)` of a grid of patches."""
+    def positions(self, rows: Any, columns: Any) -> tf.Tensor:
+        """Return the position embedding of a grid of patches, `(1, 1 + rows * columns, D)`."""
         known = isinstance(rows, int) and isinstance(columns, int)
         if known and (rows, columns) == self.grid_size:
             return self.position_embedding
         xp = np if known else ops
-        to_rows = ops.cast(_bicubic_matrix(rows, self.grid_size[0], xp), "float32")
-        to_columns = ops.cast(_bicubic_matrix(columns, self.grid_size[1], xp), "float32")
+        to_rows = ops.cast(bicubic_matrix(rows, self.grid_size[0], xp), "float32")
+        to_columns = ops.cast(bicubic_matrix(columns, self.grid_size[1], xp), "float32")
         class_position = self.position_embedding[:, :1]
         grid = ops.reshape(self.position_embedding[:, 1:], (self.grid_size[0], -1))
         grid = ops.matmul(to_rows, grid)

@@ -14,6 +14,12 @@ settings.register_profile("sddns_tf", deadline=None, derandomize=True)
 settings.load_profile("sddns_tf")
 
 
+def pytest_collection_modifyitems(items):
+    """Files with long tests go first, so that no worker is left alone with one at the end."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 def _crops(photograph, count, size, seed):
     """`count` squares of `size` pixels at random places of one photograph."""
     generator = np.random.default_rng(seed)

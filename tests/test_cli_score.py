@@ -127,7 +127,7 @@ def test_every_kind_of_model_gives_the_detectors_answers(
         assert rows[name]["error"] and not rows[name]["ood_score"] and not rows[name]["is_ood"]
     told = done.stderr.splitlines()
     assert told[-1].endswith(", 2 not scored")
-    assert told[-2] == f"1 files of other kinds left out, such as {photos_folder / 'notes.txt'}"
+    assert told[-2] == f"Skipped 1 files that are not images, such as {photos_folder / 'notes.txt'}"
 
 
 def test_a_detector_of_places_is_scored(normal, photos_folder, tmp_path):
@@ -169,12 +169,24 @@ def test_stdin_and_lists_give_rows_in_their_order_as_json(models, photos_folder,
     ("arguments", "message"),
     [
         (["--images=-"], "--model is needed"),
-        (["--model=no.tflite", "--images=-"], "--model must be a .tflite file"),
-        (["--model={here}", "--images=-"], "--model must be a .tflite file"),
-        (["--model={models}/model.tflite", "--images=there"], "--images must be folder:PATH"),
-        (["--model={models}/model.tflite", "--images=folder:{here}"], "must hold images"),
-        (["--model={here}/broken.tflite", "--images=-"], "cannot be loaded"),
-        (["--model={here}/broken.tflite", "--images=-", "more"], "unrecognized arguments: more"),
+        (["--model=no.tflite", "--images=-"], "--model must be an existing .tflite file"),
+        (["--model={here}", "--images=-"], "--model must be an existing .tflite file"),
+        (
+            ["--model={models}/model.tflite", "--images=there"],
+            "--images must be an existing folder:PATH",
+        ),
+        (
+            ["--model={models}/model.tflite", "--images=folder:{here}"],
+            "must be a folder that holds images",
+        ),
+        (
+            ["--model={here}/broken.tflite", "--images=-"],
+            "--model must be a .tflite file that sddns export wrote",
+        ),
+        (
+            ["--model={here}/broken.tflite", "--images=-", "more"],
+            "Expected options that --help lists. Received: more",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(arguments, message, models, tmp_path):

@@ -155,12 +155,12 @@ WRONG = [
     (["--data="], "--data is needed"),
     (["--output_dir="], "--output_dir is needed"),
     (["--shift=rot45"], "--shift.*rot45"),
-    (["--epochs=0"], "--epochs: expected a positive int. Received: 0"),
+    (["--epochs=0"], "--epochs must be a positive int. Received: 0"),
     (["--set=views.local_area=[0.1,2]"], "local_area.*2"),
     (["--backbone=resnet"], "backbone.type must be one of .*Received: 'resnet'"),
     (["--source=both"], "negatives.source=both needs --auxiliary"),
     (["--recipe=mine"], "--recipe must be one of .*Received: mine"),
-    (["--resolution=1,2,3"], "--resolution: expected SIDE or HEIGHT,WIDTH. Received: 1,2,3"),
+    (["--resolution=1,2,3"], "--resolution must be SIDE or HEIGHT,WIDTH. Received: 1,2,3"),
     (["left"], "left"),
     (["--noin_memory"], "--noin_memory needs --calibration"),
     (["--data=npz:x.npz"], "--data: .*x.npz"),
@@ -171,7 +171,7 @@ WRONG = [
     (["--set=data.auxiliary=5"], "data.auxiliary must be a string. Received: 5"),
     (["--set=data.limit=few"], "limit.*few"),
     (["--set=views.local_size=half"], "local_size.*half"),
-    (["--limit=20", "--false_positive_rate=0.01"], "needs at least 99"),
+    (["--limit=20", "--false_positive_rate=0.01"], "at least 99 images to calibrate with"),
     (["--limit=20", "--calibration_share=0.95"], "calibration_share"),
 ]
 

@@ -297,8 +297,9 @@ TOY = {
 # test_examples_gallery, test_serving_client, test_benchmark, test_research, test_rooms.
 RUN_HERE = ("sddns ", "examples/edge_inference.py", "examples/folder_of_parts.py")
 # test_cli_devices runs several machines, test_dino_weights the conversion, which needs PyTorch,
-# test_local_exports maps on a device, which need the file of a local detector.
-RUN_ELSEWHERE = ("--strategy=multi_worker", "convert-dino", "--maps=overlays")
+# test_local_exports maps on a device, which need the file of a local detector, test_local_commands
+# MVTec AD's layout.
+RUN_ELSEWHERE = ("--strategy=multi_worker", "convert-dino", "--maps=overlays", "mvtec:")
 
 
 def runs_here(command):

@@ -61,7 +61,7 @@ def test_drop_remainder_gives_a_static_batch_size_and_refuses_no_batch(coffee):
     dataset = data.load(coffee, batch_size=4, drop_remainder=True)
     assert dataset.element_spec.shape[0] == 4
     assert [len(batch) for batch in dataset] == [4, 4]
-    with pytest.raises(ValueError, match=r"10 images.*batch_size=11"):
+    with pytest.raises(ValueError, match=r"batch_size=11 for .* 10 images"):
         data.load(coffee, batch_size=11, drop_remainder=True)
 
 
@@ -96,7 +96,7 @@ def test_floats_are_rounded():
         (lambda x: x.astype(object), "Received: dtype object"),
         (lambda x: x.astype(str), "Received: dtype <U"),
         (lambda x: x[:0], r"not be empty. Received: shape \(0, 24, 24, 3\)"),
-        (lambda x: x[0], r"Received: \(24, 24, 3\), which looks like one image"),
+        (lambda x: x[0], r"a single image as image\[None\]. Received: \(24, 24, 3\)"),
         (lambda x: x[0, ..., 0], r"Received: \(24, 24\)"),
         (lambda x: x[..., :2], r"1, 3 or 4 channels. Received: \(10, 24, 24, 2\)"),
         (lambda x: x[None], r"Received: \(1, 10, 24, 24, 3\)"),
@@ -153,7 +153,7 @@ def test_rectangles_and_crops_are_those_of_the_extractor(tmp_path, resize, size)
 
 def test_a_path_must_be_one_of_a_folder_or_an_archive(tmp_path):
     path = save(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8))
-    with pytest.raises(ValueError, match=r"folder or of an \.npz file. Received: .*a\.png"):
+    with pytest.raises(ValueError, match=r"folder or an \.npz file. Received: .*a\.png"):
         data.load(path, batch_size=1)
 
 
@@ -173,7 +173,7 @@ def test_list_of_arrays_of_mixed_sizes_and_channels(coffee):
         resized[2], data.load_arrays(coffee[2:3, :10], image_size=SIDE)[0]
     )
     np.testing.assert_array_equal(data.load_arrays(list(coffee)), coffee)
-    with pytest.raises(ValueError, match=r"image 0 of the list has 24 x 24, image 2 .* 10 x 24"):
+    with pytest.raises(ValueError, match=r"image 0 of the list is 24 x 24, image 2 .* 10 x 24"):
         data.load(images, batch_size=2)
     with pytest.raises(ValueError, match=r"image 1 of the list .* Received: \(3,\)"):
         data.load([coffee[0], np.zeros(3)], batch_size=2)
@@ -217,8 +217,8 @@ def test_shuffle_permutes_all_anew_each_time_and_repeats_by_seed():
         ({"max_pixels": 1e6}, "max_pixels=1000000.0"),
         ({"min_size": "8"}, "min_size='8'"),
         ({"on_error": "ignore"}, "on_error.* Received: on_error='ignore'"),
-        ({"exclude_labels": ["cat"]}, 'exclude_labels needs a "tfds:" source'),
-        ({"exclude_labels": "cat"}, "exclude_labels must be a list of names. Received: 'cat'"),
+        ({"exclude_labels": ["cat"]}, '`exclude_labels` needs a "tfds:" source'),
+        ({"exclude_labels": "cat"}, "`exclude_labels` must be a list of names. Received: 'cat'"),
     ],
 )
 def test_bad_options_are_refused(coffee, options, message):
@@ -230,9 +230,9 @@ def test_bad_sources_are_refused(tmp_path):
     with pytest.raises(TypeError, match="Received: int"):
         data.load(3, batch_size=2)
     for source in ("cifar10", "http://images", "folder:"):
-        with pytest.raises(ValueError, match=f"source must be .*{source}"):
+        with pytest.raises(ValueError, match=f"`source` must be .*{source}"):
             data.load(source, batch_size=2)
-    with pytest.raises(ValueError, match=f'is it "folder:{tmp_path}"'):
+    with pytest.raises(ValueError, match=f'did you mean "folder:{tmp_path}"'):
         data.load(str(tmp_path), batch_size=2)
 
 
@@ -254,7 +254,7 @@ def test_npz(tmp_path, coffee):
 
 def test_bad_npz_is_refused_by_name(tmp_path, coffee):
     path = tmp_path / "set.npz"
-    with pytest.raises(ValueError, match=r"set\.npz must be a file"):
+    with pytest.raises(ValueError, match=r"must be an existing file. Received: .*set\.npz"):
         data.load_arrays(f"npz:{path}")
     np.savez(path, left=coffee, right=coffee)
     with pytest.raises(ValueError, match=r"set.npz .*Received: \['left', 'right'\]"):
@@ -332,7 +332,7 @@ def test_folder_of_photographs_as_jpeg_and_gif(tmp_path):
 def test_mixed_sizes_need_image_size(tmp_path, coffee):
     save(tmp_path / "a.png", coffee[0])
     save(tmp_path / "b.png", coffee[1, :20])
-    with pytest.raises(ValueError, match=r"image_size.*a\.png has 24 x 24, .*b\.png has 20 x 24"):
+    with pytest.raises(ValueError, match=r"image_size.*a\.png is 24 x 24, .*b\.png is 20 x 24"):
         data.load(f"folder:{tmp_path}", batch_size=2)
     images = data.load_arrays(f"folder:{tmp_path}", image_size=SIDE)
     np.testing.assert_array_equal(images[0], coffee[0])
@@ -359,14 +359,14 @@ def encoded(array, kind):
 
 
 BAD_FILES = {
-    "empty.png": (lambda: b"", "the file is empty"),
-    "text.png": (lambda: b"<html>404</html>", "not a JPEG, PNG, BMP, GIF, TIFF or WEBP image"),
+    "empty.png": (lambda: b"", "Received: an empty file"),
+    "text.png": (lambda: b"<html>404</html>", "Expected a JPEG, PNG, BMP, GIF, TIFF or WEBP image"),
     "half.webp": (lambda: encoded(photographs.rocket(), "webp")[:2000], "corrupt or cut short"),
     "half.tif": (lambda: encoded(photographs.rocket(), "tiff")[:9000], "corrupt or cut short"),
     "half.jpg": (lambda: encoded(photographs.rocket(), "jpeg")[:9000], "corrupt or cut short"),
     "half.png": (lambda: encoded(photographs.rocket(), "png")[:9000], "corrupt or cut short"),
     "stub.jpg": (lambda: b"\xff\xd8\xff\xe0\x00\x10JFIF", "corrupt or cut short"),
-    "stub.png": (lambda: b"\x89PNG\r\n\x1a\n\0\0", "its header is damaged"),
+    "stub.png": (lambda: b"\x89PNG\r\n\x1a\n\0\0", "a damaged header"),
     "bomb.png": (png_bomb, "more than max_pixels=64000000.*2500000000 pixels"),
 }
 
@@ -376,7 +376,7 @@ def test_a_bad_file_is_named_before_the_first_batch(tmp_path, coffee, name):
     content, reason = BAD_FILES[name]
     save(tmp_path / "good.png", coffee[0])
     (tmp_path / name).write_bytes(content())
-    with pytest.raises(ValueError, match=rf"1 of 2 image files.*\n.*/{name}: .*{reason}"):
+    with pytest.raises(ValueError, match=rf"Received: 1 of 2 image files.*\n.*/{name}: .*{reason}"):
         data.load(f"folder:{tmp_path}", batch_size=1)
 
 
@@ -411,21 +411,23 @@ def test_folder_limits_on_size(tmp_path, coffee):
 
 
 def test_missing_and_empty_folders(tmp_path):
-    with pytest.raises(ValueError, match="nowhere must be a folder"):
+    with pytest.raises(ValueError, match=r"must be an existing folder. Received: .*nowhere"):
         data.load(f"folder:{tmp_path / 'nowhere'}", batch_size=2)
-    with pytest.raises(ValueError, match="it holds no files"):
+    with pytest.raises(ValueError, match="Received: no files"):
         data.load(f"folder:{tmp_path}", batch_size=2)
     (tmp_path / "scan.heic").write_bytes(b"II*")
     with pytest.raises(ValueError, match=r"1 other files, such as .*scan\.heic"):
         data.load(f"folder:{tmp_path}", batch_size=2)
     (tmp_path / "scan.heic").unlink()
     (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"1 of 1 image files cannot be used:\n.*a\.png"):
+    with pytest.raises(ValueError, match=r"1 of 1 image files that cannot be used:\n.*a\.png"):
         data.load(f"folder:{tmp_path}", batch_size=2, on_error="skip")
 
 
 def test_folder_has_no_labels(folder):
-    with pytest.raises(ValueError, match="with_labels=True needs labels, and folder:"):
+    with pytest.raises(
+        ValueError, match=r"with_labels=True needs a source with labels. Received: folder:"
+    ):
         data.load_arrays(f"folder:{folder[0]}", with_labels=True)
 
 
@@ -464,7 +466,7 @@ def test_dataset_of_mixed_sizes_needs_image_size(coffee):
     dataset = tf.data.Dataset.from_generator(
         generate, output_signature=tf.TensorSpec((None, None, 3), tf.uint8)
     )
-    with pytest.raises(ValueError, match="image_size is needed"):
+    with pytest.raises(ValueError, match="`image_size` is needed"):
         data.load(dataset, batch_size=2)
     images = data.load_arrays(dataset, image_size=SIDE)
     np.testing.assert_array_equal(images[0], coffee[0])
@@ -577,25 +579,25 @@ def test_tfds_exclude_labels(prepared, coffee):
     )
     with pytest.raises(ValueError, match=r"labels of tfds:tiny \(cat, cup\). Received: \['dog'\]"):
         data.load_arrays("tfds:tiny", data_dir=prepared, exclude_labels=["cat", "dog"])
-    with pytest.raises(ValueError, match=r"exclude_labels=\['cat', 'cup'\] leaves none"):
+    with pytest.raises(ValueError, match=r"at least one image left.*\['cat', 'cup'\]"):
         data.load_arrays("tfds:tiny", data_dir=prepared, exclude_labels=["cat", "cup"])
-    with pytest.raises(ValueError, match="tfds:gray has none"):
+    with pytest.raises(ValueError, match=r"needs a set with named labels. Received: tfds:gray"):
         data.load_arrays("tfds:gray", data_dir=prepared, exclude_labels=["cat"], image_size=SIDE)
 
 
 def test_tfds_gray_of_no_fixed_size(prepared, coffee):
-    with pytest.raises(ValueError, match="image_size is needed: tfds:gray"):
+    with pytest.raises(ValueError, match=r"`image_size` is needed .*Received: tfds:gray"):
         data.load("tfds:gray", data_dir=prepared, batch_size=2)
     images = data.load_arrays("tfds:gray", data_dir=prepared, image_size=SIDE)
     assert as_set(images) == as_set(np.repeat(coffee[..., :1], 3, axis=-1))
-    with pytest.raises(ValueError, match="tfds:gray has none"):
+    with pytest.raises(ValueError, match=r"needs a source with labels. Received: tfds:gray"):
         data.load_arrays("tfds:gray", data_dir=prepared, image_size=SIDE, with_labels=True)
 
 
 def test_bad_tfds_requests_name_what_exists(prepared, tmp_path):
     with pytest.raises(ValueError, match=r"tfds:tiny has the splits \['test', 'train'\]\. .*'val'"):
         data.load("tfds:tiny", data_dir=prepared, batch_size=2, split="val")
-    with pytest.raises(ValueError, match=r"tfds:tyni .*\['gray', 'other', 'tiny'\]") as caught:
+    with pytest.raises(ValueError, match=r"\['gray', 'other', 'tiny'\].*tfds:tyni") as caught:
         data.load("tfds:tyni", data_dir=prepared, batch_size=2)
     assert len(str(caught.value)) < 500  # TFDS's own message lists a thousand names
     with pytest.raises(ValueError, match=r"tfds:mnist .*`tfds build mnist --data_dir="):
@@ -693,7 +695,7 @@ def test_with_auxiliary_refuses_empty_datasets():
 def test_with_auxiliary_refuses_what_is_not_image_batches(coffee):
     full = numbered(10, 4)
     slices = tf.data.Dataset.from_tensor_slices
-    with pytest.raises(TypeError, match=r"auxiliary must be .* Received: ndarray\. .*load\(array"):
+    with pytest.raises(TypeError, match=r"auxiliary must be .*load\(array.* Received: ndarray"):
         data.with_auxiliary(full, coffee)
     with pytest.raises(TypeError, match=r"images must be .* Received: list"):
         data.with_auxiliary([full], full)

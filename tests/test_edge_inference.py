@@ -141,5 +141,5 @@ def test_wrong_calibrations_are_refused(example, model, tmp_path):
             example.recalibrate(model, scores, output, rate)
     assert not list(tmp_path.iterdir())
     Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match="8 bits a channel"):
+    with pytest.raises(ValueError, match="8 bits per channel"):
         example.read_image(tmp_path / "deep.png", (32, 32))

@@ -1,5 +1,6 @@
 """Writing a SavedModel: versions, what lies in it, and that nothing wrong gets its name."""
 
+import collections
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 from sddns_tf import export
-from sddns_tf.export import to_saved_model, verify
+from sddns_tf.export import to_saved_model, verify, warmup
 
 OUTPUTS = ("ood_score", "p_value", "is_ood")
 
@@ -70,14 +71,17 @@ def test_warm_up_requests_are_those_of_the_official_api(served):
     assert len(logs) == 2 * len(signatures)
 
 
-def test_a_field_longer_than_a_byte_can_count_is_told_right():
-    from google.protobuf import wrappers_pb2
-
-    from sddns_tf.export import warmup
-
-    for length in (0, 1, 127, 128, 16_383, 16_384, 3_000_000):
-        written = warmup._field(1, bytes(length))
-        assert wrappers_pb2.BytesValue.FromString(written).value == bytes(length)
+def test_fields_whose_length_takes_several_bytes_are_written_right(tmp_path):
+    log = pytest.importorskip(
+        "tensorflow_serving.apis.prediction_log_pb2", reason="no tensorflow-serving-api"
+    )
+    names = ["m" * length for length in (0, 1, 127, 128, 16_383, 16_384, 3_000_000)]
+    for name in names:
+        warmup.write(tmp_path, name, [("serving_default", {"images": np.zeros([1, 2], np.uint8)})])
+        (record,) = tf.data.TFRecordDataset(str(tmp_path / warmup.FILE))
+        request = log.PredictionLog.FromString(record.numpy()).predict_log.request
+        assert request.model_spec.name == name
+        assert request.model_spec.signature_name == "serving_default"
 
 
 def test_versions_follow_one_another_and_are_never_overwritten(
@@ -87,11 +91,13 @@ def test_versions_follow_one_another_and_are_never_overwritten(
         (tmp_path / name).mkdir()
     (tmp_path / "3" / "kept").touch()
     monkeypatch.setattr(to_saved_model, "save", lambda folder, *_: folder.mkdir())
-    monkeypatch.setattr(to_saved_model, "_compared", lambda *_: {})
+    monkeypatch.setattr(to_saved_model, "run_apart", lambda *_: collections.defaultdict(float))
+    for check in ("check_answers", "check_features"):
+        monkeypatch.setattr(to_saved_model, check, lambda *_: 0.0)
     assert export.saved_model(grass_detector, tmp_path) == tmp_path / "13"
     assert export.saved_model(grass_detector, str(tmp_path), version=5) == tmp_path / "5"
     before = left_in(tmp_path)
-    with pytest.raises(FileExistsError, match="3 is there already"):
+    with pytest.raises(FileExistsError, match=r"must be a new one.*/3, which exists"):
         export.saved_model(grass_detector, tmp_path, version=3)
     for wrong in (0, -1, True, "7", 1.5):
         for name in ("version", "max_pixels"):
@@ -112,7 +118,7 @@ def test_an_export_that_is_not_right_is_discarded(grass_detector, tmp_path, monk
     monkeypatch.setattr(to_saved_model, "run_apart", lambda *_: answers)
     export.saved_model(grass_detector, tmp_path / "right", images=images)
     message = {
-        "answers": "does not agree.*at_rate.score over 2 images: .*allowed: 0.0001",
+        "answers": "does not agree.*at_rate.score may differ by at most 0.0001.*over 2 images",
         "status": "does not take images that it should.*serving_bytes, status=.*no image",
         "program": "no such operation",
     }[wrong]
@@ -121,9 +127,9 @@ def test_an_export_that_is_not_right_is_discarded(grass_detector, tmp_path, monk
     elif wrong == "status":
         answers["serving_bytes.status"] = np.array([b"", b"no image"])
     else:
-        monkeypatch.setattr(to_saved_model, "run_apart", verify.run_apart)
+        broken = "raise SystemExit('no such operation')"
         monkeypatch.setattr(
-            to_saved_model, "_RUN_SAVED_MODEL", "raise SystemExit('no such operation')"
+            to_saved_model, "run_apart", lambda _, *rest: verify.run_apart(broken, *rest)
         )
     with pytest.raises(RuntimeError, match=message):
         export.saved_model(grass_detector, tmp_path / "new" / "model", images=images)

@@ -132,7 +132,7 @@ def test_another_map_is_discarded(detector, images):
     with pytest.raises(RuntimeError, match=r"does not agree.*anomaly map"):
         verify.check_answers(detector, images, {**answers, "anomaly_map": changed}, "", 4e-6)
     changed = answers["ood_score"] + np.float32(1e-4)
-    with pytest.raises(RuntimeError, match="score from the highest of its map"):
+    with pytest.raises(RuntimeError, match="score, compared with the maximum of its map"):
         verify.check_answers(detector, images, {**answers, "ood_score": changed}, "", 4e-6)
 
 

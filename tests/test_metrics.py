@@ -105,11 +105,11 @@ def test_tensors_and_half_precision_are_accepted():
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ([], "at least one score. Received an empty array"),
-        ([0.0, math.nan], "finite. Received 1 NaN or infinite of 2"),
-        ([-math.inf, math.inf, 1.0], "finite. Received 2 NaN or infinite of 3"),
-        ([[0.0, 1.0]], r"shape \(N,\).*Received shape \(1, 2\)"),
-        (3.0, r"shape \(N,\).*Received shape \(\)"),
+        ([], "at least one score. Received: an empty array"),
+        ([0.0, math.nan], "finite. Received: 1 NaN or infinite of 2"),
+        ([-math.inf, math.inf, 1.0], "finite. Received: 2 NaN or infinite of 3"),
+        ([[0.0, 1.0]], r"shape \(N,\).*Received: shape \(1, 2\)"),
+        (3.0, r"shape \(N,\).*Received: shape \(\)"),
     ],
 )
 def test_bad_scores_are_named(bad, message):
@@ -166,7 +166,7 @@ def test_knn_accuracy_matches_a_loop(k, temperature, monkeypatch):
     assert 0.3 < result < 1.0  # neither chance nor so easy that nothing is tested
     # The same in blocks of 7 images, the last one smaller, and of 1.
     for elements in (7 * 120, 1):
-        monkeypatch.setattr(metrics, "_BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr(metrics, "BLOCK_ELEMENTS", elements)
         blocks = metrics.knn_accuracy(*known, *asked, k=k, temperature=temperature)
         assert blocks == expected
 
@@ -175,7 +175,7 @@ def test_knn_accuracy_never_holds_more_than_a_block(monkeypatch):
     known, asked = photograph_features()
     held = []
     original = np.argpartition
-    monkeypatch.setattr(metrics, "_BLOCK_ELEMENTS", 1000)
+    monkeypatch.setattr(metrics, "BLOCK_ELEMENTS", 1000)
     monkeypatch.setattr(
         np,
         "argpartition",
@@ -214,16 +214,16 @@ def test_a_label_that_the_bank_lacks_is_a_miss():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bank_features": np.ones(4)}, r"`bank_features`.*\(N, D\).*Received shape \(4,\)"),
-        ({"features": np.ones((0, 3))}, r"`features`.*Received shape \(0, 3\)"),
+        ({"bank_features": np.ones(4)}, r"`bank_features`.*\(N, D\).*Received: shape \(4,\)"),
+        ({"features": np.ones((0, 3))}, r"`features`.*Received: shape \(0, 3\)"),
         ({"features": np.full((2, 3), np.nan)}, "`features` must be finite"),
-        ({"features": np.ones((2, 5))}, "same width. Received 5 and 3"),
+        ({"features": np.ones((2, 5))}, "same width. Received: 5 and 3"),
         ({"bank_labels": np.zeros((4, 1), int)}, r"`bank_labels`.*\(4,\).*Received.*\(4, 1\)"),
-        ({"labels": [0.0, 1.0]}, "`labels` must be integers.*Received float64"),
+        ({"labels": [0.0, 1.0]}, "`labels` must be integers.*Received: float64"),
         ({"labels": [0]}, r"`labels`.*\(2,\).*Received.*\(1,\)"),
-        ({"k": 0}, "`k` must be from 1 to the size of the bank, 4. Received 0"),
-        ({"k": 5}, "`k` must be from 1 to the size of the bank, 4. Received 5"),
-        ({"temperature": 0.0}, "`temperature` must be positive. Received 0.0"),
+        ({"k": 0}, "`k` must be from 1 to the size of the bank, 4. Received: 0"),
+        ({"k": 5}, "`k` must be from 1 to the size of the bank, 4. Received: 5"),
+        ({"temperature": 0.0}, "`temperature` must be positive. Received: 0.0"),
     ],
 )
 def test_bad_knn_arguments_are_named(change, message):
@@ -281,7 +281,7 @@ def test_share_interval_holds_the_shares_that_a_score_test_does_not_refuse(hits,
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: metrics.share_interval(1.5, 10), r"`share` must be in 0-1. Received 1.5"),
+        (lambda: metrics.share_interval(1.5, 10), r"`share` must be in 0-1. Received: 1.5"),
         (lambda: metrics.share_interval(0.5, 0), "At least one draw"),
         (lambda: metrics.ood_metric_intervals([0.0], [1.0], confidence=1), "`confidence`"),
         (lambda: metrics.ood_metric_intervals([0.0], [1.0], resamples=0), "At least one draw"),

@@ -142,7 +142,7 @@ def test_save_that_fails_leaves_the_earlier_file_and_nothing_else(tmp_path, monk
 
 @pytest.mark.parametrize("name", ["picture", "picture.doc"])
 def test_save_names_the_formats_it_knows(tmp_path, name):
-    with pytest.raises(ValueError, match=rf"\.png.*Received '.*{name}'"):
+    with pytest.raises(ValueError, match=rf"\.png.*Received: '.*{name}'"):
         plots.save(plots.contact_sheet(photographs(1)), tmp_path / name)
     assert not list(tmp_path.iterdir())
 
@@ -246,9 +246,9 @@ def test_long_names_stay_readable(plot, count):
 
 @pytest.mark.parametrize("plot", [plots.score_histograms, plots.roc_curves])
 def test_bad_scores_are_named(plot):
-    with pytest.raises(ValueError, match=r"`ood_scores` must be a dict.*Received dict"):
+    with pytest.raises(ValueError, match=r"`ood_scores` must be a dict.*Received: dict"):
         plot([0.0], {})
-    with pytest.raises(ValueError, match=r"`ood_scores` must be a dict.*Received list"):
+    with pytest.raises(ValueError, match=r"`ood_scores` must be a dict.*Received: list"):
         plot([0.0], [1.0])
     with pytest.raises(ValueError, match=r"`ood_scores\['far'\]` must be finite"):
         plot([0.0], {"far": [np.nan]})
@@ -257,7 +257,7 @@ def test_bad_scores_are_named(plot):
 
 
 def test_a_bad_threshold_is_named():
-    with pytest.raises(ValueError, match=r"`threshold` must be a finite number. Received nan"):
+    with pytest.raises(ValueError, match=r"`threshold` must be a finite number. Received: nan"):
         plots.score_histograms([0.0], {"far": [1.0]}, threshold=np.nan)
 
 
@@ -355,17 +355,17 @@ def test_contact_sheets_of_any_length_stay_readable(count):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"images": np.zeros((4, 4, 3))}, r"\(B, H, W, 3\).*Received shape \(4, 4, 3\)"),
-        ({"images": np.zeros((2, 4, 4, 1))}, r"Received shape \(2, 4, 4, 1\)"),
-        ({"images": np.zeros((0, 4, 4, 3))}, r"Received shape \(0, 4, 4, 3\)"),
-        ({"images": np.full((1, 4, 4, 3), np.nan)}, "0-255. Received values from nan"),
-        ({"images": np.full((1, 4, 4, 3), 1000)}, "0-255. Received values from 1000 to 1000"),
+        ({"images": np.zeros((4, 4, 3))}, r"\(B, H, W, 3\).*Received: shape \(4, 4, 3\)"),
+        ({"images": np.zeros((2, 4, 4, 1))}, r"Received: shape \(2, 4, 4, 1\)"),
+        ({"images": np.zeros((0, 4, 4, 3))}, r"Received: shape \(0, 4, 4, 3\)"),
+        ({"images": np.full((1, 4, 4, 3), np.nan)}, "0-255. Received: values from nan"),
+        ({"images": np.full((1, 4, 4, 3), 1000)}, "0-255. Received: values from 1000 to 1000"),
         ({"images": np.linspace(0, 1, 48).reshape(1, 4, 4, 3)}, "0-255. .* from 0 to 1"),
         ({"images": np.linspace(-2.1, 2.6, 48).reshape(1, 4, 4, 3)}, "0-255. .*-2.1 to 2.6"),
-        ({"scores": [1.0]}, "`scores` must have one entry .* 2 images. Received 1"),
-        ({"titles": ["a", "b", "c"]}, "`titles` must have one entry .* 2 images. Received 3"),
+        ({"scores": [1.0]}, "`scores` must have one entry .* 2 images. Received: 1"),
+        ({"titles": ["a", "b", "c"]}, "`titles` must have one entry .* 2 images. Received: 3"),
         ({"scores": [1.0, np.inf]}, "`scores` must be finite"),
-        ({"columns": 0}, "`columns` must be at least 1. Received 0"),
+        ({"columns": 0}, "`columns` must be at least 1. Received: 0"),
     ],
 )
 def test_bad_contact_sheets_are_named(arguments, message):
@@ -402,11 +402,11 @@ def test_no_image_is_at_both_ends(total, each):
 
 
 def test_bad_ends_are_named():
-    with pytest.raises(ValueError, match=r"same length, at least 2. Received 3 and 2"):
+    with pytest.raises(ValueError, match=r"same length, at least 2. Received: 3 and 2"):
         plots.most_and_least_anomalous(photographs(3), [0.0, 1.0])
-    with pytest.raises(ValueError, match=r"same length, at least 2. Received 1 and 1"):
+    with pytest.raises(ValueError, match=r"same length, at least 2. Received: 1 and 1"):
         plots.most_and_least_anomalous(photographs(1), [0.0])
-    with pytest.raises(ValueError, match=r"`count` must be at least 1. Received 0"):
+    with pytest.raises(ValueError, match=r"`count` must be at least 1. Received: 0"):
         plots.most_and_least_anomalous(photographs(2), [0.0, 1.0], count=0)
     with pytest.raises(ValueError, match=r"`images` must have shape \(B, H, W, 3\)"):
         plots.most_and_least_anomalous(np.zeros((2, 4, 4)), [0.0, 1.0])
@@ -465,14 +465,14 @@ def test_uniform_attention_is_drawn_without_a_peak():
 @pytest.mark.parametrize(
     ("attention", "message"),
     [
-        (np.zeros((2, 17, 17)), r"\(B, heads, 1 \+ N, 1 \+ N\). Received shape \(2, 17, 17\)"),
-        (np.zeros((2, 3, 17, 16)), r"Received shape \(2, 3, 17, 16\)"),
-        (np.zeros((1, 3, 17, 17)), "one entry for each image. Received 1 for 2 images"),
-        (np.zeros((2, 3, 16, 16)), "tile the 32 x 32 image. Received 15 patches"),
-        (np.zeros((2, 3, 1, 1)), "Received 0 patches"),
-        (np.full((2, 3, 17, 17), -1.0), "probabilities.*Received values from -1 to -1"),
-        (np.full((2, 3, 17, 17), np.nan), "probabilities.*Received values from nan"),
-        (np.full((2, 3, 17, 17), 7.0), "probabilities.*Received values from 7 to 7"),
+        (np.zeros((2, 17, 17)), r"\(B, heads, 1 \+ N, 1 \+ N\). Received: shape \(2, 17, 17\)"),
+        (np.zeros((2, 3, 17, 16)), r"Received: shape \(2, 3, 17, 16\)"),
+        (np.zeros((1, 3, 17, 17)), "one entry for each image. Received: 1 for 2 images"),
+        (np.zeros((2, 3, 16, 16)), "tile the 32 x 32 image. Received: 15 patches"),
+        (np.zeros((2, 3, 1, 1)), "Received: 0 patches"),
+        (np.full((2, 3, 17, 17), -1.0), "probabilities.*Received: values from -1 to -1"),
+        (np.full((2, 3, 17, 17), np.nan), "probabilities.*Received: values from nan"),
+        (np.full((2, 3, 17, 17), 7.0), "probabilities.*Received: values from 7 to 7"),
     ],
 )
 def test_bad_attention_is_named(attention, message):
@@ -567,10 +567,10 @@ def test_a_quantity_measured_less_often_is_not_drawn_against_epochs():
 @pytest.mark.parametrize(
     ("history", "message"),
     [
-        ({}, "`history` must be a dict.*Received dict"),
-        ([1.0, 2.0], "`history` must be a dict.*Received list"),
-        ({"loss": []}, r"`history\['loss'\]`.*Received shape \(0,\)"),
-        ({"loss": [[1.0]]}, r"`history\['loss'\]`.*Received shape \(1, 1\)"),
+        ({}, "`history` must be a dict.*Received: dict"),
+        ([1.0, 2.0], "`history` must be a dict.*Received: list"),
+        ({"loss": []}, r"`history\['loss'\]`.*Received: shape \(0,\)"),
+        ({"loss": [[1.0]]}, r"`history\['loss'\]`.*Received: shape \(1, 1\)"),
     ],
 )
 def test_bad_histories_are_named(history, message):

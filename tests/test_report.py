@@ -58,7 +58,7 @@ def found(count=40):
         }
         features[name] = generator.normal(size=(count, 5))
     for name in means:
-        rows[name] = evaluation._row(
+        rows[name] = evaluation.table_row(
             answers[evaluation.FRESH]["ood_score"], answers[name], name == evaluation.FRESH, 20, 0
         )
     return evaluation.Evaluation(rows, images, answers, 100.0, 0.1, (0.9, 0.85, 0.95), features)

@@ -102,7 +102,7 @@ def test_a_run_is_recorded_once(data_dir, tmp_path, capsys):
     assert printed["mean"] == pytest.approx(np.mean(aurocs), abs=1e-3)
     (tmp_path / "pixels-0.json").write_text("{}")
     baselines_cifar10.main(arguments)
-    assert "is there already" in capsys.readouterr().err
+    assert "exists" in capsys.readouterr().err
     assert record(tmp_path, "pixels-0") == {}
 
 

@@ -233,14 +233,25 @@ def test_last_layer_stays_frozen_for_its_steps(images, norm_last_layer):
 
 
 def test_weight_decay_spares_one_dimensional_tensors(images):
-    model = tiny_model(head=tiny_head(norm_last_layer=False))
-    model.compile(keras.optimizers.AdamW(1e-3, weight_decay=0.1))
-    model.fit(batches(images), verbose=0)
-    gain = model.student_head.last_layer.gain
-    for variable in model.trainable_variables:
+    rate, decay = 1e-2, 0.5
+
+    def after_a_step(weight_decay):
+        model = tiny_model(head=tiny_head(norm_last_layer=False))
+        before = [variable.numpy() for variable in model.trainable_variables]
+        model.compile(keras.optimizers.AdamW(rate, weight_decay=weight_decay))
+        model.fit(batches(images[:BATCH]), verbose=0)
+        return before, model
+
+    before, decayed = after_a_step(decay)
+    same_start, plain = after_a_step(0.0)
+    gain = decayed.student_head.last_layer.gain
+    for start, same, one, other in zip(
+        before, same_start, decayed.trainable_variables, plain.trainable_variables, strict=True
+    ):
+        np.testing.assert_array_equal(start, same)
         # The authors' gain is a matrix of one column, so that it is decayed with the matrices.
-        decayed = len(variable.shape) > 1 or variable is gain
-        assert model.optimizer._use_weight_decay(variable) == decayed
+        expected = rate * decay * start if len(one.shape) > 1 or one is gain else 0.0 * start
+        np.testing.assert_allclose(other - one, expected, atol=1e-6, err_msg=one.path)
 
 
 @pytest.mark.parametrize(
@@ -515,7 +526,7 @@ def test_backbones_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="one vector"):
         tiny_model(backbone=maps)
     fixed = keras.Sequential([keras.Input((16, 16, 3)), layers.Flatten(), layers.Dense(4)])
-    with pytest.raises(ValueError, match=r"takes inputs of shape \(None, 16, 16, 3\) only"):
+    with pytest.raises(ValueError, match=r"takes only inputs of shape \(None, 16, 16, 3\)"):
         tiny_model(backbone=fixed)
     with pytest.raises(ValueError, match="does not take views of 4 px"):
         tiny_model(views=MultiCrop(16, local_size=4))

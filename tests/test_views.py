@@ -12,7 +12,7 @@ from PIL import Image
 from scipy import ndimage
 
 from sddns_tf import image_ops, shifts
-from sddns_tf.views import MultiCrop, Negatives, _crop_boxes, _Draws
+from sddns_tf.views import Draws, MultiCrop, Negatives, crop_boxes
 
 SEED = [3, 5]
 
@@ -146,11 +146,11 @@ def test_a_crop_and_its_flip_are_pillows(photos, monkeypatch, height, width):
     boxes = []
 
     def recorded(*arguments):
-        drawn = _crop_boxes(*arguments)
+        drawn = crop_boxes(*arguments)
         boxes.append([x.numpy().astype(int) for x in drawn])
         return drawn
 
-    monkeypatch.setattr("sddns_tf.views._crop_boxes", recorded)
+    monkeypatch.setattr("sddns_tf.views.crop_boxes", recorded)
     # Little contrast: Pillow clips overshoot between its two passes, we do after both.
     images = photos[:, :height, :width] // 2 + np.uint8(64)
     views = global_views(
@@ -353,8 +353,8 @@ def torchvision_boxes(count, height, width, area, aspect_ratio, seed=0):
 )
 def test_crop_boxes_are_distributed_as_torchvisions(height, width, area):
     ratio = (3 / 4, 4 / 3)
-    draws = _Draws([2, 3000], tf.constant(SEED))
-    boxes = _crop_boxes(draws, height, width, area, ratio)
+    draws = Draws([2, 3000], tf.constant(SEED))
+    boxes = crop_boxes(draws, height, width, area, ratio)
     boxes = np.array([x.numpy().ravel() for x in boxes], np.float64)
     top, left, h, w = boxes
     np.testing.assert_array_equal(boxes, np.round(boxes))
@@ -381,8 +381,8 @@ def derived(boxes):
 
 def test_a_strip_gets_the_largest_box_of_an_allowed_ratio():
     for height, width, box in ((20, 100, (20, 27)), (90, 20, (27, 20)), (20, 20, (20, 20))):
-        draws = _Draws([1, 200], tf.constant(SEED))
-        top, left, h, w = _crop_boxes(draws, height, width, (0.95, 1.0), (3 / 4, 4 / 3))
+        draws = Draws([1, 200], tf.constant(SEED))
+        top, left, h, w = crop_boxes(draws, height, width, (0.95, 1.0), (3 / 4, 4 / 3))
         if height == width:
             # Here many attempts fit, and those that do are near the whole.
             assert float(tf.reduce_min(h * w)) >= 0.9 * 400

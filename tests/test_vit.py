@@ -110,10 +110,10 @@ def test_patches_are_projected_like_a_convolution():
 @given(size=st.integers(1, 20), source=st.integers(1, 20), seed=st.integers(0, 99))
 def test_bicubic_matrix_is_keys_rule(size, source, seed):
     line = np.random.default_rng(seed).normal(size=source)
-    matrix = vit._bicubic_matrix(size, source)
+    matrix = vit.bicubic_matrix(size, source)
     assert matrix.shape == (size, source)
     np.testing.assert_allclose(matrix @ line, keys_resample(line, size), atol=1e-5)
-    in_graph = vit._bicubic_matrix(tf.constant(size), source, keras.ops)
+    in_graph = vit.bicubic_matrix(tf.constant(size), source, keras.ops)
     np.testing.assert_allclose(in_graph, matrix, atol=1e-5)
 
 
@@ -121,8 +121,8 @@ def test_position_embedding_is_resampled_along_both_sides_and_the_class_token_ke
     model = tiny(image_size=(32, 24))
     table = np.random.default_rng(0).normal(size=(1, 49, 24)).astype("float32")
     model.position_embedding.assign(table)
-    np.testing.assert_array_equal(model._positions(8, 6), table)
-    received = np.asarray(model._positions(5, 9))
+    np.testing.assert_array_equal(model.positions(8, 6), table)
+    received = np.asarray(model.positions(5, 9))
     grid = np.apply_along_axis(keys_resample, 0, table[0, 1:].reshape(8, 6, 24), 5)
     grid = np.apply_along_axis(keys_resample, 1, grid, 9)
     np.testing.assert_array_equal(received[0, 0], table[0, 0])
@@ -190,7 +190,7 @@ def test_attention_weights_are_those_of_the_last_block():
     np.testing.assert_allclose(np.sum(attention, axis=-1), 1, atol=1e-5)
     # The last block, written out from its weights.
     block = model.blocks[-1]
-    tokens = model.blocks[0](model._embed(tf.constant(images)))
+    tokens = model.blocks[0](model.embed(tf.constant(images)))
     mean, variance = tf.nn.moments(tokens, -1, keepdims=True)
     x = ((tokens - mean) / np.sqrt(variance + 1e-6)).numpy()
     qkv = (x @ block.attention.qkv.kernel.numpy()).reshape(4, 25, 3, 3, 8)
@@ -294,7 +294,7 @@ def test_the_last_block_computes_what_the_feature_needs():
     """As if all tokens went through it."""
     backbone = vit.VisionTransformer(16, 4, hidden_dim=16, depth=3, num_heads=2)
     images = np.random.default_rng(0).normal(size=(3, 16, 16, 3)).astype("float32")
-    tokens = backbone._embed(keras.ops.convert_to_tensor(images))
+    tokens = backbone.embed(keras.ops.convert_to_tensor(images))
     for block in backbone.blocks:
         tokens = block(tokens)
     whole = backbone.norm(tokens)

@@ -1,5 +1,5 @@
-"""What people who work on the project run from a checkout; none of it is installed.
+"""Programs for developers, to run from a checkout; they are not installed with the package.
 
-`benchmark` times the package against the best alternative at hand; `research` repeats the
-experiments of the documentation's results page.
+`benchmark` compares the speed of the package with the best available alternatives. `research`
+repeats the experiments on the results page of the documentation.
 """

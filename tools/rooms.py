@@ -1,9 +1,9 @@
-"""The levels of the package: who may import whom, from one list.
+"""The levels of the package: one list that says which module may import which.
 
     python tools/rooms.py
 
-writes `.importlinter`, the contracts that `lint-imports` holds the code to, and the table of rooms
-in CONTRIBUTING.md, whose descriptions are the first lines of the modules' docstrings.
+Writes `.importlinter`, the contracts that `lint-imports` checks, and the table of modules ("rooms")
+in CONTRIBUTING.md. The descriptions in the table are the first lines of the modules' docstrings.
 """
 
 import ast
@@ -12,7 +12,7 @@ import pathlib
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sddns_tf"
 
-# From the ground up. Rooms of one level do not import each other; a room imports lower ones only.
+# From the lowest level up. A room imports only rooms of lower levels, and none of its own level.
 LEVELS = (
     ("types", "version", "pictures"),
     ("keras_private", "files", "validation", "replicas", "image_ops", "tracing"),
@@ -35,7 +35,7 @@ BEGIN, END = "<!-- rooms: made by tools/rooms.py -->", "<!-- end of rooms -->"
 
 
 def existing():
-    """Return the levels, without rooms that are not there."""
+    """Return the levels, without rooms that do not exist."""
     there = {path.stem for path in PACKAGE.glob("*.py")} | {
         path.parent.name for path in PACKAGE.glob("*/__init__.py")
     }
@@ -43,7 +43,7 @@ def existing():
 
 
 def contracts():
-    """Return text of `.importlinter`."""
+    """Return the text of `.importlinter`."""
     layers = "\n".join(f"    {' | '.join(level)}" for level in reversed(existing()))
     there = {room for level in existing() for room in level}
 
@@ -73,7 +73,7 @@ forbidden_modules =
 
 
 def first_line(room):
-    """Return the first sentence of a room's docstring."""
+    """Return the first line of a room's docstring."""
     path = PACKAGE / f"{room}.py"
     path = path if path.is_file() else PACKAGE / room / "__init__.py"
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
@@ -82,7 +82,7 @@ def first_line(room):
 
 
 def table():
-    """Return the rooms as Markdown, from the ground up."""
+    """Return the table of rooms in Markdown, from the lowest level up."""
     lines = ["| level | room | holds |", "|---|---|---|"]
     for number, level in enumerate(existing()):
         for room in level:
@@ -93,7 +93,7 @@ def table():
 
 
 def contributing(text):
-    """Return the text of CONTRIBUTING.md with the table of today."""
+    """Return the text of CONTRIBUTING.md with the current table."""
     before, _, rest = text.partition(BEGIN)
     return f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}"
 

@@ -1,1 +1,1 @@
-"""The command `sddns`: `main` finds the command that was asked for, each of which is a module."""
+"""The command `sddns`: one module for each subcommand; `main` picks the module and runs it."""

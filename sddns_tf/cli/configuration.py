@@ -1,8 +1,8 @@
-"""What a run is made of: a recipe, and what the command line changes in it.
+"""The configuration of a training run: a recipe, plus what the command line overrides.
 
-A recipe is a JSON file that names the constructor arguments which differ from their defaults:
+A recipe is a JSON file with the constructor arguments that differ from their defaults:
 
-    {"about": "What this is, what it costs.",
+    {"about": "What this recipe is for and how long it takes.",
      "data": {"source": "folder:parts/good", "resize": "crop"},
      "backbone": {"type": "convnet", "stages": [32, 64]},
      "views": {"local_views": 2},
@@ -13,18 +13,23 @@ A recipe is a JSON file that names the constructor arguments which differ from t
      "detector": {"false_positive_rate": 0.01},
      "epochs": 20}
 
-Sections hold the arguments of `DataOptions`, the backbone, `MultiCrop`, `Negatives` (null: none),
-`ProjectionHead`, `SelfDistillation`, the Keras optimizer and `Detector.from_images`; `RunOptions`
-stand beside them. `schedule_forms` says how to write what changes in the course of a run.
+The sections hold the arguments of `DataOptions`, the backbone, `MultiCrop`, `Negatives` (null for
+no negatives), `ProjectionHead`, `SelfDistillation`, the Keras optimizer and `Detector.from_images`.
+The fields of `RunOptions` stand at the top level. `schedule_forms` describes how to write values
+that change during training.
 
-The resolved configuration is the same with every default filled in, and is a recipe itself.
+The resolved configuration has every default filled in. It can be used as a recipe itself.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import importlib.resources
 import inspect
 import json
 import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from sddns_tf.cli.errors import UsageError, user_input
 
@@ -32,7 +37,7 @@ SECTIONS = (
     "data", "backbone", "views", "negatives", "head", "model", "optimizer", "detector",
 )  # fmt: skip
 BACKBONES = ("convnet", "vit_tiny", "vit_small", "vit_base")
-# Arguments that another section, or the run, gives.
+# Arguments that are set by another section or by the run itself.
 _GIVEN = {
     "backbone": ("name", "image_size"),
     "optimizer": ("name",),
@@ -46,19 +51,21 @@ _GIVEN = {
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
-    """Where images come from, and how they are read.
+    """Where images come from and how they are read.
 
     Attributes:
         source: Source of the normal images to train on (split: train).
-        auxiliary: Source of unrelated images that make negatives (split: train), or None.
-        auxiliary_exclude: File of class names, one a line, to leave out of a TFDS set, or None.
-        calibration: Source of normal images that are not trained on, which set the threshold
-            (split: test), or None to hold some of `source` out.
-        calibration_share: Share of `source` to hold out where there is no `calibration`.
-        limit: Use at most so many images of `source`, or None.
-        resolution: Side, or height and width, at which images are read. None: as they are.
-        resize: How an image of another shape is brought to it: `"squash"` or `"crop"`.
-        in_memory: Whether images are held in memory, or read in each epoch.
+        auxiliary: Source of unrelated images to make negatives from (split: train), or None.
+        auxiliary_exclude: File with names of classes to leave out of a TFDS auxiliary set, one per
+            line, or None.
+        calibration: Source of normal images that are not trained on and that set the threshold
+            (split: test), or None to hold out a part of `source`.
+        calibration_share: Share of `source` to hold out if there is no `calibration`.
+        limit: Largest number of images to use from `source`, or None.
+        resolution: Side, or height and width, to which images are resized when they are read. None
+            keeps their size.
+        resize: How an image of another aspect ratio is resized: `"squash"` or `"crop"`.
+        in_memory: Whether to hold all images in memory instead of reading them in every epoch.
     """
 
     source: str | None = None
@@ -74,14 +81,14 @@ class DataOptions:
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """How long a run is, and what fixes its numbers.
+    """Length, seed and precision of a run.
 
     Attributes:
-        epochs: Epochs.
-        steps_per_epoch: Steps of an epoch, or None for once through the images.
-        batch_size: Images of a step, over all devices.
-        seed: Fixes all that is random.
-        precision: Keras' dtype policy.
+        epochs: Number of epochs.
+        steps_per_epoch: Steps per epoch, or None for one pass through the images.
+        batch_size: Images per step, over all devices.
+        seed: Seed of everything random.
+        precision: Keras dtype policy.
     """
 
     epochs: int = 100
@@ -91,25 +98,25 @@ class RunOptions:
     precision: str = "float32"
 
 
-def recipe_names():
-    """Return names of the recipes that come with the package."""
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that come with the package."""
     folder = importlib.resources.files("sddns_tf.cli") / "recipes"
     return sorted(file.name[:-5] for file in folder.iterdir() if file.name.endswith(".json"))
 
 
-def read_recipe(name):
-    """Return a recipe of the package by its name, or the one of a JSON file.
+def read_recipe(name: str) -> dict[str, Any]:
+    """Return a recipe that comes with the package, or one from a JSON file.
 
     Args:
-        name: Name or path.
+        name: Name of the recipe, or path of the file.
 
     Returns:
         Dictionary.
 
     Raises:
-        UsageError: If there is none of that name, or it is no JSON object.
+        UsageError: If there is no such recipe, or the file does not hold a JSON object.
     """
-    path = pathlib.Path(name).expanduser()
+    path: Any = pathlib.Path(name).expanduser()
     if name in recipe_names():
         path = importlib.resources.files("sddns_tf.cli") / "recipes" / f"{name}.json"
     elif not (path.suffix == ".json" and path.is_file()):
@@ -120,15 +127,19 @@ def read_recipe(name):
         try:
             recipe = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
-            raise UsageError(f"--recipe: {path} is no JSON: {error}") from error
+            raise UsageError(
+                f"--recipe must hold valid JSON. Received: {path} ({error})"
+            ) from error
     if not isinstance(recipe, dict):
-        raise UsageError(f"--recipe: {path} must hold a JSON object. Received: {recipe!r}")
-    recipe.pop("derived", None)  # what a written configuration says about its run
+        raise UsageError(
+            f"--recipe must hold a JSON object. Received: {path}, which holds {recipe!r}"
+        )
+    recipe.pop("derived", None)  # notes about its run in a config.json
     return recipe
 
 
-def parse_setting(text):
-    """Key and value of `--set KEY=VALUE`, the value read as JSON, else taken as a string."""
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Return key and value of `--set KEY=VALUE`; a value that is not JSON is taken as a string."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UsageError(f"--set must be KEY=VALUE, such as views.hue=0.2. Received: {text}")
@@ -138,19 +149,19 @@ def parse_setting(text):
         return key, value
 
 
-def resolve(recipe, settings):
-    """Return the whole configuration of a run, checked, with all defaults.
+def resolve(recipe: dict[str, Any], settings: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the complete, checked configuration of a run, with all defaults filled in.
 
     Args:
         recipe: Dictionary of a recipe.
-        settings: List of pairs of a key, such as `"views.hue"` or `"epochs"`, and its value, which
-            come before what the recipe says.
+        settings: List of pairs of a key, such as `"views.hue"` or `"epochs"`, and a value. They
+            override the recipe.
 
     Returns:
-        Dictionary of all sections and options, as JSON takes it.
+        JSON-serializable dictionary of all sections and options.
 
     Raises:
-        UsageError: If a key is none, or a value has a wrong type.
+        UsageError: If a key does not exist or a value has the wrong type.
     """
     config = {
         key: dict(value) if isinstance(value, dict) else value for key, value in recipe.items()
@@ -168,8 +179,8 @@ def resolve(recipe, settings):
     return resolved
 
 
-def flat(config):
-    """A configuration as one dictionary, its keys such as `"views.hue"`, without its text."""
+def flat(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration as a flat dictionary with keys such as `"views.hue"`."""
     found = {}
     for key, value in config.items():
         if key in SECTIONS and isinstance(value, dict):
@@ -179,8 +190,8 @@ def flat(config):
     return found
 
 
-def differences(one, other):
-    """Tell where two configurations differ: a list of triples of the key and both values."""
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """List the differences of two configurations: triples of a key and both values."""
     one, other = flat(one), flat(other)
     return [
         (key, one.get(key), other.get(key))
@@ -189,21 +200,21 @@ def differences(one, other):
     ]
 
 
-def _put(config, key, value):
+def _put(config: dict[str, Any], key: str, value: Any) -> None:
     section, dot, name = key.partition(".")
     if not dot:
         config[key] = value
         return
     if section not in SECTIONS:
         raise UsageError(
-            f"There is no {key}: sections are {', '.join(SECTIONS)}. Received: {value!r}"
+            f"--set must name one of the sections {', '.join(SECTIONS)}. Received: {key}={value!r}"
         )
     if not isinstance(config.get(section), dict):
         config[section] = {}
     config[section][name] = value
 
 
-def _resolved_section(section, config):
+def _resolved_section(section: str, config: dict[str, Any]) -> dict[str, Any] | None:
     given = config.get(section, {})
     if section == "negatives" and given is None:
         return None
@@ -221,12 +232,12 @@ def _resolved_section(section, config):
     }
 
 
-def constructor(section, type_name=None):
+def constructor(section: str, type_name: str | None = None) -> Callable:
     """Return the class or function whose arguments a section holds.
 
     Args:
         section: One of `SECTIONS`.
-        type_name: For a backbone or an optimizer, which.
+        type_name: Type of the backbone or optimizer; of no effect for other sections.
 
     Returns:
         A callable.
@@ -238,7 +249,7 @@ def constructor(section, type_name=None):
     if section == "data":
         return DataOptions
     if section == "backbone":
-        return sddns_tf.ConvNet if type_name == "convnet" else getattr(sddns_tf, type_name)
+        return sddns_tf.ConvNet if type_name == "convnet" else getattr(sddns_tf, str(type_name))
     if section == "optimizer":
         found = getattr(keras.optimizers, str(type_name), None)
         if not (inspect.isclass(found) and issubclass(found, keras.optimizers.Optimizer)):
@@ -247,17 +258,18 @@ def constructor(section, type_name=None):
                 f"Received: {type_name!r}"
             )
         return found
-    return {
+    constructors: dict[str, Callable] = {
         "views": sddns_tf.MultiCrop,
         "negatives": sddns_tf.Negatives,
         "head": sddns_tf.ProjectionHead,
         "model": sddns_tf.SelfDistillation,
         "detector": sddns_tf.Detector.from_images,
-    }[section]
+    }
+    return constructors[section]
 
 
-def _constructor(section, given):
-    """Return the constructor of a section, and which it is, with that key's default."""
+def _constructor(section: str, given: dict[str, Any]) -> tuple[Callable, dict[str, Any]]:
+    """Return the constructor of a section, and defaults of the keys that it does not take."""
     if section == "optimizer":
         name = given.get("type", "Adam")
         return constructor(section, name), {"type": name}
@@ -274,13 +286,13 @@ def _constructor(section, given):
     return constructor(section, name), {"type": name, "weights": None}
 
 
-def _defaults(section, constructor):
-    """Return arguments of a constructor that a section may hold, and their defaults."""
+def _defaults(section: str, constructor: Callable) -> dict[str, Any]:
+    """Return the arguments that a section may hold, with their defaults."""
     parameters = dict(inspect.signature(constructor).parameters)
     if any(one.kind == one.VAR_KEYWORD for one in parameters.values()) and section == "backbone":
         import sddns_tf
 
-        if constructor is not sddns_tf.ConvNet:  # the presets hand theirs on
+        if constructor is not sddns_tf.ConvNet:  # presets pass keyword arguments on
             parent = inspect.signature(sddns_tf.VisionTransformer).parameters
             parameters = {**_without_preset_defaults(parent), **parameters}
     return {
@@ -291,8 +303,10 @@ def _defaults(section, constructor):
     }
 
 
-def _without_preset_defaults(parameters):
-    """A preset has widths and depths of its own: None leaves them to it."""
+def _without_preset_defaults(
+    parameters: Mapping[str, inspect.Parameter],
+) -> dict[str, inspect.Parameter]:
+    """Replace the defaults of the sizes that a preset chooses itself with None."""
     sizes = ("hidden_dim", "depth", "num_heads")
     return {
         name: one.replace(default=None) if name in sizes else one
@@ -300,27 +314,28 @@ def _without_preset_defaults(parameters):
     }
 
 
-def _as_json(value):
+def _as_json(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _check_keys(prefix, given, known, owner):
+def _check_keys(prefix: str, given: dict[str, Any], known: Iterable[str], owner: str) -> None:
     for key in given:
         if key not in known:
+            names = ", ".join(prefix + name for name in sorted(known))
             raise UsageError(
-                f"{prefix}{key} is no option of {owner}. Received: {given[key]!r}. There are: "
-                f"{', '.join(prefix + name for name in sorted(known))}"
+                f"Expected an option of {owner}, one of {names}. "
+                f"Received: {prefix}{key}={given[key]!r}"
             )
 
 
-def _checked(key, value, default):
-    """Return the value, if it is of the type of the default.
+def _checked(key: str, value: Any, default: Any) -> Any:
+    """Return the value if it has the type of the default.
 
-    What the constructor checks is left to it.
+    Everything else is checked by the constructor.
     """
     section = key.partition(".")[0]
     if isinstance(value, dict) and section in ("model", "optimizer"):
-        return value  # a form of `schedule_forms`
+        return value  # see `schedule_forms`
     expected = None
     if isinstance(default, bool):
         expected = None if isinstance(value, bool) else "true or false"

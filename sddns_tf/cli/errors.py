@@ -1,27 +1,38 @@
-"""What a user can put right is told in one line; everything else keeps its traceback."""
+"""Errors that a user can fix are shown in one line; all others keep their traceback."""
+
+from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 
 class UsageError(Exception):
-    """A mistake that a user can put right: the message is one line, and no traceback is shown."""
+    """A mistake that a user can fix: shown as one line, without a traceback."""
+
+
+def name_of(option: str) -> str:
+    """Return how messages refer to an option: `--model`, or `FILE` for a positional argument."""
+    return option if option.isupper() else f"--{option}"
 
 
 @contextlib.contextmanager
-def user_input(option=None, kinds=(ValueError, OSError, ImportError)):
-    """A block that looks at what the user gave: errors about it become a `UsageError`.
+def user_input(
+    option: str | None = None,
+    kinds: type[Exception] | tuple[type[Exception], ...] = (ValueError, OSError, ImportError),
+) -> Iterator[None]:
+    """Turn errors that a block raises about user input into a `UsageError`.
 
-    Put it around checking and reading only. A `ValueError` from the middle of a computation is a
-    bug, and keeps its traceback.
+    Use it only around code that checks or reads input. A `ValueError` from the middle of a
+    computation is a bug and should keep its traceback.
 
     Args:
-        option: Name of the option that is looked at, or None.
-        kinds: Class of error to expect, or a tuple of such.
+        option: Name of the option that is checked, or None.
+        kinds: Class of error to convert, or a tuple of classes.
 
     Raises:
-        UsageError: For an error of these classes that the block raises.
+        UsageError: If the block raises an error of these classes.
     """
     try:
         yield
     except kinds as error:
-        raise UsageError(f"--{option}: {error}" if option else str(error)) from error
+        raise UsageError(f"{name_of(option)}: {error}" if option else str(error)) from error

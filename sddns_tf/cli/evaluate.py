@@ -3,19 +3,32 @@ r"""Measure how well a detector tells normal images from others.
     sddns evaluate --model=parts/detector.keras --test=folder:parts/fresh \
         --ood=scratched=folder:parts/scratched,npz:photos.npz --output_dir=parts/evaluation
 
-AUROC, AUPR, FPR95 and the share flagged at the calibrated threshold of every set, each with a 95 %
-interval; with --data, whose images have labels, the k-NN accuracy of the features too. --test must
-be images that were neither trained nor calibrated on.
+Reports AUROC, AUPR, FPR95 and the share of images above the calibrated threshold for every set,
+each with a 95 % interval, and the k-NN accuracy of the features if --data and --test have labels.
+--test must be images that were used neither for training nor for calibration.
 
-A training model or a backbone (model.keras, backbone.keras) will do for --model as well: give
---data and --calibration then, from which a detector is made.
+--model may also be a training model or a backbone (model.keras, backbone.keras). A detector is then
+made from it with --data and --calibration.
 
-Prints the table as Markdown. Writes to --output_dir: table.md, table.csv, results.json and
-report.html, one page that needs no network: charts, galleries, the configuration.
+Prints the table as Markdown. Writes table.md, table.csv, results.json and report.html to
+--output_dir. The report is one self-contained page with charts, galleries and the configuration.
+
+For a local detector, --masks=FOLDER also measures how well its maps show the damage: pixel AUROC,
+AUPRO up to 30 % false positives, and the share of each damaged region above the threshold. FOLDER
+has a folder for each OOD set; the mask of 000.png is 000_mask.png or 000.png in it, not black where
+the damage is. That is the ground_truth folder of MVTec AD. A whole folder in that layout is read by
+
+    sddns evaluate --model=bottle.keras --test=mvtec:bottle --output_dir=evaluation
 """
+
+from __future__ import annotations
 
 import json
 import pathlib
+from argparse import Namespace
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from sddns_tf import files
 from sddns_tf.cli import configuration, quiet, sources
@@ -24,7 +37,7 @@ from sddns_tf.cli.errors import UsageError, user_input
 from sddns_tf.cli.scorers import load_keras
 
 
-def parser():
+def parser() -> Parser:
     """Return the options of the command."""
     parser = Parser("evaluate", __doc__)
     group = parser.group("what most people need")
@@ -38,30 +51,36 @@ def parser():
         "--ood",
         metavar="SOURCE",
         action="append",
-        help="Sources of OOD images, with commas between, each perhaps as NAME=SOURCE (split: "
-        "test). May be repeated.",
+        default=[],
+        help="Sources of OOD images, separated by commas; NAME=SOURCE names one (split: test). "
+        "May be repeated.",
+    )
+    group.add_argument(
+        "--masks",
+        metavar="FOLDER",
+        help="Masks of what is damaged, in a folder for each OOD set that is a folder.",
     )
     group.add_argument(
         "--data",
         metavar="SOURCE",
-        help="Source of the normal images trained on (split: train): the bank, where --model is "
-        "no detector, and the neighbors of the k-NN accuracy.",
+        help="Source of the training images (split: train), for the k-NN accuracy and, if --model "
+        "is not a detector, for the bank.",
     )
     group.add_argument("--output_dir", metavar="FOLDER", help="Folder to write to.")
     group = parser.group("images")
     group.add_argument(
         "--data_dir",
         metavar="FOLDER",
-        help="Folder of prepared TFDS sets; default: $TFDS_DATA_DIR.",
+        help="Folder of prepared TFDS data sets. Default: $TFDS_DATA_DIR.",
     )
     group.add_argument(
-        "--limit", metavar="N", type=positive_int, help="Score at most so many images of each set."
+        "--limit", metavar="N", type=positive_int, help="Score at most N images of each set."
     )
     group = parser.group("detector")
     group.add_argument(
         "--calibration",
         metavar="SOURCE",
-        help="Source of in-distribution images that are not trained on, to set the threshold anew "
+        help="Source of normal images that were not trained on, to recalibrate the threshold with "
         "(split: test).",
     )
     group.add_argument(
@@ -75,33 +94,39 @@ def parser():
         action="append",
         default=[],
         metavar="detector.KEY=VALUE",
-        help="An argument of `Detector.from_images`, such as detector.k=10, where --model is no "
-        "detector. May be repeated.",
+        help="Set an argument of `Detector.from_images`, such as detector.k=10, if --model is not "
+        "a detector. May be repeated.",
     )
     group.add_argument(
         "--resize",
         choices=("squash", "crop"),
         default="squash",
-        help="How it brings images of another shape to the resolution, where --model is none.",
+        help="How images of another aspect ratio are resized, if --model is not a detector.",
     )
-    group.add_argument("--seed", metavar="N", type=int, default=0, help="Fixes all that is random.")
+    group.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="Seed of everything random."
+    )
     group = parser.group("report")
     group.add_argument(
-        "--resamples", metavar="N", type=positive_int, default=1000, help="Draws of the bootstrap."
+        "--resamples",
+        metavar="N",
+        type=positive_int,
+        default=1000,
+        help="Number of bootstrap resamples.",
     )
     group.add_argument(
         "--gallery_size",
         metavar="N",
         type=positive_int,
         default=12,
-        help="Images in a gallery, about.",
+        help="Approximate number of images in a gallery.",
     )
     group.add_argument("--title", metavar="TEXT", help="Title of the report.")
     return parser
 
 
-def load_detector(options):
-    """Return the detector that --model is, or one made of the backbone that it is."""
+def load_detector(options: Namespace) -> Any:
+    """Return the detector in --model, or one made from the backbone in it."""
     import sddns_tf
 
     model = load_keras("model", options.model)
@@ -121,8 +146,8 @@ def load_detector(options):
     return model
 
 
-def make_detector(model, options):
-    """Return a detector of a training model or a backbone."""
+def make_detector(model: Any, options: Namespace) -> Any:
+    """Return a detector made from a training model or a backbone."""
     import sddns_tf
 
     given = {}
@@ -132,7 +157,7 @@ def make_detector(model, options):
     settings = [configuration.parse_setting(text) for text in options.set]
     for key, value in settings:
         if not key.startswith("detector."):
-            raise UsageError(f"--set takes detector.KEY=VALUE here. Received: {key}={value}")
+            raise UsageError(f"--set must be detector.KEY=VALUE here. Received: {key}={value}")
     if options.false_positive_rate is not None:
         settings.append(("detector.false_positive_rate", options.false_positive_rate))
     config = configuration.resolve({}, settings)
@@ -154,32 +179,96 @@ def make_detector(model, options):
         )
 
 
-def read_sets(options, reading):
-    """Return normal images and OOD images by name, and what is known of classes."""
+class Sets(NamedTuple):
+    """What is measured, as `evaluation.evaluate` takes it.
+
+    Attributes:
+        normal: uint8 `(N, H, W, 3)`.
+        ood: Dict from a name to images.
+        labels: Classes of the normal images, or None.
+        labeled: Training images and their classes, or None.
+        masks: Dict from the names of OOD sets that have masks to these.
+        files: Dict from the names of sets that are folders to what their files are called.
+    """
+
+    normal: np.ndarray
+    ood: dict
+    labels: np.ndarray | None
+    labeled: tuple | None
+    masks: dict
+    files: dict
+
+
+def ood_sources(options: Namespace) -> tuple[list[sources.Source], Any]:
+    """Return sources of OOD images, and the folder of their masks or None."""
+    named = sources.parse_list("ood", options.ood, "test")
+    damaged, masks = sources.damaged_parts(options.test)
+    names = [source.name for source in (*damaged, *named)]
+    if len(set(names)) < len(names):
+        raise UsageError(f"OOD sets must have names of their own. Received: {', '.join(names)}")
+    return [*damaged, *named], options.masks or masks
+
+
+def read_sets(options: Namespace, detector: Any) -> Sets:
+    """Return the `Sets` of a command line, images and masks as the detector sees them."""
+    from sddns_tf.evaluation import FRESH
+
+    reading = {"data_dir": options.data_dir, **sources.seen_by(detector)}
     limited = {**reading, "limit": options.limit}
     source = sources.parse("test", options.test, "test")
+    found, masks_folder = ood_sources(options)
     normal, labels = sources.read_labeled("test", source, **limited)
-    ood = {
-        each.name: sources.read("ood", each, **limited)
-        for each in sources.parse_list("ood", options.ood, "test")
+    ood = {each.name: sources.read("ood", each, **limited) for each in found}
+    paths = {each.name: sources.file_names("ood", each, options.limit) for each in found}
+    masks = read_masks(masks_folder, paths, reading) if detector.is_local else {}
+    paths[FRESH] = sources.file_names("test", source, options.limit)
+    files = {
+        name: [f"{path.parent.name}/{path.name}" for path in several]
+        for name, several in paths.items()
+        if several
     }
-    if not options.data:
-        return normal, ood, None, None
-    source = sources.parse("data", options.data, "train")
-    labeled = sources.read_labeled("data", source, **reading)
-    if labels is None or labeled[1] is None:
-        say("No k-NN accuracy: --data or --test has no labels.")
-        return normal, ood, None, None
-    return normal, ood, labels, labeled
+    labeled = None
+    if options.data:
+        source = sources.parse("data", options.data, "train")
+        labeled = sources.read_labeled("data", source, **reading)
+        if labels is None or labeled[1] is None:
+            say("Skipping k-NN accuracy: --data or --test has no labels.")
+            labels = labeled = None
+    return Sets(normal, ood, labels, labeled, masks, files)
 
 
-def settings_of(detector, options):
-    """Return what the report lists: what was asked for, and the detector's own settings."""
+def read_masks(folder: Any, paths: dict[str, Any], reading: dict[str, Any]) -> dict[str, Any]:
+    """Return the masks of the sets that have a folder of them, by name."""
+    if folder is None:
+        return {}
+    from sddns_tf.data import mvtec
+
+    folder = pathlib.Path(folder).expanduser()
+    named = {name: several for name, several in paths.items() if (folder / name).is_dir()}
+    if not named:
+        raise UsageError(
+            f"--masks must hold a folder of the name of an OOD set: {', '.join(paths)}. "
+            f"Received: {folder}"
+        )
+    for name, several in named.items():
+        if several is None:
+            raise UsageError(f"--masks are those of files, and --ood has {name} from elsewhere.")
+    size, resize = reading["image_size"], reading["resize"]
+    with user_input("masks"):
+        return {
+            name: mvtec.masks_of(several, folder / name, size, resize)
+            for name, several in named.items()
+        }
+
+
+def settings_of(detector: Any, options: Namespace) -> dict[str, Any]:
+    """Return the settings to list in the report: options of the command and of the detector."""
     extractor = detector.extractor
     settings = {
         "model": options.model,
         "test": options.test,
-        "ood": ", ".join(options.ood),
+        "ood": ", ".join(source.name for source in ood_sources(options)[0]),
+        **({"masks": options.masks} if options.masks else {}),
         "backbone": f"{extractor.backbone.name}, {extractor.backbone.count_params():,} parameters",
         "resolution": extractor.resolution,
         "resize": extractor.resize,
@@ -200,28 +289,29 @@ def settings_of(detector, options):
     return settings
 
 
-def main(argv):
-    """Score, measure, write."""
+def main(argv: list[str]) -> None:
+    """Score all sets, measure, and write the report."""
     options = parser().parse_args(argv)
-    require(options, "model", "test", "ood", "output_dir")
+    require(options, "model", "test", "output_dir")
+    if not ood_sources(options)[0]:
+        require(options, "ood")
     for option, split in (("test", "test"), ("data", "train"), ("calibration", "test")):
         if text := getattr(options, option):
             sources.parse(option, text, split)  # before anything slow
-    sources.parse_list("ood", options.ood, "test")
     quiet.import_tensorflow()
 
     import sddns_tf
     from sddns_tf import evaluation, report
 
     detector = load_detector(options)
-    reading = {"data_dir": options.data_dir, **sources.seen_by(detector)}
-    normal, ood, labels, labeled = read_sets(options, reading)
+    if options.masks and not detector.is_local:
+        raise UsageError(
+            "--masks are compared with maps, and only a local detector gives them: train with "
+            f"--set=detector.layers=auto. Received: {options.model}"
+        )
     found = evaluation.evaluate(
         detector,
-        normal,
-        ood,
-        labels,
-        labeled,
+        **read_sets(options, detector)._asdict(),
         resamples=options.resamples,
         seed=options.seed,
         verbose=verbose(),

@@ -3,17 +3,23 @@ r"""Write a detector for servers (SavedModel) and for devices (TFLite).
     sddns export --detector=parts/detector.keras --saved_model=exports/parts \
         --tflite=parts.tflite --quantization=dynamic --calibration=folder:parts/held_out
 
-Either export carries everything: resizing, normalization, backbone, bank, score, calibration. It is
-run in a process of its own and compared with the detector before it gets its name; where they
-disagree nothing is left behind. Prints a line of JSON for each export.
+Each export contains everything: resizing, normalization, backbone, bank, score and calibration. It
+is run in a separate process and compared with the detector before it is moved to its place. If the
+two disagree, nothing is written. Prints one line of JSON per export.
 
-A .tflite file whose scores are not quite the detector's (quantization, a bank of more than
---tflite_bank_size) is calibrated anew, on --calibration: name the images that the detector was
+A .tflite file with slightly different scores (after quantization, or if the bank is compressed to
+--tflite_bank_size) is recalibrated with --calibration: pass the images that the detector was
 calibrated with.
 """
 
+from __future__ import annotations
+
 import json
 import pathlib
+from argparse import Namespace
+from typing import Any
+
+import numpy as np
 
 from sddns_tf.cli import quiet, sources
 from sddns_tf.cli.console import Parser, positive_int, require, say, verbose
@@ -21,71 +27,73 @@ from sddns_tf.cli.errors import UsageError, user_input
 from sddns_tf.cli.scorers import load_keras
 
 
-def parser():
+def parser() -> Parser:
     """Return the options of the command."""
     parser = Parser("export", __doc__)
     group = parser.group("what most people need")
     group.add_argument("--detector", metavar="FILE", help="Detector to export (.keras).")
     group.add_argument(
-        "--saved_model", metavar="FOLDER", help="Folder in which to write the SavedModel's version."
+        "--saved_model",
+        metavar="FOLDER",
+        help="Folder to write a new version of the SavedModel to.",
     )
     group.add_argument("--tflite", metavar="FILE", help="File to write (.tflite).")
     group.add_argument(
         "--quantization",
         choices=("none", "float16", "dynamic", "int8"),
         default="none",
-        help="Of the backbone in the .tflite file.",
+        help="Quantization of the backbone in the .tflite file.",
     )
     group.add_argument(
         "--calibration",
         metavar="SOURCE",
-        help="Source of in-distribution images that are neither trained on nor in the bank, to "
-        "calibrate the .tflite file with (split: test).",
+        help="Source of normal images to calibrate the .tflite file with, neither trained on nor "
+        "in the bank (split: test).",
     )
     group = parser.group("images to compare on")
     group.add_argument(
         "--representative",
         metavar="SOURCE",
-        help="Source of normal images on which exports are compared, and which set the ranges of "
-        "int8 (split: train).",
+        help="Source of normal images to compare exports on and to set int8 ranges with (split: "
+        "train).",
     )
     group.add_argument(
         "--limit",
         metavar="N",
         type=positive_int,
         default=128,
-        help="Representative images to use, at most.",
+        help="Largest number of representative images to use.",
     )
     group.add_argument(
         "--data_dir",
         metavar="FOLDER",
-        help="Folder of prepared TFDS sets; default: $TFDS_DATA_DIR.",
+        help="Folder of prepared TFDS data sets. Default: $TFDS_DATA_DIR.",
     )
     group = parser.group("the exports")
     group.add_argument(
         "--version",
         metavar="N",
         type=positive_int,
-        help="Of the SavedModel; default: one more than the last.",
+        help="Version number of the SavedModel. Default: one more than the last.",
     )
     group.add_argument(
         "--tflite_bank_size",
         metavar="N",
         type=positive_int,
         default=1000,
-        help="Compress the file's bank to at most so many centers.",
+        help="Compress the bank in the .tflite file to at most N centers.",
     )
     group.add_argument(
         "--tflite_batch_size",
         metavar="N",
         type=positive_int,
-        help="Images it takes at a time; default: any.",
+        help="Fixed batch size of the .tflite file. Default: any.",
     )
     return parser
 
 
-def check(options):
-    """Refuse what does not fit together, before anything slow."""
+def check(options: Namespace) -> None:
+    """Check options that depend on each other, before anything slow."""
     require(options, "detector")
     if not (options.saved_model or options.tflite):
         raise UsageError("--saved_model or --tflite is needed. Received: neither")
@@ -100,8 +108,8 @@ def check(options):
             sources.parse(option, text, split)
 
 
-def main(argv):
-    """Export to each place that the options name."""
+def main(argv: list[str]) -> None:
+    """Write the exports that the options name."""
     options = parser().parse_args(argv)
     check(options)
     quiet.import_tensorflow()
@@ -134,8 +142,10 @@ def main(argv):
         tell("tflite", path)
 
 
-def read(detector, options, option, split, limit=None):
-    """Return the images that an option names, as the detector sees them, or None."""
+def read(
+    detector: Any, options: Namespace, option: str, split: str, limit: int | None = None
+) -> np.ndarray | None:
+    """Return the images that an option names, resized as for the detector, or None."""
     text = getattr(options, option)
     if not text:
         return None
@@ -148,8 +158,8 @@ def read(detector, options, option, split, limit=None):
     )
 
 
-def tell(kind, path):
-    """Print where an export is and how large."""
+def tell(kind: str, path: str | pathlib.Path) -> None:
+    """Print the path and size of an export."""
     path = pathlib.Path(path)
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)

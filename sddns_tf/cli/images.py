@@ -1,49 +1,54 @@
-"""The images of a training: each source is read once, and gives batches from any step on."""
+"""The images of a training run: sources held in memory or streamed, and batches from any step."""
+
+from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sddns_tf.cli import sources
+from sddns_tf.cli.configuration import DataOptions
 from sddns_tf.cli.errors import UsageError, user_input
 
 
 class Images(NamedTuple):
-    """What a training sees.
+    """The images that a training run uses.
 
     Attributes:
-        training: uint8 `(N, H, W, 3)`, or None where they are read in each epoch.
+        training: uint8 `(N, H, W, 3)`, or None if they are read again in every epoch.
         calibration: uint8 `(M, H, W, 3)`, images that are not trained on.
-        auxiliary: uint8 `(A, H, W, 3)`; None without, and where they are read in each epoch.
-        resolution: Height and width of all of them.
+        auxiliary: uint8 `(A, H, W, 3)`, or None if there are none or they are read again in every
+            epoch.
+        resolution: Height and width of all these images.
     """
 
     training: np.ndarray | None
     calibration: np.ndarray
     auxiliary: np.ndarray | None
-    resolution: tuple
+    resolution: tuple[int, int]
 
 
-def read(config, data_options, data_dir):
-    """Read what is held in memory.
+def read(config: dict[str, Any], data_options: DataOptions, data_dir: str | None) -> Images:
+    """Read the images that are held in memory.
 
     Args:
         config: Resolved configuration.
-        data_options: `DataOptions` of it.
-        data_dir: Folder of prepared TFDS sets, or None.
+        data_options: The `DataOptions` of the configuration.
+        data_dir: Folder of prepared TFDS data sets, or None.
 
     Returns:
         `Images`.
 
     Raises:
-        UsageError: If a source cannot be read, or leaves too few images to calibrate.
+        UsageError: If a source cannot be read or leaves too few images to calibrate with.
     """
-    resolution = data_options.resolution
-    if resolution is None and data_options.source.startswith("folder:"):
+    resolution: Any = data_options.resolution
+    location = sources.parse("data", data_options.source, "train").location
+    if resolution is None and location.startswith("folder:"):
         resolution = config["views"]["image_size"]
     reading = _reading(data_options, data_dir, resolution)
-    training = None
+    training: Any = None
     if data_options.in_memory:
         source = sources.parse("data", data_options.source, "train")
         training = sources.read("data", source, limit=data_options.limit, **reading)
@@ -54,7 +59,7 @@ def read(config, data_options, data_dir):
     else:
         training, calibration = _held_out(config, data_options, training)
     resolution = tuple(calibration.shape[1:3])
-    auxiliary = None
+    auxiliary: Any = None
     if needs_auxiliary(config) and data_options.in_memory:
         reading["image_size"] = resolution
         source = sources.parse("auxiliary", data_options.auxiliary, "train")
@@ -62,15 +67,22 @@ def read(config, data_options, data_dir):
     return Images(training, calibration, auxiliary, resolution)
 
 
-def batches(config, data_options, data_dir, images, first_batch=None):
-    """Return shuffled batches of images, with auxiliary images where negatives need them.
+def batches(
+    config: dict[str, Any],
+    data_options: DataOptions,
+    data_dir: str | None,
+    images: Images,
+    first_batch: int | None = None,
+) -> Any:
+    """Return shuffled batches of images, with auxiliary images if the negatives need them.
 
     Args:
         config: Resolved configuration.
-        data_options: `DataOptions` of it.
-        data_dir: Folder of prepared TFDS sets, or None.
+        data_options: The `DataOptions` of the configuration.
+        data_dir: Folder of prepared TFDS data sets, or None.
         images: `Images`.
-        first_batch: None for one epoch; else the batches have no end, and begin with this one.
+        first_batch: None for one epoch. Otherwise the batches are endless and start with the one of
+            this number.
 
     Returns:
         `tf.data.Dataset` that `SelfDistillation.fit` takes.
@@ -80,11 +92,11 @@ def batches(config, data_options, data_dir, images, first_batch=None):
     options = {"batch_size": config["batch_size"], "shuffle": True, "first_batch": first_batch}
     reading = _reading(data_options, data_dir, images.resolution)
 
-    def load(option, text, array, **more):
+    def load(option: str, text: str | None, array: Any, **more: Any) -> Any:
         if array is None:
             source = sources.parse(option, text, "train")
             return sources.stream(option, source, **reading, **options, **more)
-        more.pop("exclude_labels", None)  # left out when it was read
+        more.pop("exclude_labels", None)  # already applied when the array was read
         with user_input(option):
             return data.load(array, **options, **more)
 
@@ -103,8 +115,10 @@ def batches(config, data_options, data_dir, images, first_batch=None):
     return data.with_auxiliary(normal, auxiliary)
 
 
-def bank(config, data_options, data_dir, images):
-    """Return the training images as `Detector.from_images` takes them: in memory, or in batches."""
+def bank(
+    config: dict[str, Any], data_options: DataOptions, data_dir: str | None, images: Images
+) -> Any:
+    """Return the training images for `Detector.from_images`, in memory or in batches."""
     if images.training is not None:
         return images.training
     source = sources.parse("data", data_options.source, "train")
@@ -112,32 +126,35 @@ def bank(config, data_options, data_dir, images):
     return sources.stream("data", source, batch_size=config["batch_size"], **reading)
 
 
-def needs_auxiliary(config):
-    """Tell whether negatives are made of auxiliary images."""
+def needs_auxiliary(config: dict[str, Any]) -> bool:
+    """Return whether negatives are made from auxiliary images."""
     negatives = config["negatives"]
     return negatives is not None and negatives["source"] != "in_distribution"
 
 
-def _reading(data_options, data_dir, resolution):
+def _reading(data_options: DataOptions, data_dir: str | None, resolution: Any) -> dict[str, Any]:
     size = tuple(resolution) if isinstance(resolution, list) else resolution
     return {"data_dir": data_dir, "image_size": size, "resize": data_options.resize}
 
 
-def _excluded(data_options):
+def _excluded(data_options: DataOptions) -> dict[str, list[str]]:
     if not data_options.auxiliary_exclude:
         return {}
     return {"exclude_labels": sources.read_class_names(data_options.auxiliary_exclude)}
 
 
-def _held_out(config, data_options, images):
-    """Training images without some that calibrate, and those."""
+def _held_out(
+    config: dict[str, Any], data_options: DataOptions, images: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Split images into those to train on and those to calibrate with."""
     order = np.random.default_rng(config["seed"]).permutation(len(images))
     count = math.ceil(data_options.calibration_share * len(images))
     rate = config["detector"]["false_positive_rate"]
     needed = math.ceil(1 / rate - 1e-6) - 1
     if count < needed or count >= len(images):
         raise UsageError(
-            f"--calibration_share={data_options.calibration_share} of {len(images)} images is "
-            f"{count}; --false_positive_rate={rate} needs at least {needed}, and some to train on."
+            f"--calibration_share must leave at least {needed} images to calibrate with, for "
+            f"--false_positive_rate={rate}, and some to train on. "
+            f"Received: {data_options.calibration_share}, which is {count} of {len(images)} images"
         )
     return images[np.sort(order[count:])], images[np.sort(order[:count])]

@@ -1,4 +1,4 @@
-"""Tell what a .keras file, a SavedModel or a .tflite file holds.
+"""Show what a .keras file, a SavedModel or a .tflite file contains.
 
     sddns info parts/detector.keras
     sddns info exports/parts
@@ -7,9 +7,13 @@
 A .tflite file is read without TensorFlow.
 """
 
+from __future__ import annotations
+
 import json
 import pathlib
 import zipfile
+from collections.abc import Iterator
+from typing import Any
 
 from sddns_tf.cli import quiet
 from sddns_tf.cli.console import Parser
@@ -17,7 +21,7 @@ from sddns_tf.cli.errors import UsageError, user_input
 from sddns_tf.cli.scorers import load_keras, saved_model_folder
 
 
-def parser():
+def parser() -> Parser:
     """Return the options of the command."""
     parser = Parser("info", __doc__)
     parser.usage = "sddns info [--json] FILE"
@@ -26,17 +30,17 @@ def parser():
     return parser
 
 
-def describe(path):
-    """Return what a file holds.
+def describe(path: str | pathlib.Path) -> dict[str, Any]:
+    """Return a description of a file.
 
     Args:
-        path: Path of a `.keras` or `.tflite` file or of a SavedModel's folder.
+        path: Path of a `.keras` or `.tflite` file, or of the folder of a SavedModel.
 
     Returns:
-        Dictionary, as JSON takes it.
+        JSON-serializable dictionary.
 
     Raises:
-        UsageError: If it is none of them.
+        UsageError: If it is none of these, or cannot be read.
     """
     path = pathlib.Path(path).expanduser()
     if path.suffix == ".tflite" and path.is_file():
@@ -46,12 +50,12 @@ def describe(path):
     if (folder := saved_model_folder(path)) is not None:
         return _saved_model(folder)
     raise UsageError(
-        "FILE must be a .keras file, a .tflite file or a SavedModel's folder, and be there. "
+        "FILE must be an existing .keras file, .tflite file or folder of a SavedModel. "
         f"Received: {path}"
     )
 
 
-def _tflite(path):
+def _tflite(path: pathlib.Path) -> dict[str, Any]:
     file = path.read_bytes()
     with user_input("FILE"):
         from ai_edge_litert.interpreter import Interpreter
@@ -61,9 +65,11 @@ def _tflite(path):
         try:
             description = metadata.description(file)
             interpreter = Interpreter(model_content=file)
-        # Whatever reading bytes that are no such file raises.
+        # Bytes that are not a .tflite file can raise anything.
         except Exception as error:
-            raise UsageError(f"{path} cannot be read: {error}") from error
+            raise UsageError(
+                f"FILE must be a .tflite file that sddns export wrote. Received: {path} ({error})"
+            ) from error
     inputs = interpreter.get_input_details()[0]
     return {
         "file": str(path),
@@ -75,10 +81,10 @@ def _tflite(path):
     }
 
 
-def _saved_model(folder):
+def _saved_model(folder: pathlib.Path) -> dict[str, Any]:
     described = folder / "assets.extra" / "metadata.json"
     if not described.is_file():
-        raise UsageError(f"{folder} must be an export of this package. Received: no {described}")
+        raise UsageError(f"FILE must be a SavedModel that sddns export wrote. Received: {folder}")
     with user_input("FILE"):
         found = json.loads(described.read_text(encoding="utf-8"))
     keys = (
@@ -97,8 +103,8 @@ def _saved_model(folder):
     }
 
 
-def _signatures(folder):
-    """Return names and shapes of what each signature takes and gives."""
+def _signatures(folder: pathlib.Path) -> dict[str, dict[str, list[str]]]:
+    """Return the names of each signature's inputs and outputs."""
     quiet.import_tensorflow()
     from tensorflow.core.protobuf import saved_model_pb2
 
@@ -113,7 +119,7 @@ def _signatures(folder):
     }
 
 
-def _keras(path):
+def _keras(path: pathlib.Path) -> dict[str, Any]:
     quiet.import_tensorflow()
     model = load_keras("FILE", path)
     found = {"file": str(path), "holds": type(model).__name__, "bytes": path.stat().st_size}
@@ -123,7 +129,7 @@ def _keras(path):
     return {**found, **describers.get(type(model).__name__, _network)(model)}
 
 
-def _detector(detector):
+def _detector(detector: Any) -> dict[str, Any]:
     extractor = detector.extractor
     return {
         "backbone": _network(extractor.backbone),
@@ -144,7 +150,7 @@ def _detector(detector):
     }
 
 
-def _self_distillation(model):
+def _self_distillation(model: Any) -> dict[str, Any]:
     from sddns_tf import shifts
 
     negatives = None
@@ -166,7 +172,7 @@ def _self_distillation(model):
     }
 
 
-def _network(model):
+def _network(model: Any) -> dict[str, Any]:
     size = getattr(model, "image_size", None) or model.input_shape[1:3]
     size = (size, size) if isinstance(size, int) else tuple(size)
     return {
@@ -178,12 +184,12 @@ def _network(model):
     }
 
 
-def lines(found, indent=""):
-    """Yield a description as lines of text, nested ones indented.
+def lines(found: dict[str, Any], indent: str = "") -> Iterator[str]:
+    """Yield the lines of a description as text; nested dictionaries are indented.
 
     Args:
         found: Dictionary from `describe`.
-        indent: What each line begins with.
+        indent: String at the start of each line.
 
     Yields:
         Strings.
@@ -199,7 +205,7 @@ def lines(found, indent=""):
         yield f"{indent}{key:<{width}}  {'none' if value is None else value}"
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     """Describe the file."""
     options = parser().parse_args(argv)
     found = describe(options.file)

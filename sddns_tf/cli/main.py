@@ -1,13 +1,16 @@
 """The command `sddns`, also as `python -m sddns_tf`.
 
-A command is a module with `main(argv)`, which returns an exit code or None for 0. It is imported
-when it is asked for, and imports TensorFlow only where it needs it.
+Each command is a module with a function `main(argv)` that returns an exit code, or None for 0. The
+module is imported only when its command is run, and imports TensorFlow only if it needs it.
 
-Ends with 0 if all that was asked for was done, else with 1 and one line on stderr that names the
-option or file and what was received; `sddns score` ends with 2 if some images were not scored.
+The exit code is 0 on success. On a user's mistake it is 1, with one line on stderr that names the
+option or file and what was received. `sddns score` exits with 2 if some images were not scored.
 """
 
+from __future__ import annotations
+
 import importlib
+import re
 import sys
 import warnings
 
@@ -16,19 +19,19 @@ from absl import app, flags, logging
 from sddns_tf.cli.errors import UsageError
 
 COMMANDS = {
-    "train": "Train on unlabeled normal images, and make a calibrated detector.",
+    "train": "Train on unlabeled normal images and make a calibrated detector.",
     "evaluate": "Measure how well a detector tells normal images from others.",
-    "score": "Score image files: a row of CSV or JSON for each.",
+    "score": "Score image files: one row of CSV or JSON per file.",
     "export": "Write a detector for servers (SavedModel) and devices (TFLite).",
-    "sensitivity": "Choose the shift without labels: train with each and compare.",
-    "convert-dino": "Convert a DINO checkpoint of PyTorch to Keras weights.",
-    "info": "Tell what a .keras file, a SavedModel or a .tflite file holds.",
+    "sensitivity": "Choose a shift without labels: train with each one and compare.",
+    "convert-dino": "Convert a PyTorch DINO checkpoint to Keras weights.",
+    "info": "Show what a .keras file, a SavedModel or a .tflite file contains.",
 }
 _INTERRUPTED = 130
 
 
-def overview():
-    """Return what `sddns --help` shows."""
+def overview() -> str:
+    """Return the text of `sddns --help`."""
     lines = [f"  {name:<14}{text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [
@@ -38,16 +41,16 @@ def overview():
             "",
             *lines,
             "",
-            "`sddns COMMAND --help` shows a command's options, `sddns --version` the version.",
+            "`sddns COMMAND --help` shows the options of a command, `sddns --version` the version.",
         ]
     )
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
     """Run a command.
 
     Args:
-        argv: List of strings: the command and its options.
+        argv: List of strings, the command and its options.
 
     Returns:
         Exit code.
@@ -67,25 +70,33 @@ def main(argv):
         command = importlib.import_module(f"sddns_tf.cli.{name.replace('-', '_')}")
         return command.main(argv[1:]) or 0
     except UsageError as error:
-        print(f"sddns {name}: {error}" if name in COMMANDS else f"sddns: {error}", file=sys.stderr)
+        sender = f"sddns {name}" if name in COMMANDS else "sddns"
+        message = re.sub(r"\s*\n\s*", " ", str(error).strip())  # Keras' errors have many lines.
+        print(f"{sender}: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"sddns {name}: interrupted", file=sys.stderr)
         return _INTERRUPTED
 
 
-def run():
-    """The console script: run the command line of the process and exit."""
+def run() -> None:
+    """Entry point of the console script: run the command line of the process and exit."""
     warnings.formatwarning = _one_line
-    logging.set_verbosity(logging.WARNING)  # libraries tell much that nobody asked
+    logging.set_verbosity(logging.WARNING)  # hides the info messages of libraries
     app.run(lambda argv: main(argv[1:]), flags_parser=_left_to_the_command)
 
 
-def _left_to_the_command(argv):
+def _left_to_the_command(argv: list[str]) -> list[str]:
     flags.FLAGS.mark_as_parsed()
     return argv
 
 
-def _one_line(message, category, *place):
-    del place
+def _one_line(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    del filename, lineno, line
     return f"{category.__name__}: {message}\n"

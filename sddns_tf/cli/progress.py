@@ -1,6 +1,9 @@
-"""What a training says where no person watches a progress bar."""
+"""Progress messages of a training run that has no terminal for a progress bar."""
+
+from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import keras
 
@@ -11,26 +14,30 @@ _FIRST_SECONDS = 5.0
 
 
 class Progress(keras.callbacks.Callback):
-    """A line every half minute: the step, seconds per step, time left.
+    """Callback that prints a line every half minute: step, seconds per step, time left.
 
-    The first line comes after a few steps, so that what a run costs is known before its first epoch
-    ends. The first step, in which the graph is made, is not counted.
+    The first line comes after a few seconds, so that the duration of a run is known early. The
+    first step, in which the graph is compiled, is not timed.
 
     Args:
         total_steps: Steps of the whole run.
-        steps_done: Steps done before, by a run that was stopped.
-        clock: Function of no arguments to seconds.
+        steps_done: Steps done earlier, if the run is resumed.
+        clock: Function without arguments that returns seconds.
     """
 
-    def __init__(self, total_steps, steps_done=0, clock=time.monotonic):
+    def __init__(
+        self, total_steps: int, steps_done: int = 0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         super().__init__()
         self.total_steps = total_steps
         self.step = steps_done
         self._clock = clock
-        self._first_step = self._started = self._last_line = None
+        self._first_step = 0
+        self._started: float | None = None
+        self._last_line: float | None = None
 
-    def on_train_batch_end(self, batch, logs=None):
-        """Count, and tell where it is time to."""
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        """Count the step and print a line if one is due."""
         del batch
         self.step += 1
         now = self._clock()
@@ -40,18 +47,18 @@ class Progress(keras.callbacks.Callback):
         waits = _FIRST_SECONDS if self._last_line is None else _SECONDS_BETWEEN_LINES
         if now - (self._last_line or self._started) >= waits:
             self._last_line = now
-            self._tell(now, logs or {})
+            self._tell(now - self._started, logs or {})
 
-    def on_epoch_end(self, epoch, logs=None):
-        """The first epoch may be over before the first line was due."""
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        """Print the first line if the epoch ended before it was due."""
         del epoch
-        now = self._clock()
-        if self._last_line is None and self.step > self._first_step:
-            self._last_line = now
-            self._tell(now, logs or {})
+        if self._started is None or self._last_line is not None or self.step <= self._first_step:
+            return
+        self._last_line = self._clock()
+        self._tell(self._last_line - self._started, logs or {})
 
-    def _tell(self, now, logs):
-        seconds = (now - self._started) / (self.step - self._first_step)
+    def _tell(self, passed: float, logs: dict[str, float]) -> None:
+        seconds = passed / (self.step - self._first_step)
         left = seconds * (self.total_steps - self.step)
         loss = f", loss {float(logs['loss']):.3f}" if "loss" in logs else ""
         say(
@@ -60,11 +67,11 @@ class Progress(keras.callbacks.Callback):
         )
 
 
-def duration(seconds):
-    """Return the seconds as a person says them, such as `"3.5 h"`.
+def duration(seconds: float) -> str:
+    """Return a duration in a readable unit, such as `"3.5 h"`.
 
     Args:
-        seconds: Float.
+        seconds: Duration in seconds.
 
     Returns:
         String.

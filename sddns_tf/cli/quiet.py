@@ -1,16 +1,18 @@
-"""Imports TensorFlow without what it writes to the terminal while it is being imported.
+"""Import TensorFlow without its messages on the terminal.
 
-TensorFlow's libraries tell of missing GPU drivers before any setting of theirs is read, so
-`TF_CPP_MIN_LOG_LEVEL` does not stop it: only a closed mouth does, file descriptor 2 itself.
+TensorFlow's libraries warn about missing GPU drivers before they read `TF_CPP_MIN_LOG_LEVEL`, so
+stderr (file descriptor 2) has to be redirected during the import.
 """
+
+from __future__ import annotations
 
 import os
 import sys
 import tempfile
 
 
-def import_tensorflow():
-    """Import TensorFlow; what it says is shown only if the import fails.
+def import_tensorflow() -> None:
+    """Import TensorFlow, and show its messages only if the import fails.
 
     Call it before anything that imports TensorFlow or Keras.
     """
@@ -25,7 +27,7 @@ def import_tensorflow():
             try:
                 import tensorflow
 
-                tensorflow.config.list_physical_devices()  # Looks for GPUs, and tells of none.
+                tensorflow.config.list_physical_devices()  # Looks for GPUs, which prints more.
             except BaseException:
                 said.seek(0)
                 os.write(terminal, said.read())

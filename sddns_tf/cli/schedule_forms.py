@@ -1,19 +1,21 @@
-"""How a recipe writes what changes in the course of a run.
+"""How a recipe writes values that change during training.
 
 | form | value |
 |---|---|
 | `0.04` | the same at every step |
 | `{"linear": [0.04, 0.01]}` | linear from the first number to the second over the run |
-| `{"cosine": [0.996, 1.0]}` | the same on half a cosine |
-| `{"warmup_cosine": [0.004, 1e-6], "warmup_epochs": 30}` | from 0 to the first, then a cosine |
+| `{"cosine": [0.996, 1.0]}` | the same, along half a cosine |
+| `{"warmup_cosine": [0.004, 1e-6], "warmup_epochs": 30}` | from 0 to the first, then cosine |
 
-Each may have `"from_epoch"` and `"to_epoch"` (`linear` only), between which the value changes, and
-`"for_batch_size": 256`: the first number is meant for so many images a step, and is scaled in
-proportion to `batch_size`. A number of steps may be written `{"epochs": 1.5}`.
+`linear` takes `"from_epoch"` and `"to_epoch"`, between which the value changes. Each form takes
+`"for_batch_size": 256`: the first number is then meant for steps of 256 images and is scaled in
+proportion to `batch_size`. A number of steps may be written as `{"epochs": 1.5}`.
 """
 
+from __future__ import annotations
+
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sddns_tf.cli.errors import UsageError
 
@@ -25,12 +27,12 @@ _KEYS = {
 
 
 class Length(NamedTuple):
-    """How long a run is.
+    """Length of a run.
 
     Attributes:
         epochs: Epochs of the whole run.
-        steps_per_epoch: Steps of an epoch.
-        batch_size: Images of a step, over all devices.
+        steps_per_epoch: Steps per epoch.
+        batch_size: Images per step, over all devices.
     """
 
     epochs: int
@@ -38,28 +40,28 @@ class Length(NamedTuple):
     batch_size: int
 
     @property
-    def steps(self):
+    def steps(self) -> int:
         """Steps of the whole run."""
         return self.epochs * self.steps_per_epoch
 
-    def steps_in(self, epochs):
-        """Return steps of so many epochs, which may be a fraction; of the run at most."""
+    def steps_in(self, epochs: float) -> int:
+        """Return the steps in a number of epochs, which may be a fraction, within the run."""
         return min(round(epochs * self.steps_per_epoch), self.steps)
 
 
-def value_of(key, form, length):
-    """Return what a form stands for in a run of some length.
+def value_of(key: str, form: Any, length: Length) -> Any:
+    """Return the value that a form stands for in a run of the given length.
 
     Args:
-        key: Name of the argument, such as `"model.teacher_temperature"`, for the error.
-        form: What the recipe gives for it; what is no dictionary stands for itself.
+        key: Name of the argument, such as `"model.teacher_temperature"`, for error messages.
+        form: Value in the recipe. Anything but a dictionary is returned as it is.
         length: `Length` of the run.
 
     Returns:
         A schedule, a number of steps, or `form` itself.
 
     Raises:
-        UsageError: If the dictionary is none of the forms.
+        UsageError: If the dictionary has none of the forms above.
 
     Example:
     >>> value_of("model.weight_decay", {"cosine": [0.04, 0.4]}, Length(10, 100, 64))
@@ -86,7 +88,7 @@ def value_of(key, form, length):
     return schedules.WarmupCosine(start, end, length.steps, warmup)
 
 
-def _check(key, form):
+def _check(key: str, form: dict[str, Any]) -> None:
     numbers = [value for value in form.values() if not isinstance(value, list)]
     if set(form) == {"epochs"} and all(map(_is_number, numbers)):
         return
@@ -109,6 +111,6 @@ def _check(key, form):
     )
 
 
-def _is_number(value):
+def _is_number(value: Any) -> bool:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_number and math.isfinite(value) and value >= 0

@@ -1,15 +1,17 @@
-r"""Score image files: a row of CSV or JSON for each, as it goes.
+r"""Score image files: one row of CSV or JSON per file, written as soon as it is scored.
 
     sddns score --model=parts.tflite --images=folder:camera > scores.csv
     find camera -name '*.png' | sddns score --model=exports/parts/1 --images=-
 
-A row has path, ood_score (higher is more out-of-distribution), p_value, is_ood and error: a file
-that cannot be read gets its error and no score, and the others are scored. Memory does not grow
-with their number. A .tflite file is run without TensorFlow. --output gets its name when it is
-whole; after an interruption, what was scored is in OUTPUT.partial.
+A row has the columns path, ood_score (higher is more out-of-distribution), p_value, is_ood and
+error. A file that cannot be read gets an error instead of a score; the others are still scored.
+Memory use does not depend on the number of files. A .tflite file is run without TensorFlow. Rows
+are written to OUTPUT.partial, which is renamed to OUTPUT at the end.
 
-Ends with 0 if all images were scored, with 2 if some were not, with 1 if nothing could be done.
+The exit code is 0 if all images were scored, 2 if some were not, and 1 if nothing could be done.
 """
+
+from __future__ import annotations
 
 import contextlib
 import csv
@@ -20,35 +22,41 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TextIO
 
 import numpy as np
 
 from sddns_tf.cli.console import Parser, positive_int, require, say
 from sddns_tf.cli.errors import UsageError, user_input
-from sddns_tf.cli.scorers import open_model
+from sddns_tf.cli.scorers import Scorer, open_model
 
 ANSWERS = ("ood_score", "p_value", "is_ood")
 FIELDS = ("path", *ANSWERS, "error")
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
-def parser():
+def parser() -> Parser:
     """Return the options of the command."""
     parser = Parser("score", __doc__)
     group = parser.group("what most people need")
     group.add_argument(
-        "--model", metavar="FILE", help="A .tflite file, a SavedModel's folder or a .keras file."
+        "--model",
+        metavar="FILE",
+        help="A .tflite file, a .keras file or the folder of a SavedModel.",
     )
     group.add_argument(
         "--images",
         metavar="PATHS",
-        help="folder:PATH (with its subfolders), list:FILE (a path on each line) or - (such a "
-        "list on stdin).",
+        help="folder:PATH (with its subfolders), list:FILE (one path per line) or - (such a list "
+        "on stdin).",
     )
-    group.add_argument("--output", metavar="FILE", help="File to write; default: stdout.")
+    group.add_argument("--output", metavar="FILE", help="File to write to. Default: stdout.")
     group.add_argument(
-        "--format", choices=("csv", "jsonl"), help="Default: as --output's name ends, else csv."
+        "--format",
+        choices=("csv", "jsonl"),
+        help="Default: jsonl if the name of --output ends in .jsonl, otherwise csv.",
     )
     group = parser.group("speed")
     group.add_argument(
@@ -56,19 +64,19 @@ def parser():
         metavar="N",
         type=positive_int,
         default=32,
-        help="Images read and scored at a time.",
+        help="Images per batch.",
     )
     group.add_argument(
         "--threads",
         metavar="N",
         type=positive_int,
-        help="CPU cores to use for a .tflite; default: all.",
+        help="CPU cores to use for a .tflite file. Default: all.",
     )
     return parser
 
 
-def main(argv):
-    """Score what the options name."""
+def main(argv: list[str]) -> int:
+    """Score the images that the options name."""
     options = parser().parse_args(argv)
     require(options, "model", "images")
     paths = image_paths(options.images)
@@ -96,8 +104,8 @@ def main(argv):
     return 2 if counts["failed"] else 0
 
 
-def image_paths(text):
-    """Return paths of the images that `--images` names, one after another.
+def image_paths(text: str) -> Iterator[str]:
+    """Return an iterator over the paths of the images that `--images` names.
 
     Args:
         text: `folder:PATH`, `list:FILE` or `-`.
@@ -106,34 +114,37 @@ def image_paths(text):
         Iterator of strings.
 
     Raises:
-        UsageError: If it is none of them, or there are no images.
+        UsageError: If the text has another form, or there are no images.
     """
-    kind, _, place = text.partition(":")
+    kind, _, name = text.partition(":")
     if text == "-":
         return _listed(sys.stdin)
-    place = pathlib.Path(place).expanduser()
+    place = pathlib.Path(name).expanduser()
     if kind == "list" and place.is_file():
         return _listed(place.open(encoding="utf-8", errors="surrogateescape"))
     if kind == "folder" and place.is_dir():
         paths = _in_folder(place)
         first = next(paths, None)
         if first is None:
-            raise UsageError(f"--images: {place} must hold images ({', '.join(EXTENSIONS)}).")
+            raise UsageError(
+                f"--images must be a folder that holds images ({', '.join(EXTENSIONS)}). "
+                f"Received: {place}, which has none"
+            )
         return itertools.chain([first], paths)
     raise UsageError(
-        f"--images must be folder:PATH, list:FILE or -, of what is there. Received: {text}"
+        f"--images must be an existing folder:PATH or list:FILE, or -. Received: {text}"
     )
 
 
-def _listed(lines):
-    """Return the paths of a list, without its empty lines."""
+def _listed(lines: Iterable[str]) -> Iterator[str]:
+    """Return the paths in a list, without empty lines."""
     return (line.rstrip("\r\n") for line in lines if line.strip())
 
 
-def _in_folder(folder):
-    """Yield the image files of a folder and its subfolders, hidden ones left out.
+def _in_folder(folder: pathlib.Path) -> Iterator[str]:
+    """Yield the image files in a folder and its subfolders, except hidden ones.
 
-    Others are counted.
+    At the end, say how many other files were skipped.
     """
     others = []
     for parent, folders, names in os.walk(folder):
@@ -147,16 +158,16 @@ def _in_folder(folder):
             else:
                 others.append(path)
     if others:
-        say(f"{len(others)} files of other kinds left out, such as {others[0]}")
+        say(f"Skipped {len(others)} files that are not images, such as {others[0]}")
 
 
-def scored(scorer, paths, batch_size):
-    """Yield rows of so many images at a time, in the order of the paths.
+def scored(scorer: Scorer, paths: Iterator[str], batch_size: int) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of one batch after another, in the order of the paths.
 
     Args:
         scorer: `Scorer`.
         paths: Iterator of strings.
-        batch_size: Images of a batch.
+        batch_size: Images per batch.
 
     Yields:
         List of dictionaries with the keys `FIELDS`.
@@ -165,7 +176,7 @@ def scored(scorer, paths, batch_size):
         while some := list(itertools.islice(paths, batch_size)):
             images = list(pool.map(lambda path: read_image(path, scorer), some))
             rows = [dict.fromkeys(FIELDS) | {"path": path} for path in some]
-            by_size = {}
+            by_size: dict[tuple[int, ...], list[tuple[dict[str, Any], np.ndarray]]] = {}
             for row, image in zip(rows, images, strict=True):
                 if isinstance(image, str):
                     row["error"] = image
@@ -178,15 +189,15 @@ def scored(scorer, paths, batch_size):
             yield rows
 
 
-def read_image(path, scorer):
-    """Return an image file as the scorer takes it.
+def read_image(path: str, scorer: Scorer) -> np.ndarray | str:
+    """Read an image file in the form that the scorer takes.
 
     Args:
         path: String.
         scorer: `Scorer`.
 
     Returns:
-        uint8 `(H, W, 3)`, or a sentence on why the file cannot be read.
+        uint8 `(H, W, 3)`, or a string that says why the file cannot be read.
     """
     from PIL import Image
 
@@ -196,13 +207,13 @@ def read_image(path, scorer):
         with Image.open(path, formats=pictures.FORMATS) as picture:
             image = pictures.pixels(picture)
         return image if scorer.size is None else _fitted(image, *scorer.size, scorer.resize)
-    # Whatever a damaged file makes a decoder raise, the other files are to be scored.
+    # A damaged file can make a decoder raise anything; the other files must still be scored.
     except Exception as error:
         return f"{type(error).__name__}: {error}".replace("\n", " ")
 
 
-def _fitted(image, height, width, resize):
-    """Return pixels at a size, as `image_ops.fit` brings them there."""
+def _fitted(image: np.ndarray, height: int, width: int, resize: str) -> np.ndarray:
+    """Return an image resized as `image_ops.fit` does it, without TensorFlow."""
     from PIL import Image
 
     rows, columns = image.shape[:2]
@@ -210,17 +221,17 @@ def _fitted(image, height, width, resize):
         new_rows = min(rows, max(1, columns * height // width))
         new_columns = min(columns, max(1, rows * width // height))
         top, left = (rows - new_rows) // 2, (columns - new_columns) // 2
-        # Cut first: what lies outside must not be mixed in at the edges.
+        # Crop first, so that pixels outside the crop do not bleed in at the edges.
         image = np.ascontiguousarray(image[top : top + new_rows, left : left + new_columns])
     picture = Image.fromarray(image)
     return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
 
 
 @contextlib.contextmanager
-def opened_output(path):
-    """Stdout, or a file that gets its name when it is whole.
+def opened_output(path: str | None) -> Iterator[TextIO]:
+    """Open stdout or a file, which is called `PATH.partial` until it is complete.
 
-    What was written before an interruption is kept, as `PATH.partial`.
+    After an interruption the partial file is kept.
 
     Args:
         path: String, or None for stdout.
@@ -233,21 +244,21 @@ def opened_output(path):
             sys.stdout.reconfigure(errors="surrogateescape")
         yield sys.stdout
         return
-    path = pathlib.Path(path).expanduser()
-    partial = path.with_name(f"{path.name}.partial")
+    target = pathlib.Path(path).expanduser()
+    partial = target.with_name(f"{target.name}.partial")
     with user_input("output"):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         file = partial.open("w", encoding="utf-8", errors="surrogateescape", newline="")
     try:
         with file:
             yield file
     except BaseException:
-        say(f"What was scored is in {partial}")
+        say(f"The rows written so far are in {partial}")
         raise
-    os.replace(partial, path)
+    os.replace(partial, target)
 
 
-def row_writer(output, kind):
+def row_writer(output: TextIO, kind: str) -> Callable[[dict[str, Any]], Any]:
     """Return a function that writes one row, as `"csv"` or `"jsonl"`."""
     if kind == "jsonl":
         return lambda row: output.write(json.dumps(_as_json(row)) + "\n")
@@ -256,7 +267,7 @@ def row_writer(output, kind):
     return lambda row: writer.writerow(_as_json(row))
 
 
-def _as_json(row):
-    """Return a row in which a number that is not finite is None, as JSON has none."""
+def _as_json(row: dict[str, Any]) -> dict[str, Any]:
+    """Replace a score that is not finite with None, because JSON has no such numbers."""
     finite = row["ood_score"] is None or math.isfinite(row["ood_score"])
     return row if finite else {**row, "ood_score": None}

@@ -1,46 +1,48 @@
-"""Detectors of any kind of file as a function from images to answers.
+"""Load a detector from any kind of file as a function from images to answers.
 
-Of a `.tflite` file without TensorFlow and Keras: what a device has is enough.
+A `.tflite` file is loaded without TensorFlow and Keras, as on a device.
 """
+
+from __future__ import annotations
 
 import os
 import pathlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sddns_tf.cli import quiet
-from sddns_tf.cli.errors import UsageError, user_input
+from sddns_tf.cli.errors import UsageError, name_of, user_input
 
 
 class Scorer(NamedTuple):
-    """A detector.
+    """A detector loaded from a file.
 
     Attributes:
         answer: Function from uint8 images `(N, H, W, 3)` to a dictionary of arrays `(N,)`.
-        size: Height and width of the images that it takes, or None for any.
-        resize: How an image is brought to that size: `"squash"` or `"crop"`.
+        size: Height and width of the images that it takes, or None for any size.
+        resize: How to resize an image to that size: `"squash"` or `"crop"`.
     """
 
     answer: Callable
-    size: tuple | None = None
+    size: tuple[int, int] | None = None
     resize: str = "squash"
 
 
-def open_model(path, threads=None):
-    """Return the scorer of a file or folder.
+def open_model(path: str | pathlib.Path, threads: int | None = None) -> Scorer:
+    """Load a detector from a file or folder.
 
     Args:
-        path: A `.tflite` file, a SavedModel's folder or that of its versions, of which the last is
-            taken, or a `.keras` file.
+        path: A `.tflite` file, a `.keras` file, the folder of a SavedModel, or the folder that
+            holds its numbered versions, of which the latest is taken.
         threads: CPU cores to use for a `.tflite` file, or None for all.
 
     Returns:
         `Scorer`.
 
     Raises:
-        UsageError: If there is none, or it cannot be loaded.
+        UsageError: If there is no such file, or it cannot be loaded.
     """
     path = pathlib.Path(path).expanduser()
     if path.suffix == ".tflite" and path.is_file():
@@ -50,15 +52,15 @@ def open_model(path, threads=None):
     if (folder := saved_model_folder(path)) is not None:
         return _saved_model(folder)
     raise UsageError(
-        "--model must be a .tflite file, a SavedModel's folder or a .keras file, and be there. "
+        "--model must be an existing .tflite file, .keras file or folder of a SavedModel. "
         f"Received: {path}"
     )
 
 
-def saved_model_folder(path):
-    """Return the folder of a SavedModel itself, given that or the one of its versions.
+def saved_model_folder(path: pathlib.Path) -> pathlib.Path | None:
+    """Return the folder of a SavedModel, given that folder or the one that holds its versions.
 
-    None if neither.
+    Returns None if the path is neither.
     """
     if (path / "saved_model.pb").is_file():
         return path
@@ -67,19 +69,19 @@ def saved_model_folder(path):
     return max(versions, key=lambda folder: int(folder.name), default=None)
 
 
-def load_keras(option, path, kind=None):
-    """Return a saved model.
+def load_keras(option: str, path: str | pathlib.Path, kind: type | None = None) -> Any:
+    """Load a Keras model.
 
     Args:
-        option: Name of the option, for the error.
+        option: Name of the option, for error messages.
         path: Path of a `.keras` file.
-        kind: Class that it must be of, or None.
+        kind: Class that the model must have, or None for any.
 
     Returns:
         Keras model.
 
     Raises:
-        UsageError: If there is none of that kind.
+        UsageError: If there is no such file, or it holds something else.
     """
     import keras
 
@@ -87,20 +89,22 @@ def load_keras(option, path, kind=None):
 
     path = pathlib.Path(path).expanduser()
     if not path.is_file() or path.suffix != ".keras":
-        raise UsageError(f"--{option} must be a .keras file. Received: {path}")
+        raise UsageError(f"{name_of(option)} must be an existing .keras file. Received: {path}")
     try:
         model = keras.saving.load_model(path)
-    except Exception as error:  # Keras lets through whatever zipfile, json and h5py raise.
-        raise UsageError(f"--{option}: {path} cannot be loaded: {error}") from error
+    except Exception as error:  # Errors of zipfile, json and h5py too.
+        raise UsageError(
+            f"{name_of(option)} must be a model that Keras can load. Received: {path} ({error})"
+        ) from error
     if kind is not None and not isinstance(model, kind):
         raise UsageError(
-            f"--{option} must hold a {kind.__name__}. Received: {path}, which holds a "
+            f"{name_of(option)} must hold a {kind.__name__}. Received: {path}, which holds a "
             f"{type(model).__name__}"
         )
     return model
 
 
-def _tflite(path, threads):
+def _tflite(path: pathlib.Path, threads: int | None) -> Scorer:
     with user_input("model"):
         from ai_edge_litert.interpreter import Interpreter
 
@@ -110,12 +114,14 @@ def _tflite(path, threads):
         interpreter = Interpreter(str(path), num_threads=threads or os.cpu_count())
         runner = interpreter.get_signature_runner("serving_default")
     except (ValueError, RuntimeError, KeyError) as error:
-        raise UsageError(f"--model: {path} cannot be loaded: {error}") from error
+        raise UsageError(
+            f"--model must be a .tflite file that sddns export wrote. Received: {path} ({error})"
+        ) from error
     with user_input("model"):
         description = metadata.description(path.read_bytes())
     batch, height, width, _ = interpreter.get_input_details()[0]["shape_signature"].tolist()
 
-    def answer(images):
+    def answer(images: np.ndarray) -> dict[str, np.ndarray]:
         if batch < 0:
             return runner(images=images)
         parts = []
@@ -128,27 +134,29 @@ def _tflite(path, threads):
     return Scorer(answer, (height, width), description.get("resize", "squash"))
 
 
-def _saved_model(folder):
+def _saved_model(folder: pathlib.Path) -> Scorer:
     quiet.import_tensorflow()
     import tensorflow as tf
 
     try:
         signature = tf.saved_model.load(str(folder)).signatures["serving_default"]
     except (OSError, KeyError, tf.errors.OpError) as error:
-        raise UsageError(f"--model: {folder} cannot be loaded: {error}") from error
+        raise UsageError(
+            f"--model must be a SavedModel that sddns export wrote. Received: {folder} ({error})"
+        ) from error
     return Scorer(
         lambda images: {k: v.numpy() for k, v in signature(images=tf.constant(images)).items()}
     )
 
 
-def _keras(path):
+def _keras(path: pathlib.Path) -> Scorer:
     quiet.import_tensorflow()
     import tensorflow as tf
 
     import sddns_tf
 
     detector = load_keras("model", path, sddns_tf.Detector)
-    # Traced once for all sizes, or memory would grow with their number.
+    # Traced once for all sizes: a trace per size would make memory grow.
     spec = tf.TensorSpec([None, None, None, 3], tf.uint8)
     call = tf.function(lambda images: detector(images), input_signature=[spec], autograph=False)
     return Scorer(lambda images: {name: value.numpy() for name, value in call(images).items()})

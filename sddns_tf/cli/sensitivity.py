@@ -3,22 +3,26 @@ r"""Choose the shift without labels and without OOD data: train one model per st
     sddns sensitivity --recipe=cpu_small --data_dir=TFDS --epochs=1 \
         --strategies=rot90:auxiliary,perm4:auxiliary,pixel_perm:auxiliary --output_dir=shifts
 
-A strategy is SHIFT:SOURCE, or none for no negatives; all other options are those of `sddns train`
-and the same for each. Every model is scored on its held-out images against those images put through
-shifts that it was not trained on: the mean AUROC is the strategy's sensitivity, the highest is
-chosen.
+A strategy is SHIFT:SOURCE, or none for no negatives. All other options are those of `sddns train`
+and apply to every strategy. Each model is scored on its held-out images and on the same images
+transformed by shifts that it was not trained on. The mean AUROC between the two is the sensitivity
+of the strategy, and the strategy with the highest sensitivity is chosen.
 
-With --ood and --test, to check the choice, true AUROCs stand beside it, and Spearman's correlation
-of both with its bootstrap interval over strategies.
+With --ood and --test the choice can be checked: the table then also has the true AUROCs, and
+Spearman's correlation of the two with a bootstrap interval over strategies.
 
-Prints the table as Markdown. Writes to --output_dir a folder for each strategy, as `sddns train`
-does, with its sensitivity.json; results.json and sensitivity.png. The same command goes on where it
-was stopped: strategies that are done are not trained again.
+Prints the table as Markdown. Writes results.json and sensitivity.png to --output_dir, and a folder
+for each strategy with the files of `sddns train` and sensitivity.json. If the command was stopped,
+run it again: strategies that are done are not trained again.
 """
+
+from __future__ import annotations
 
 import importlib.util
 import json
 import pathlib
+from argparse import Namespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,14 +31,17 @@ from sddns_tf.cli import quiet, sources, train
 from sddns_tf.cli.console import Parser, positive_int, say
 from sddns_tf.cli.errors import UsageError
 
+if TYPE_CHECKING:
+    from sddns_tf.cli.training import Place
+
 STRATEGIES = ",".join(
     f"{shift}:auxiliary" for shift in ("rot90", "rot360", "perm4", "perm16", "pixel_perm")
 )
 _SOURCES = ("in_distribution", "auxiliary", "both")
 
 
-def parser():
-    """Return the options of the comparison, and those of `sddns train`."""
+def parser() -> Parser:
+    """Return the options of the comparison and those of `sddns train`."""
     parser = Parser("sensitivity", __doc__)
     group = parser.group("what most people need")
     group.add_argument(
@@ -43,7 +50,7 @@ def parser():
     group.add_argument(
         "--auxiliary",
         metavar="SOURCE",
-        help="Source of unrelated images that make negatives (split: train).",
+        help="Source of unrelated images to make negatives from (split: train).",
     )
     group.add_argument(
         "--strategies",
@@ -51,7 +58,7 @@ def parser():
         default=STRATEGIES,
         help=f"Strategies to compare, each SHIFT:SOURCE or none. Default: {STRATEGIES}.",
     )
-    group.add_argument("--epochs", metavar="N", type=positive_int, help="Epochs of each.")
+    group.add_argument("--epochs", metavar="N", type=positive_int, help="Epochs per strategy.")
     group.add_argument("--output_dir", metavar="FOLDER", help="Folder to write to.")
     group = parser.group("check of the choice")
     group.add_argument(
@@ -62,14 +69,14 @@ def parser():
         metavar="SOURCE",
         action="append",
         default=[],
-        help="Sources of OOD images, with commas between (split: test). May be repeated.",
+        help="Sources of OOD images, separated by commas (split: test). May be repeated.",
     )
     group.add_argument(
         "--probe_images",
         metavar="N",
         type=positive_int,
         default=1000,
-        help="Images to score, at most, of each set.",
+        help="Largest number of images to score from each set.",
     )
     train.add_recipe_options(parser)
     train.add_training_options(parser)
@@ -80,32 +87,32 @@ def parser():
     return parser
 
 
-def strategies(text):
-    """Return the strategies of `--strategies`.
+def strategies(text: str) -> dict[str, tuple[str, str]]:
+    """Parse the value of `--strategies`.
 
     Args:
-        text: `SHIFT:SOURCE` or `none`, with commas between.
+        text: `SHIFT:SOURCE` or `none`, separated by commas.
 
     Returns:
-        Dictionary from the name of each to its shift and source.
+        Dictionary from the name of each strategy to its shift and source.
 
     Raises:
-        UsageError: If they are wrong, or the same one stands twice.
+        UsageError: If a strategy does not exist or is repeated.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for name in text.split(","):
         shift, _, source = name.partition(":")
         expected = ("",) if shift == "none" else _SOURCES
         if shift not in train.SHIFTS or source not in expected or name in found:
             raise UsageError(
-                "--strategies must be different ones of SHIFT:SOURCE or none, with SHIFT in "
-                f"{train.SHIFTS[:-1]} and SOURCE in {_SOURCES}. Received: {text}"
+                "--strategies must be a list without repetition of SHIFT:SOURCE or none, with "
+                f"SHIFT one of {train.SHIFTS[:-1]} and SOURCE one of {_SOURCES}. Received: {text}"
             )
         found[name] = shift, source or "in_distribution"
     return found
 
 
-def configuration_of(options, shift, source):
+def configuration_of(options: Namespace, shift: str, source: str) -> dict[str, Any]:
     """Return the resolved configuration of one strategy."""
     from sddns_tf.cli import configuration
 
@@ -114,8 +121,8 @@ def configuration_of(options, shift, source):
     return configuration.resolve(config, [("negatives", negatives)])
 
 
-def measure(name, config, place, options):
-    """Train one strategy and score it, or read what was found before."""
+def measure(name: str, config: dict[str, Any], place: Place, options: Namespace) -> dict[str, Any]:
+    """Train and score one strategy, or read the results if that was done earlier."""
     import keras
 
     from sddns_tf import sensitivity
@@ -127,7 +134,7 @@ def measure(name, config, place, options):
         training.check_same_run(config, place.output_dir)
         before = json.loads(path.read_text(encoding="utf-8"))
         if before["asked"] == asked:
-            say(f"Strategy {name} is done")
+            say(f"Strategy {name} was done earlier")
             return before
     path.unlink(missing_ok=True)
     detector, images = training.train(config, place)
@@ -147,8 +154,8 @@ def measure(name, config, place, options):
     return found
 
 
-def true_aurocs(detector, options):
-    """Return AUROC against each OOD set, by name."""
+def true_aurocs(detector: Any, options: Namespace) -> dict[str, float]:
+    """Return the AUROC against each OOD set, by name."""
     from sddns_tf import metrics
 
     reading = {
@@ -157,7 +164,7 @@ def true_aurocs(detector, options):
         **sources.seen_by(detector),
     }
 
-    def scores(option, source):
+    def scores(option: str, source: sources.Source) -> np.ndarray:
         images = sources.read(option, source, **reading)
         return detector.predict(images, batch_size=256, verbose=0)["ood_score"]
 
@@ -170,8 +177,8 @@ def true_aurocs(detector, options):
     }
 
 
-def summary(found):
-    """Return the choice, and how well it could be told: what results.json holds."""
+def summary(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the contents of results.json: the choice, the sensitivities and their check."""
     from sddns_tf import sensitivity
 
     means = {name: one["sensitivity"]["mean"] for name, one in found.items()}
@@ -187,7 +194,7 @@ def summary(found):
         )
         correlation = dict(zip(("value", "low", "high"), values, strict=True))
     return {
-        "chosen": max(means, key=means.get),
+        "chosen": max(means, key=lambda name: means[name]),
         "sensitivity": means,
         "mean_auroc": aurocs,
         "spearman": correlation,
@@ -195,7 +202,7 @@ def summary(found):
     }
 
 
-def table(results):
+def table(results: dict[str, Any]) -> str:
     """Return the summary as Markdown, the most sensitive strategy first."""
     names = sorted(results["sensitivity"], key=results["sensitivity"].get, reverse=True)
     sets = list(next(iter(results["strategies"].values()))["auroc"])
@@ -215,12 +222,12 @@ def table(results):
     return "\n".join(lines)
 
 
-def main(argv):
-    """Train and score each strategy; choose."""
+def main(argv: list[str]) -> None:
+    """Train and score each strategy, then choose one."""
     options = parser().parse_args(argv)
     asked = strategies(options.strategies)
     if options.ood and not options.test:
-        raise UsageError(f"--ood needs --test. Received: --ood={','.join(options.ood)} alone")
+        raise UsageError(f"--ood needs --test. Received: only --ood={','.join(options.ood)}")
     sources.parse_list("ood", options.ood, "test")
     quiet.import_tensorflow()
 
@@ -232,7 +239,7 @@ def main(argv):
     for config in configs.values():
         training.check(config)  # before anything slow
     output_dir = pathlib.Path(place.output_dir).expanduser()
-    found = {}
+    found: dict[str, Any] = {}
     for name, config in configs.items():
         say(f"Strategy {name} ({len(found) + 1} of {len(configs)})")
         own = place._replace(output_dir=str(output_dir / name.replace(":", "-")))
@@ -243,5 +250,5 @@ def main(argv):
         figure = sensitivity.bar_chart(results["sensitivity"], results["mean_auroc"])
         plots.save(figure, output_dir / "sensitivity.png")
     else:
-        say("No sensitivity.png: matplotlib is not installed (pip install sddns_tf[plots])")
+        say("Skipping sensitivity.png, which needs matplotlib: pip install sddns_tf[plots]")
     print(table(results))

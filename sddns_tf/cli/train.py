@@ -1,27 +1,36 @@
-r"""Train on unlabeled normal images, and make a calibrated detector.
+r"""Train on unlabeled normal images and make a calibrated detector.
 
     sddns train --data=folder:parts/good --auxiliary=folder:photos --image_size=64 \
         --output_dir=parts
     sddns train --recipe=cpu_small --data_dir=TFDS --output_dir=cifar10
 
 A source of images is folder:PATH, npz:PATH, tfds:NAME or tfds:NAME@SPLIT. A recipe is a JSON file
-of the constructor arguments that it changes; --set changes one more, as in --set views.hue=0.2.
+with the constructor arguments that differ from their defaults. --set overrides a single argument,
+as in --set views.hue=0.2.
 
 Writes to --output_dir:
-  detector.keras   the calibrated detector: what the other commands take
+  detector.keras   the calibrated detector, for all other commands
   backbone.keras   the teacher's backbone alone
-  model.keras      the whole training state, to train on
-  config.json      the resolved configuration, which is a recipe
-  log.csv          what was logged in each epoch
-  tensorboard/     scalars, views, negatives, separation of scores, where TensorBoard is installed
-  checkpoint/      from which the same command goes on if it was stopped
+  model.keras      the training model, to continue training with
+  config.json      the resolved configuration, which can be used as a recipe
+  log.csv          losses and metrics of each epoch
+  tensorboard/     scalars, views, negatives and score histograms, if TensorBoard is installed
+  checkpoint/      training state; if the command was stopped, run it again to continue
 """
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import TYPE_CHECKING, Any
 
 from sddns_tf.cli import configuration, quiet
 from sddns_tf.cli.console import Parser, positive_int, require, share, size
 from sddns_tf.cli.devices import STRATEGIES
 
-# The options that are short for a key of the configuration.
+if TYPE_CHECKING:
+    from sddns_tf.cli.training import Place
+
+# Options that set one key of the configuration.
 SHORT_FOR = {
     "data": "data.source",
     "auxiliary": "data.auxiliary",
@@ -46,7 +55,7 @@ SHORT_FOR = {
 SHIFTS = ("rot90", "rot360", "perm4", "perm16", "pixel_perm", "identity", "none")
 
 
-def parser():
+def parser() -> Parser:
     """Return the options of the command."""
     parser = Parser("train", __doc__)
     group = parser.group("what most people need")
@@ -56,20 +65,20 @@ def parser():
     group.add_argument(
         "--auxiliary",
         metavar="SOURCE",
-        help="Source of unrelated images that make negatives (split: train).",
+        help="Source of unrelated images to make negatives from (split: train).",
     )
     group.add_argument(
         "--image_size", metavar="N", type=positive_int, help="Side of the network's input."
     )
-    group.add_argument("--epochs", metavar="N", type=positive_int, help="Epochs.")
+    group.add_argument("--epochs", metavar="N", type=positive_int, help="Number of epochs.")
     group.add_argument("--output_dir", metavar="FOLDER", help="Folder to write to.")
     add_recipe_options(parser)
     add_training_options(parser)
     return parser
 
 
-def add_recipe_options(parser):
-    """Options on the recipe."""
+def add_recipe_options(parser: Parser) -> None:
+    """Add the options of the recipe."""
     group = parser.group("recipe")
     group.add_argument(
         "--recipe",
@@ -82,83 +91,86 @@ def add_recipe_options(parser):
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="Change an argument of a constructor, such as model.student_temperature=0.1; a wrong "
-        "key tells which there are. May be repeated.",
+        help="Set an argument of a constructor, such as model.student_temperature=0.1. The error "
+        "for a wrong key lists the right ones. May be repeated.",
     )
 
 
-def add_training_options(parser):
-    """All options that `sensitivity` has as well."""
+def add_training_options(parser: Parser) -> None:
+    """Add the options that `sddns sensitivity` has as well."""
     group = parser.group("images")
     group.add_argument(
         "--data_dir",
         metavar="FOLDER",
-        help="Folder of prepared TFDS sets; default: $TFDS_DATA_DIR.",
+        help="Folder of prepared TFDS data sets. Default: $TFDS_DATA_DIR.",
     )
     group.add_argument(
-        "--auxiliary_exclude", metavar="FILE", help="Names of classes to leave out of a TFDS set."
+        "--auxiliary_exclude",
+        metavar="FILE",
+        help="File with classes to leave out of a TFDS auxiliary set, one per line.",
     )
     group.add_argument(
         "--calibration",
         metavar="SOURCE",
-        help="Source of normal images that are not trained on, which set the threshold (split: "
-        "test). Default: some of --data.",
+        help="Source of normal images to set the threshold with, which are not trained on (split: "
+        "test). Default: a part of --data.",
     )
     group.add_argument(
-        "--calibration_share", metavar="SHARE", type=float, help="How much of --data; default: 0.1."
+        "--calibration_share",
+        metavar="SHARE",
+        type=float,
+        help="Share of --data to hold out if there is no --calibration. Default: 0.1.",
     )
-    group.add_argument(
-        "--limit", metavar="N", type=positive_int, help="Train on at most so many images."
-    )
+    group.add_argument("--limit", metavar="N", type=positive_int, help="Train on at most N images.")
     group.add_argument(
         "--resolution",
         metavar="SIZE",
         type=size,
-        help="SIDE or HEIGHT,WIDTH at which images are read. Default: their own; of a folder "
-        "--image_size.",
+        help="SIDE or HEIGHT,WIDTH to which images are resized when read. Default: --image_size "
+        "for a folder, otherwise the size they have.",
     )
     group.add_argument(
         "--resize",
         choices=("squash", "crop"),
-        help="How images of another shape are brought to it: squeezed (the default), or cut at "
-        "the sides. The detector does the same.",
+        help="How images of another aspect ratio are resized: squash distorts them (the default), "
+        "crop cuts off the sides. The detector does the same.",
     )
     group.add_argument(
         "--noin_memory",
         dest="in_memory",
         action="store_false",
         default=None,
-        help="Read the training images in each epoch. Needs --calibration.",
+        help="Read the training images again in every epoch. Needs --calibration.",
     )
     group = parser.group("training")
     group.add_argument(
         "--backbone",
         metavar="NAME",
         help=f"One of {', '.join(configuration.BACKBONES)}, or a .keras file to start from. "
-        "Default: convnet, which a CPU trains.",
+        "Default: convnet, which trains on a CPU.",
     )
     group.add_argument(
-        "--shift", choices=SHIFTS, help="Shift that makes negatives; none: no negatives."
+        "--shift", choices=SHIFTS, help="Shift that makes negatives; none for no negatives."
     )
     group.add_argument(
         "--source",
         choices=("in_distribution", "auxiliary", "both"),
-        help="What is shifted; default: auxiliary where --auxiliary is given.",
+        help="Images to make negatives from. Default: auxiliary if --auxiliary is given.",
     )
     group.add_argument(
-        "--batch_size", metavar="N", type=positive_int, help="Images of a step, on all devices."
+        "--batch_size", metavar="N", type=positive_int, help="Images per step, over all devices."
     )
     group.add_argument(
         "--steps_per_epoch",
         metavar="N",
         type=positive_int,
-        help="Default: once through the images.",
+        help="Default: one pass through the images.",
     )
-    group.add_argument("--seed", metavar="N", type=int, help="Fixes all that is random.")
+    group.add_argument("--seed", metavar="N", type=int, help="Seed of everything random.")
     group.add_argument(
         "--precision",
         choices=("float32", "mixed_bfloat16", "mixed_float16"),
-        help="Keras' dtype policy.",
+        help="Keras dtype policy.",
     )
     group = parser.group("detector")
     group.add_argument(
@@ -171,32 +183,32 @@ def add_training_options(parser):
         "--bank_size",
         metavar="N",
         type=positive_int,
-        help="Compress the bank to at most so many centers.",
+        help="Compress the bank to at most N centers.",
     )
     add_place_options(parser)
 
 
-def add_place_options(parser):
-    """Options that change nothing in what comes out."""
+def add_place_options(parser: Parser) -> None:
+    """Add the options that do not change the results."""
     group = parser.group("machine")
     group.add_argument(
         "--strategy",
         choices=STRATEGIES,
         default="auto",
-        help="All GPUs of this machine if it has several (auto, mirrored), one device, or those of "
-        "the machines that $TF_CONFIG names.",
+        help="auto and mirrored use all GPUs of this machine, none uses one device, multi_worker "
+        "uses the machines in $TF_CONFIG.",
     )
     group.add_argument(
         "--logical_devices",
         type=positive_int,
         metavar="N",
-        help="Divide the CPU into N devices, to try out what will run on several GPUs.",
+        help="Divide the CPU into N devices, to try out training on several GPUs.",
     )
     group.add_argument(
         "--noresume",
         dest="resume",
         action="store_false",
-        help="Start anew where --output_dir holds a run.",
+        help="Start over instead of continuing the run in --output_dir.",
     )
     group.add_argument(
         "--checkpoint_every",
@@ -210,29 +222,29 @@ def add_place_options(parser):
         metavar="N",
         type=int,
         default=0,
-        help="How often to go back to the last checkpoint, and on at half the learning rate, where "
-        "a loss or weight is not finite, before giving up.",
+        help="How many times to return to the last checkpoint and halve the learning rate if a "
+        "loss or weight is not finite. Default: 0, which stops at once.",
     )
     group.add_argument(
         "--pictures_every",
         metavar="N",
         type=positive_int,
         default=5,
-        help="Epochs between histograms.",
+        help="Epochs between pictures in TensorBoard.",
     )
 
 
-def configuration_of(options):
+def configuration_of(options: Namespace) -> dict[str, Any]:
     """Return the resolved configuration of a command line.
 
     Args:
-        options: What the parser gave.
+        options: Parsed options.
 
     Returns:
         Dictionary.
 
     Raises:
-        UsageError: If recipe or options are wrong.
+        UsageError: If the recipe or an option is wrong.
     """
     require(options, "output_dir")
     settings = [configuration.parse_setting(text) for text in options.set]
@@ -246,15 +258,15 @@ def configuration_of(options):
     return configuration.resolve(configuration.read_recipe(options.recipe), settings)
 
 
-def place_of(options):
+def place_of(options: Namespace) -> Place:
     """Return the `training.Place` of a command line."""
     from sddns_tf.cli.training import Place
 
     return Place(**{name: getattr(options, name) for name in Place._fields})
 
 
-def main(argv):
-    """Train what the options describe."""
+def main(argv: list[str]) -> None:
+    """Run the training that the options describe."""
     options = parser().parse_args(argv)
     quiet.import_tensorflow()
     from sddns_tf.cli import training
@@ -263,7 +275,7 @@ def main(argv):
     detector, _ = training.train(config, place)
     if detector is not None:
         print(
-            f"{place.output_dir}: detector.keras, backbone.keras, model.keras. Threshold of the "
-            f"OOD score {detector.threshold:.6g}, for at most {detector.false_positive_rate:.2%} "
-            "of normal images."
+            f"Wrote detector.keras, backbone.keras and model.keras to {place.output_dir}. The "
+            f"detector flags scores above {detector.threshold:.6g}: at most "
+            f"{detector.false_positive_rate:.2%} of normal images."
         )

@@ -1,12 +1,16 @@
 """A training run: from a resolved configuration to a calibrated detector on disk."""
 
+from __future__ import annotations
+
 import contextlib
 import importlib.util
 import json
 import math
 import pathlib
 import shutil
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from sddns_tf import files
 from sddns_tf.cli import configuration, devices, images, sources
@@ -17,17 +21,17 @@ from sddns_tf.cli.schedule_forms import Length, value_of
 
 
 class Place(NamedTuple):
-    """Where and how a run takes place; none of it changes what comes out.
+    """Where and how a run takes place. None of this changes the results.
 
     Attributes:
         output_dir: Folder to write to.
-        data_dir: Folder of prepared TFDS sets, or None.
-        resume: Whether to go on with a run that is there.
+        data_dir: Folder of prepared TFDS data sets, or None.
+        resume: Whether to continue a run in `output_dir`.
         strategy: One of `devices.STRATEGIES`.
-        logical_devices: None, or into how many devices to divide the CPU.
+        logical_devices: Number of devices into which to divide the CPU, or None.
         checkpoint_every: Steps between two checkpoints.
-        rollbacks: How often to go back where a number is not finite, before giving up.
-        pictures_every: Epochs between histograms in TensorBoard.
+        rollbacks: How many times to return to a checkpoint if a number is not finite.
+        pictures_every: Epochs between pictures in TensorBoard.
     """
 
     output_dir: str
@@ -40,18 +44,18 @@ class Place(NamedTuple):
     pictures_every: int = 5
 
 
-def train(config, place):
-    """Train, or go on training, and write everything.
+def train(config: dict[str, Any], place: Place) -> tuple[Any, images.Images]:
+    """Train, or continue training, and write all results.
 
     Args:
         config: Resolved configuration: see `configuration.resolve`.
         place: `Place`.
 
     Returns:
-        The `Detector` and its `Images`; the detector is None on all machines but the first.
+        The `Detector` and the `Images`; the detector is None on all machines but the first.
 
     Raises:
-        UsageError: For what a user can put right.
+        UsageError: If the user can fix what is wrong.
     """
     import sddns_tf
     from sddns_tf.callbacks import training_state
@@ -60,7 +64,9 @@ def train(config, place):
     strategy = devices.strategy(place.strategy, place.logical_devices)
     data_options = check(config)
     index = devices.worker_index(place.strategy)
-    checkpoint_dir = pathlib.Path(place.output_dir).expanduser() / "checkpoint"  # of all machines
+    checkpoint_dir = (
+        pathlib.Path(place.output_dir).expanduser() / "checkpoint"
+    )  # shared by all machines
     output_dir = checkpoint_dir.parent / f"worker-{index}" if index else checkpoint_dir.parent
     with user_input("output_dir"):
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -85,7 +91,7 @@ def train(config, place):
         watching.append(Progress(length.steps, step))
     for first_batch, part in training_state.parts_left(step, length.steps_per_epoch, length.epochs):
         batches = images.batches(config, data_options, place.data_dir, found, first_batch)
-        with user_input(kinds=OSError):  # a disk that is full
+        with user_input(kinds=OSError):  # such as a full disk
             model.fit(batches, callbacks=watching, verbose=verbose(), shuffle=False, **part)
     if index:
         return None, found
@@ -93,8 +99,8 @@ def train(config, place):
     return write_results(config, model, bank, found, output_dir), found
 
 
-def check(config):
-    """Look at a configuration before anything slow.
+def check(config: dict[str, Any]) -> DataOptions:
+    """Check a configuration before anything slow.
 
     Args:
         config: Resolved configuration.
@@ -133,8 +139,8 @@ def check(config):
     return data_options
 
 
-def _check_arguments(config):
-    """Make what costs nothing to make, so that it is refused now and not after reading images."""
+def _check_arguments(config: dict[str, Any]) -> None:
+    """Construct everything cheap now, so that wrong arguments fail before images are read."""
     import sddns_tf
 
     image_size = config["views"]["image_size"] or 32
@@ -150,16 +156,16 @@ def _check_arguments(config):
 # --- The model ---------------------------------------------------------------------------------
 
 
-def make_negatives(config):
-    """`Negatives` of a configuration, or None."""
+def make_negatives(config: dict[str, Any]) -> Any:
+    """Return the `Negatives` of a configuration, or None."""
     import sddns_tf
 
     options = config["negatives"]
     return None if options is None else sddns_tf.Negatives(**options)
 
 
-def make_backbone(config, image_size):
-    """Return the network to start from."""
+def make_backbone(config: dict[str, Any], image_size: int) -> Any:
+    """Return the backbone to train."""
     import keras
 
     options = dict(config["backbone"])
@@ -179,15 +185,15 @@ def make_backbone(config, image_size):
     return backbone
 
 
-def make_optimizer(config, length):
-    """Return the Keras optimizer."""
+def make_optimizer(config: dict[str, Any], length: Length) -> Any:
+    """Return the Keras optimizer of a configuration."""
     options = dict(config["optimizer"])
     name = options.pop("type")
     options = {key: value_of(f"optimizer.{key}", form, length) for key, form in options.items()}
     return configuration.constructor("optimizer", name)(**options)
 
 
-def make_model(config, resolution, length):
+def make_model(config: dict[str, Any], resolution: tuple[int, int], length: Length) -> Any:
     """Return the compiled `SelfDistillation`.
 
     Args:
@@ -199,7 +205,7 @@ def make_model(config, resolution, length):
         `SelfDistillation`.
 
     Raises:
-        UsageError: If a constructor refuses its arguments.
+        UsageError: If a constructor rejects its arguments.
     """
     import keras
 
@@ -225,15 +231,15 @@ def make_model(config, resolution, length):
 # --- The run -----------------------------------------------------------------------------------
 
 
-def check_same_run(config, output_dir):
-    """Refuse to go on with a run that was begun with another configuration.
+def check_same_run(config: dict[str, Any], output_dir: str | pathlib.Path) -> None:
+    """Check that a folder holds no run with another configuration.
 
     Args:
         config: Resolved configuration.
         output_dir: Folder of the run.
 
     Raises:
-        UsageError: If a run of another configuration is there.
+        UsageError: If it does.
     """
     path = pathlib.Path(output_dir) / "config.json"
     if not path.exists():
@@ -242,27 +248,31 @@ def check_same_run(config, output_dir):
     before.pop("derived", None)
     for key, old, new in configuration.differences(before, json.loads(json.dumps(config))):
         raise UsageError(
-            f"--output_dir={output_dir} holds a run with {key}={json.dumps(old)}. Received: "
-            f"{key}={json.dumps(new)}. Choose another folder, or --noresume to start anew."
+            f"--output_dir={output_dir} holds a run with {key}={json.dumps(old)}; choose another "
+            f"folder, or start over with --noresume. Received: {key}={json.dumps(new)}"
         )
 
 
-def forget(output_dir):
-    """Remove what a run would go on from."""
+def forget(output_dir: pathlib.Path) -> None:
+    """Remove the files from which a run would continue."""
     for name in ("checkpoint", "tensorboard"):
         shutil.rmtree(pathlib.Path(output_dir) / name, ignore_errors=True)
     for name in ("config.json", "log.csv"):
         (pathlib.Path(output_dir) / name).unlink(missing_ok=True)
 
 
-def _length(config, one_epoch):
+def _length(config: dict[str, Any], one_epoch: Any) -> Length:
     steps = config["steps_per_epoch"] or int(one_epoch.cardinality())
     if steps < 1:
-        raise UsageError("--steps_per_epoch is needed: the number of images is not known.")
+        raise UsageError(
+            "--steps_per_epoch is needed where the number of images is unknown. Received: none"
+        )
     return Length(config["epochs"], steps, config["batch_size"])
 
 
-def _write_config(config, output_dir, found, length):
+def _write_config(
+    config: dict[str, Any], output_dir: pathlib.Path, found: images.Images, length: Length
+) -> None:
     import keras
 
     from sddns_tf.version import __version__
@@ -278,8 +288,15 @@ def _write_config(config, output_dir, found, length):
     files.write_json(output_dir / "config.json", {**config, "derived": derived})
 
 
-def callbacks(config, place, output_dir, checkpoint, one_epoch, found):
-    """Return what watches, logs and keeps the training: a list of Keras callbacks."""
+def callbacks(
+    config: dict[str, Any],
+    place: Place,
+    output_dir: pathlib.Path,
+    checkpoint: Any,
+    one_epoch: Any,
+    found: images.Images,
+) -> list[Any]:
+    """Return the Keras callbacks that monitor, log and checkpoint the training."""
     import keras
 
     import sddns_tf
@@ -310,8 +327,10 @@ def callbacks(config, place, output_dir, checkpoint, one_epoch, found):
     return [*watching, keras.callbacks.CSVLogger(output_dir / "log.csv", append=True)]
 
 
-def write_results(config, model, bank, found, output_dir):
-    """Write the model, its backbone and the detector, which is returned."""
+def write_results(
+    config: dict[str, Any], model: Any, bank: Any, found: images.Images, output_dir: pathlib.Path
+) -> Any:
+    """Make the detector, write it with the model and its backbone, and return it."""
     import sddns_tf
 
     with user_input():
@@ -336,8 +355,8 @@ def write_results(config, model, bank, found, output_dir):
     return detector
 
 
-def input_size(model, resolution):
-    """Return the input size of the detector: the views' area, in the proportions of the images."""
+def input_size(model: Any, resolution: tuple[int, int]) -> tuple[int, ...]:
+    """Return the detector's input size: the area of a view, in the aspect ratio of the images."""
     side = model.views.image_size
     if resolution[0] == resolution[1]:
         return side, side
@@ -346,5 +365,5 @@ def input_size(model, resolution):
     return tuple(max(unit, round(scale * length / unit) * unit) for length in resolution)
 
 
-def _number_of(images):
+def _number_of(images: np.ndarray | None) -> str:
     return "streamed" if images is None else f"{len(images):,}"

@@ -1,4 +1,4 @@
-"""Images in memory: arrays, lists of arrays, `.npz` files."""
+"""Images in memory: arrays, lists of arrays and `.npz` files."""
 
 import os
 
@@ -11,26 +11,28 @@ from sddns_tf.data.pixels import Opened, Shaping, by, to_uint8
 
 
 def open_npz(path, shaping):
-    """Return the images, and labels where there are some, of a NumPy archive."""
+    """Open the images, and the labels if there are any, of a NumPy archive."""
     path = os.path.expanduser(path)
     if not os.path.isfile(path):
-        raise ValueError(f"npz:{path} must be a file; there is none of that name.")
-    # Only the wanted arrays are read: an archive may hold gigabytes of something else.
+        raise ValueError(f"npz:PATH must be an existing file. Received: npz:{path}")
+    # Only the needed arrays are read: an archive may hold gigabytes of something else.
     try:
         archive = np.load(path, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("it is a single array (.npy)")
+            raise ValueError("Expected several arrays (.npz). Received: a single array (.npy)")
         with archive:
             candidates = [key for key in archive.files if key != "labels"]
             key = "images" if "images" in candidates else candidates[0] if candidates else ""
             if key != "images" and len(candidates) != 1:
                 raise ValueError(
-                    f"expected the array 'images' or one array. Received: {archive.files}"
+                    f"Expected the array 'images', or only one array. Received: {archive.files}"
                 )
             images = archive[key]
             labels = archive["labels"] if "labels" in archive.files else None
-    except Exception as error:  # NumPy lets through whatever zipfile, pickle and zlib raise
-        raise ValueError(f"npz:{path} must be a NumPy archive of images: {error}.") from error
+    except Exception as error:  # errors of zipfile, pickle and zlib too
+        raise ValueError(
+            f"npz:PATH must be a NumPy archive of images. Received: npz:{path} ({error})"
+        ) from error
     if labels is not None and labels.shape != images.shape[:1]:
         raise ValueError(
             f"npz:{path}: labels must have shape ({len(images)},). Received: {labels.shape}"
@@ -39,11 +41,11 @@ def open_npz(path, shaping):
 
 
 def open_array(images, labels, shaping, name):
-    """Return an array of images, `(N, H, W)` or `(N, H, W, C)`."""
+    """Open an array of images, `(N, H, W)` or `(N, H, W, C)`."""
     if images.ndim == 3 and images.shape[-1] in (1, 3, 4):
         raise ValueError(
-            f"{name} must have shape (N, H, W) or (N, H, W, C). Received: {images.shape}, which "
-            "looks like one image. Pass image[None]."
+            f"{name} must have shape (N, H, W) or (N, H, W, C); pass a single image as "
+            f"image[None]. Received: {images.shape}"
         )
     if images.ndim == 3:
         images = images[..., None]
@@ -54,7 +56,7 @@ def open_array(images, labels, shaping, name):
         )
     images = to_uint8(images, name)
     shape = shaping.final_shape(images.shape[1:3], name)
-    with tf.device("CPU:0"):  # the whole set would not fit beside the model
+    with tf.device("CPU:0"):  # the whole set might not fit on a GPU next to the model
         if images.shape[1:] == (*shape, 3):
             images = tf.convert_to_tensor(images)
         else:
@@ -73,9 +75,9 @@ def open_array(images, labels, shaping, name):
 
 
 def open_list(arrays, shaping, exif_orientation):
-    """A list of images: arrays `(H, W)` or `(H, W, C)`, and pictures of Pillow's of any mode."""
+    """Open a list of arrays `(H, W)` or `(H, W, C)` and Pillow images of any mode."""
     if not arrays:
-        raise ValueError("source must hold at least one image. Received: an empty list")
+        raise ValueError("`source` must hold at least one image. Received: an empty list")
     images = []
     for i, array in enumerate(arrays):
         name = f"image {i} of the list"
@@ -93,8 +95,8 @@ def open_list(arrays, shaping, exif_orientation):
         size = array.shape[:2]
         if shaping.image_size is None and images and size != images[0].shape[:2]:
             raise ValueError(
-                "image_size is needed where sizes differ (height x width): image 0 of the list "
-                f"has {by(images[0].shape)}, {name} has {by(size)}."
+                "`image_size` is needed where images differ in size (height x width). Received: "
+                f"image 0 of the list is {by(images[0].shape)}, {name} is {by(size)}"
             )
         shape = shaping.final_shape(size, name)
         with tf.device("CPU:0"):

@@ -7,7 +7,7 @@ from sddns_tf.image_sources import in_range_later
 
 
 def open_dataset(dataset, shaping):
-    """Return a `tf.data.Dataset` of images, dictionaries or pairs, batched or not."""
+    """Open a `tf.data.Dataset` of images, dictionaries or pairs, batched or not."""
     spec = dataset.element_spec
     if isinstance(spec, dict) and "image" in spec:
         keys = [key for key in ("image", "label") if key in spec]
@@ -24,7 +24,7 @@ def open_dataset(dataset, shaping):
     _check_image_spec(image)
     is_batched = image.shape.rank == 4
     if label is not None and label.shape.rank != int(is_batched):
-        label = None  # a label per pixel, or one-hot: of no use as a class
+        label = None  # per pixel or one-hot: not a class
 
     def select(*element):
         element = element[0] if isinstance(element[0], dict) else element

@@ -1,4 +1,4 @@
-"""The image files of a folder: which there are, how large, and which cannot be used, and why."""
+"""The image files of a folder: which there are, their sizes, and which cannot be used and why."""
 
 import os
 import warnings
@@ -18,7 +18,7 @@ MAX_PIXELS = 64_000_000
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
-# Images too, as a rule, that nothing here decodes: left out, but not in silence.
+# Endings of image formats that are not supported: skipped with a warning.
 _OTHER_KINDS = frozenset(
     "3fr ai apng arw avif cr2 cr3 cur dcm dcx dds dib djvu dng emf eps exr fit fits fts hdr heic "  # noqa: SIM905
     "heif hif icns ico j2k jfif jp2 jpc jpe jpf jpm jpx jxl jxr mpo nef nrw orf pbm pcx pef pfm "
@@ -26,28 +26,28 @@ _OTHER_KINDS = frozenset(
     "xpm".split()
 )
 
-_AT_ONCE = 64  # Files that are read before it is looked at whether there are enough.
+_AT_ONCE = 64  # Files that are read before checking whether there are enough.
 _DECODERS = ("tensorflow", "png_16", "pillow")
 
 
 class ImageFile(NamedTuple):
-    """A file that can be used."""
+    """An image file that can be used."""
 
     path: str
-    size: tuple  # height and width, as turned
+    size: tuple  # height and width, after rotation
     decoder: str
     orientation: int
 
 
 class Folder:
-    """A folder of images, as one wants to have it read.
+    """A folder of images, with options for reading it.
 
     Args:
         path: Path of the folder.
         shaping: `pixels.Shaping`.
-        max_pixels: A file whose header announces more is not decoded.
+        max_pixels: A file whose header states more pixels is not decoded.
         on_error: `"raise"` or `"skip"`.
-        exif_orientation: Whether to turn images as their EXIF data say.
+        exif_orientation: Whether to rotate images as their EXIF data say.
     """
 
     def __init__(self, path, shaping, max_pixels, on_error, exif_orientation):
@@ -58,11 +58,11 @@ class Folder:
         self.exif_orientation = exif_orientation
 
     def files(self):
-        """Return the usable files in the order of their paths; each is decoded once."""
+        """Return the usable files, sorted by path. Each is decoded once as a check."""
         return [file for file, _ in self._inspected(lambda pixels: None)]
 
     def open(self):
-        """Return records of files, and how one is decoded when it is needed."""
+        """Open the folder: records of its files, which are decoded when they are needed."""
         files = self.files()
         shape = self._shape([file.size for file in files], files)
         decoders = sorted({file.decoder for file in files}, key=_DECODERS.index)
@@ -85,7 +85,7 @@ class Folder:
         return Opened(records, decode, shuffle_buffer=len(files))
 
     def read(self, limit=None):
-        """Return the first images, all if `limit` is None, in memory: each file is decoded once.
+        """Read the first `limit` images, or all, into memory.
 
         Returns:
             uint8 `(N, H, W, 3)`.
@@ -103,22 +103,19 @@ class Folder:
         return np.stack(images)
 
     def _shape(self, sizes, files):
-        """Return the height and width of the images to yield.
-
-        An error where they need an `image_size`.
-        """
+        """Return the height and width of the images to yield, or raise if they differ."""
         for size, file in zip(sizes, files, strict=True):
             if self.shaping.image_size is None and size != sizes[0]:
                 raise ValueError(
-                    "image_size is needed where sizes differ (height x width): "
-                    f"{files[0].path} has {by(sizes[0])}, {file.path} has {by(size)}."
+                    "`image_size` is needed where images differ in size (height x width). "
+                    f"Received: {files[0].path} is {by(sizes[0])}, {file.path} is {by(size)}"
                 )
         return self.shaping.final_shape(sizes[0], self.path)
 
     def _inspected(self, use, limit=None):
-        """Yield pairs of a usable file and what `use` makes of its pixels.
+        """Return pairs of a usable file and the result of `use` for its pixels.
 
-        At least `limit` of them.
+        Stops once there are at least `limit` of them.
         """
         paths, found, problems = self._paths(), [], []
 
@@ -137,22 +134,25 @@ class Folder:
                     else:
                         found.append((file, used))
         if problems:
-            listed = "\n  ".join(problems[:10] + ["..."] * (len(problems) > 10))
-            summary = f"{len(problems)} of {len(paths)} image files cannot be used:\n  {listed}"
+            listed = ";\n  ".join(problems[:10] + ["..."] * (len(problems) > 10))
+            summary = (
+                f"{len(problems)} of {len(paths)} image files that cannot be used:\n  {listed}"
+            )
             if self.on_error == "raise" or not found:
                 raise ValueError(
-                    f'{summary}\nRemove or mend them, or leave them out with on_error="skip".'
+                    f"folder:{self.path} must hold readable images. Remove or repair the others, "
+                    f'or leave them out with on_error="skip". Received: {summary}'
                 )
             logging.warning("Skipped: %s", summary)
         return found
 
     def _inspect(self, path):
-        """Return a file, its pixels and None; or what is wrong with it as the third."""
+        """Return an `ImageFile`, its pixels and None; or None, None and what is wrong."""
         try:
             with open(path, "rb") as opened:
                 file = opened.read()
             header = pictures.header(file)
-            # A few kilobytes can announce, and decode to, gigabytes.
+            # A few kilobytes can decode to gigabytes.
             if header.height * header.width > self.max_pixels:
                 announced = f"{header.height} x {header.width}"
                 return None, None, f"{announced} is more than max_pixels={self.max_pixels}"
@@ -168,7 +168,7 @@ class Folder:
             return None, None, f"corrupt or cut short ({reason.partition(' [Op:')[0]})"
         except ValueError as error:
             return None, None, str(error)
-        except Exception as error:  # Whatever Pillow's readers make of damaged files.
+        except Exception as error:  # Pillow's readers can raise anything for damaged files.
             return None, None, f"corrupt or cut short ({error})" if str(error) else "corrupt"
         size = pixels.shape[:2]
         if min(size) < self.shaping.min_size:
@@ -180,14 +180,14 @@ class Folder:
         return self.exif_orientation and header.decoder != "pillow"
 
     def _decoded(self, file, header):
-        """Return pixels of a file, now: uint8 `(H, W, 3)`."""
+        """Decode a file eagerly to uint8 `(H, W, 3)`."""
         if header.decoder == "pillow":
             return pictures.decode(file, self.exif_orientation)
         pixels = _by_tensorflow(file, header.decoder).numpy()
         return pictures.turned(pixels, header.orientation) if self._turns(header) else pixels
 
     def _decode_later(self, path, decoder):
-        """Return pixels of a file in a graph, not yet turned unless by Pillow."""
+        """Decode a file in a graph. Only Pillow also rotates it."""
         if decoder != "pillow":
             return _by_tensorflow(tf.io.read_file(path), decoder)
 
@@ -199,7 +199,9 @@ class Folder:
 
     def _paths(self):
         if not os.path.isdir(self.path):
-            raise ValueError(f"folder:{self.path} must be a folder; there is none of that name.")
+            raise ValueError(
+                f"folder:PATH must be an existing folder. Received: folder:{self.path}"
+            )
         paths, others = [], []
         for parent, folders, names in os.walk(self.path, followlinks=False):
             folders[:] = [name for name in folders if not name.startswith(".")]
@@ -210,20 +212,20 @@ class Folder:
         if not paths:
             found = f"{len(others)} other files, such as {min(others)}" if others else "no files"
             raise ValueError(
-                f"folder:{self.path} must hold images ({', '.join(EXTENSIONS)}); it holds {found}."
+                f"folder:{self.path} must hold images ({', '.join(EXTENSIONS)}). Received: {found}"
             )
         _warn_of_other_images(others)
         return sorted(paths)
 
 
 def _warn_of_other_images(paths):
-    """Says which files are left out although they look like images."""
+    """Warn about files that are left out although they look like images."""
     paths = sorted(path for path in paths if path.lower().rpartition(".")[2] in _OTHER_KINDS)
     if paths:
         listed = ", ".join(paths[:10] + ["..."] * (len(paths) > 10))
         warnings.warn(
-            f"{len(paths)} files are left out, which look like images of other kinds than "
-            f"{', '.join(EXTENSIONS)}. Convert them to have them read. Left out: {listed}",
+            f"{len(paths)} files are left out that look like images of other formats than "
+            f"{', '.join(EXTENSIONS)}. Convert them to use them. Left out: {listed}",
             stacklevel=2,
         )
 
@@ -235,6 +237,6 @@ def _by_tensorflow(file, decoder):
 
 
 def _turned_later(pixels, orientation):
-    """As `pictures.turned`, in a graph."""
+    """Apply `pictures.turned` in a graph."""
     branches = [lambda value=value: pictures.turned(pixels, value) for value in range(1, 9)]
     return tf.switch_case(orientation - 1, branches)

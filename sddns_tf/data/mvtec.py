@@ -1,4 +1,4 @@
-"""Sets for inspection in the layout of MVTec AD: good parts, damaged ones, and masks of the damage.
+"""Data sets in the layout of MVTec AD: good parts, damaged parts, and masks of the damage.
 
 bottle/train/good/000.png
 bottle/test/good/000.png
@@ -11,7 +11,8 @@ import pathlib
 
 import numpy as np
 
-from sddns_tf.validation import check_size
+from sddns_tf.image_ops import RESIZES, center_crop
+from sddns_tf.validation import check_choice, check_size
 
 _EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png")
 GOOD = "good"
@@ -19,12 +20,12 @@ GOOD = "good"
 
 @dataclasses.dataclass
 class Inspection:
-    """Images of one kind of part.
+    """Images and masks of one kind of part.
 
     Attributes:
         train: Good parts to train on, uint8 `(N, H, W, 3)`.
-        test: Dict from the name of a folder of `test` to its images, uint8 `(M, H, W, 3)`;
-            `"good"` are good parts.
+        test: Dict from the name of a folder in `test` to its images, uint8 `(M, H, W, 3)`. The
+            folder `"good"` has good parts.
         masks: Dict from each of these names to masks of the damage, bool `(M, H, W)`.
         files: Dict from each of these names to the paths of the images.
     """
@@ -39,14 +40,14 @@ def load(folder, image_size):
     """Read a folder in the layout of MVTec AD.
 
     Args:
-        folder: The folder of one kind of part, which holds `train`, `test` and `ground_truth`.
+        folder: Folder of one kind of part, with the folders `train`, `test` and `ground_truth`.
         image_size: Size to which images and masks are resized, an int or (height, width).
 
     Returns:
         `Inspection`.
 
     Raises:
-        ValueError: If a folder or a mask is missing, or a mask has another size than its image.
+        ValueError: If a folder or mask is missing, or a mask differs in size from its image.
 
     Example:
     >>> parts = sddns_tf.data.mvtec.load("mvtec/bottle", image_size=224)
@@ -70,27 +71,32 @@ def load(folder, image_size):
     )
 
 
-def masks_of(paths, folder, size):
+def masks_of(paths, folder, size, resize="squash"):
     """Return the masks of some images.
 
     Args:
         paths: Paths of the images.
-        folder: Where their masks are: of `000.png` it is `000_mask.png` or `000.png`. None for
-            images without damage.
-        size: Height and width to which they are resized; a pixel is damaged where half of it is.
+        folder: Folder of their masks. The mask of `000.png` is `000_mask.png` or `000.png`. None
+            for images without damage.
+        size: Height and width to which masks are resized. A resized pixel counts as damaged if at
+            least half of it is.
+        resize: `"squash"` or `"crop"`, as for the images: see `data.load`.
 
     Returns:
         NumPy bool `(N, height, width)`.
 
     Raises:
-        ValueError: If one is missing or has another size than its image.
+        ValueError: If a mask is missing or differs in size from its image.
     """
+    check_choice("resize", resize, RESIZES)
     if folder is None:
         return np.zeros((len(paths), *size), bool)
-    return np.stack([_mask(path, pathlib.Path(folder), size) for path in paths])
+    return np.stack(
+        [_mask(pathlib.Path(path), pathlib.Path(folder), size, resize) for path in paths]
+    )
 
 
-def _mask(path, folder, size):
+def _mask(path, folder, size, resize):
     from PIL import Image
 
     found = [
@@ -100,23 +106,28 @@ def _mask(path, folder, size):
     ]
     found = next((name for name in found if name.is_file()), None)
     if found is None:
-        raise ValueError(f"The mask of {path} is missing. Received: a folder {folder} without it")
+        raise ValueError(
+            f"The mask of {path} is missing. Received: {folder}, which does not have it"
+        )
     with Image.open(found) as mask, Image.open(path) as image:
         if mask.size != image.size:
             raise ValueError(
                 "A mask must have its image's size. Received: "
                 f"{found} of {mask.size}, {path} of {image.size} (width, height)"
             )
-        damage = mask.convert("L").point(lambda value: 255 * (value > 0))
-        return np.asarray(damage.resize(size[::-1], Image.Resampling.BOX)) >= 128
+        damage = np.where(np.asarray(mask.convert("L")) > 0, np.uint8(255), np.uint8(0))
+        if resize == "crop":
+            damage = center_crop(damage[np.newaxis, ..., np.newaxis], *size)[0, ..., 0]
+        resized = Image.fromarray(damage).resize(size[::-1], Image.Resampling.BOX)
+        return np.asarray(resized) >= 128
 
 
 def image_paths(folder):
-    """Sorted paths of the images that lie in a folder."""
+    """Return the sorted paths of the images in a folder."""
     folder = pathlib.Path(folder)
     found = [path for path in _listed(folder) if path.suffix.lower() in _EXTENSIONS]
     if not found:
-        raise ValueError(f"There are no images in the folder. Received: {folder}")
+        raise ValueError(f"The folder must hold images. Received: {folder}, which has none")
     return found
 
 
@@ -127,8 +138,8 @@ def _folders(folder):
 def _listed(folder):
     if not folder.is_dir():
         raise ValueError(
-            "A set in the layout of MVTec AD has folders train/good, test/<kind> and "
-            f"ground_truth/<kind>. Received: {folder}, which is no folder"
+            "A data set in the layout of MVTec AD must have the folders train/good, test/<kind> "
+            f"and ground_truth/<kind>. Received: {folder}, which is not a folder"
         )
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 

@@ -1,4 +1,4 @@
-"""What all sources share: uint8 RGB of one size, and how much of it is shuffled at once."""
+"""Common to all sources: conversion to uint8 RGB of one size, and the size of shuffle buffers."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,22 +9,22 @@ import tensorflow as tf
 from sddns_tf import image_ops
 from sddns_tf.validation import check_choice, check_int, check_size, in_range
 
-# A shuffle buffer holds the whole of a set up to this size, and a part of a larger one.
+# A shuffle buffer holds a whole data set up to this size, and a part of a larger one.
 _SHUFFLE_BYTES = 512 * 2**20
 _UNKNOWN_IMAGE_BYTES = 128 * 2**10
 
 
 class Opened(NamedTuple):
-    """A source ready to be shuffled (cheap records) and then decoded (expensive images)."""
+    """An opened source: small records to shuffle, and a function that decodes them to images."""
 
     records: tf.data.Dataset
-    decode: Callable  # one record -> {"image": uint8 (H, W, 3), and "label" where there is one}
+    decode: Callable  # record -> {"image": uint8 (H, W, 3)} and maybe "label"
     shuffle_buffer: int
     decodes_batches: bool = False  # whether `decode` also takes a batch of records
 
 
 class Shaping:
-    """How images are brought to one shape, and how small they may be before.
+    """How images are resized to one size, and how small they may be before that.
 
     Args:
         image_size: None, an int or (height, width) in pixels.
@@ -40,7 +40,7 @@ class Shaping:
         self.min_size = min_size or 1
 
     def final_shape(self, stored, name):
-        """Return `(height, width)` of the images to yield, of a source whose sides may be None."""
+        """Return the `(height, width)` to yield; `stored` may have sides that are None."""
         known = [side for side in stored if side is not None]
         if known and min(known) < self.min_size:
             raise ValueError(
@@ -50,11 +50,14 @@ class Shaping:
         if self.image_size is not None:
             return self.image_size
         if len(known) < 2:
-            raise ValueError(f"image_size is needed: {name} states no fixed size of its images.")
+            raise ValueError(
+                "`image_size` is needed where the source does not state one size for all images. "
+                f"Received: {name}"
+            )
         return tuple(stored)
 
     def finish(self, images, shape):
-        """Make uint8 `(..., H, W, C)` RGB of the given height and width."""
+        """Convert uint8 `(..., H, W, C)` to RGB of the given height and width."""
         if self.min_size > 1:
             sides = tf.shape(images)[-3:-1]
             tf.debugging.assert_greater_equal(
@@ -67,9 +70,9 @@ class Shaping:
 
 
 def resized(images, size, resize="squash"):
-    """Return images in 0-255 at `(height, width)`, of their own dtype: `image_ops.fit`, rounded.
+    """Resize images in 0-255 as `image_ops.fit` does, and round them to their own dtype.
 
-    By TensorFlow's own operation, which needs no float copy of a large photograph.
+    Uses TensorFlow's own operation, which needs no float copy of a large photograph.
     """
     if not tf.is_tensor(size) and tuple(images.shape[-3:-1]) == tuple(size):
         return images
@@ -83,24 +86,24 @@ def resized(images, size, resize="squash"):
 
 
 def shuffle_buffer(examples, shape, bytes_per_value=1):
-    """Return how many images to hold, given how many there are (-1: unknown) and their shape."""
+    """Return the size of a shuffle buffer for a number of images (-1: unknown) of some shape."""
     image_bytes = np.prod(shape) * bytes_per_value if None not in shape else _UNKNOWN_IMAGE_BYTES
     affordable = max(1, int(_SHUFFLE_BYTES // image_bytes))
     return affordable if examples < 0 else min(examples, affordable)
 
 
 def name_of(source):
-    """Return what an error calls a source."""
+    """Return the name of a source for error messages."""
     return source if isinstance(source, str) else f"the {type(source).__name__}"
 
 
 def by(shape):
-    """Return the height and width as text."""
+    """Return height and width as text."""
     return f"{shape[0]} x {shape[1]}"
 
 
 def to_uint8(array, name):
-    """Return an array of integers or floats in 0-255 as uint8."""
+    """Convert an array of integers or floats in 0-255 to uint8."""
     if array.dtype.kind not in "uif":
         raise ValueError(
             f"`{name}` must hold integers or floats in 0-255. Received: dtype {array.dtype}"

@@ -1,4 +1,4 @@
-"""Prepared TFDS data sets; nothing is downloaded."""
+"""Images of prepared TFDS data sets. Nothing is downloaded."""
 
 import os
 
@@ -9,7 +9,7 @@ from sddns_tf.data.pixels import Opened, shuffle_buffer
 
 
 def open_tfds(name, shaping, exclude_labels, split, data_dir, shuffle_files_seed=None):
-    """Return a prepared TFDS data set with a uint8 `image` feature."""
+    """Open a prepared TFDS data set with a uint8 `image` feature."""
     import tensorflow_datasets as tfds
 
     builder = _tfds_builder(name, data_dir)
@@ -48,8 +48,8 @@ def open_tfds(name, shaping, exclude_labels, split, data_dir, shuffle_files_seed
         records = records.filter(lambda record: tf.reduce_all(record["label"] != excluded))
     if next(iter(records.take(1)), None) is None:
         raise ValueError(
-            f"tfds:{name} must hold at least one image; split={split!r} has {examples}, and "
-            f"exclude_labels={list(exclude_labels)} leaves none."
+            f"tfds:{name} must have at least one image left. Received: split={split!r} of "
+            f"{examples} images, exclude_labels={list(exclude_labels)}"
         )
 
     def decode(record):
@@ -67,20 +67,21 @@ def _tfds_builder(name, data_dir):
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except (ValueError, AssertionError) as error:
-        # TFDS answers an unknown name with all of the thousand that it knows: too long to read.
+        # For an unknown name, TFDS lists a thousand known ones after the first line.
         reason = str(error).split("\n")[0]
     else:
         if tf.io.gfile.isdir(builder.data_dir):
             return builder
         reason = (
-            f"It is not prepared there; `tfds build {name} --data_dir={data_dir}` prepares a data "
-            "set that TFDS knows."
+            f"not prepared there; if TFDS knows it, `tfds build {name} --data_dir={data_dir}` "
+            "prepares it"
         )
     prepared = []
     if tf.io.gfile.isdir(data_dir):
         prepared = sorted(entry.rstrip("/") for entry in tf.io.gfile.listdir(data_dir))
     raise ValueError(
-        f"tfds:{name} must be a prepared data set in {data_dir}, which holds {prepared}. {reason}"
+        f"tfds:NAME must be one of the data sets prepared in {data_dir}, {prepared}. "
+        f"Received: tfds:{name} ({reason})"
     )
 
 
@@ -89,11 +90,11 @@ def _excluded_ids(name, features, exclude_labels):
         return []
     names = getattr(features["label"], "names", None) if "label" in features else None
     if names is None:
-        raise ValueError(f"exclude_labels needs named labels, and tfds:{name} has none.")
+        raise ValueError(f"`exclude_labels` needs a set with named labels. Received: tfds:{name}")
     unknown = sorted(set(exclude_labels) - set(names))
     if unknown:
         shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
         raise ValueError(
-            f"exclude_labels must be labels of tfds:{name} ({shown}). Received: {unknown}"
+            f"`exclude_labels` must be labels of tfds:{name} ({shown}). Received: {unknown}"
         )
     return [names.index(label) for label in sorted(set(exclude_labels))]

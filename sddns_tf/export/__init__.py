@@ -1,17 +1,20 @@
-"""Detectors for where there is no Keras: a SavedModel for TensorFlow Serving, a `.tflite` file.
+"""Export detectors to run without Keras: a SavedModel for TensorFlow Serving, or a `.tflite` file.
 
-Either carries everything: resizing, normalization, backbone, bank, score and calibration.
+Each contains everything: resizing, normalization, backbone, bank, score and calibration.
 """
 
-import importlib
+from __future__ import annotations
 
-# Imported when they are asked for: what reads a `.tflite` file needs `metadata`, no TensorFlow.
+import importlib
+from typing import Any
+
+# Imported on first use: a program that reads a `.tflite` file needs `metadata` but no TensorFlow.
 _MODULES = {"saved_model": "to_saved_model", "tflite": "to_tflite"}
 
 __all__ = ["metadata", "saved_model", "tflite"]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name == "metadata":
         return importlib.import_module("sddns_tf.export.metadata")
     if name not in _MODULES:
@@ -19,5 +22,5 @@ def __getattr__(name):
     return getattr(importlib.import_module(f"sddns_tf.export.{_MODULES[name]}"), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__

@@ -1,20 +1,25 @@
-"""Which operations of a `.tflite` file an accelerator would hand back to the CPU.
+"""Which operations of a `.tflite` file an accelerator would leave to the CPU.
 
-People learn this on the phone otherwise: a delegate takes what it knows, and each change between it
-and the CPU costs time. The lists go by name alone; what holds besides is in `NEEDS`. Whether a part
-is taken in the end depends on versions, shapes and drivers. GPU and Core ML follow their makers'
-pages. Edge TPU and NNAPI were written from memory and not compared with the pages named beside
-them: take them as a hint, and try the file on the device.
+Otherwise one finds out on the device: a delegate runs the operations it supports, and each switch
+between it and the CPU costs time. The lists compare names only; further requirements are in
+`NEEDS`. What a delegate really takes also depends on versions, shapes and drivers. The lists for
+GPU and Core ML follow the makers' pages. Those for Edge TPU and NNAPI were written from memory and
+have not been compared with the pages named beside them: take them as a hint, and try the file on
+the device.
 """
 
-# https://ai.google.dev/edge/litert/performance/gpu, "GPU ML operations support"; that page does not
-# name DEQUANTIZE and QUANTIZE, which are added here.
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+# https://ai.google.dev/edge/litert/performance/gpu, "GPU ML operations support". DEQUANTIZE and
+# QUANTIZE are added here; that page does not name them.
 _GPU = """
 ADD AVERAGE_POOL_2D CONCATENATION CONV_2D DEPTHWISE_CONV_2D EXP FULLY_CONNECTED LOGICAL_AND LOGISTIC
 LSTM MAX_POOL_2D MAXIMUM MINIMUM MUL PAD PRELU RELU RELU6 RESHAPE RESIZE_BILINEAR SOFTMAX
 STRIDED_SLICE SUB TRANSPOSE_CONV DEQUANTIZE QUANTIZE
 """
-# Not compared with https://coral.ai/docs/edgetpu/models-intro/#supported-operations yet.
+# Not yet compared with https://coral.ai/docs/edgetpu/models-intro/#supported-operations
 _EDGE_TPU = """
 ADD AVERAGE_POOL_2D CONCATENATION CONV_2D DEPTHWISE_CONV_2D EXPAND_DIMS FULLY_CONNECTED
 L2_NORMALIZATION LOGISTIC LSTM MAXIMUM MAX_POOL_2D MEAN MINIMUM MUL PACK PAD PRELU QUANTIZE
@@ -27,7 +32,7 @@ _CORE_ML = """
 ADD AVERAGE_POOL_2D CONCATENATION CONV_2D DEPTHWISE_CONV_2D FULLY_CONNECTED HARD_SWISH LOGISTIC
 MAX_POOL_2D MUL RELU RELU_N1_TO_1 RELU6 RESHAPE RESIZE_BILINEAR SOFTMAX TANH TRANSPOSE_CONV
 """
-# Operations of API level 30, not compared with their list yet:
+# Operations of API level 30, not yet compared with their list:
 # https://developer.android.com/ndk/reference/group/neural-networks
 _NNAPI = """
 ABS ADD ARG_MAX ARG_MIN AVERAGE_POOL_2D BATCH_TO_SPACE_ND CAST CONCATENATION CONV_2D DEPTH_TO_SPACE
@@ -53,11 +58,11 @@ NEEDS = {
 }
 
 
-def refused(operators):
-    """Return the operations that each delegate does not know.
+def refused(operators: Iterable[str]) -> dict[str, list[str]]:
+    """Return the operations that each delegate does not support.
 
     Args:
-        operators: Names of operations, such as `metadata.operators` gives.
+        operators: Names of operations, as `metadata.operators` returns them.
 
     Returns:
         Dict from the name of a delegate to a sorted list of names.
@@ -69,13 +74,15 @@ def refused(operators):
     return {name: sorted(set(operators) - taken) for name, taken in TAKEN.items()}
 
 
-def report(operators, quantization=None, batch_size=None):
-    """Return what delegates other than the CPU's would make of a file, in words.
+def report(
+    operators: Iterable[str], quantization: str | None = None, batch_size: int | None = None
+) -> str:
+    """Describe what delegates other than the CPU's would leave to the CPU.
 
     Args:
-        operators: Names of its operations.
-        quantization: As of `export.tflite`.
-        batch_size: Likewise.
+        operators: Names of the file's operations.
+        quantization: Quantization of the file: see `export.tflite`.
+        batch_size: Fixed batch size of the file, or None.
 
     Returns:
         String of a few lines.

@@ -1,10 +1,10 @@
-"""What a `.tflite` file says about itself: its operators, its calibration, its description.
+"""Metadata of a `.tflite` file: its operators, its calibration and its description.
 
-The calibration lies in three buffers of the file: `scores`, ascending and filled up with minus
-infinity, `p_values`, one for each number of calibration scores that are as high as a score, and
-`rate`. The description is JSON, in the file's metadata under the name `sddns_tf`, and tells which
-buffers these are, so that a device can calibrate again in place, without TensorFlow:
-`examples/edge_inference.py` does.
+The calibration is stored in three buffers of the file. `scores` are the sorted calibration scores,
+padded with minus infinity. `p_values` is a table from the number of calibration scores that are at
+least as high as a score to its p-value. `rate` is the false positive rate. The description is JSON
+in the file's metadata, under the name `sddns_tf`. It names these buffers, so that a device can
+recalibrate the file in place without TensorFlow, as `examples/edge_inference.py` does.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import numpy as np
 from sddns_tf.types import Array
 
 NAME = "sddns_tf"
-_DESCRIPTION_BYTES = 4096  # With room: a device may rewrite it in place, but not lengthen it.
+_DESCRIPTION_BYTES = 4096  # Padded: a device may rewrite it in place but cannot make it longer.
 
 
-def _schema():
+def _schema() -> Any:
     from ai_edge_litert import schema_py_generated
 
     return schema_py_generated
 
 
 def operators(file: Any) -> list[str]:
-    """Return names of the operators that a file uses; those that are not built in as `CUSTOM`.
+    """Return the names of the operators that a file uses, `CUSTOM` for those not built in.
 
     Args:
         file: Bytes of a `.tflite` file.
@@ -39,15 +39,15 @@ def operators(file: Any) -> list[str]:
     names = {code: name for name, code in vars(schema.BuiltinOperator).items() if name.isupper()}
     model = schema.Model.GetRootAs(file)
     codes = (model.OperatorCodes(i) for i in range(model.OperatorCodesLength()))
-    # Early codes are in a field of a byte, in which 127 stands for all that follow.
+    # Codes up to 126 are in a field of one byte; 127 there refers to the other field.
     return sorted({names[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())] for code in codes})
 
 
 def calibration_placeholders(capacity: int) -> dict[str, Any]:
-    """Stand-ins for the calibration, unlike any constant of a network, to be found in the file.
+    """Return placeholders for the calibration, by whose values its buffers are found in the file.
 
     Args:
-        capacity: Number of calibration scores that the file has room for.
+        capacity: Largest number of calibration scores that the file can hold.
 
     Returns:
         Dict of float32 arrays: `"scores"` `(capacity,)`, `"p_values"` `(capacity + 1,)` and
@@ -62,15 +62,15 @@ def calibration_placeholders(capacity: int) -> dict[str, Any]:
 
 
 def described(file: Any, description: Any, placeholders: Any) -> bytearray:
-    """Return a file with a description that tells where its calibration is.
+    """Return a file with a description that says where its calibration is stored.
 
     Args:
         file: Bytes of a `.tflite` file, converted with the placeholders.
-        description: Dict, as JSON takes it.
-        placeholders: What `calibration_placeholders` gave.
+        description: JSON-serializable dict.
+        placeholders: Result of `calibration_placeholders`.
 
     Returns:
-        Bytearray of the file with the description, of which `"buffers"` is now a part.
+        Bytearray of the file. Its description has the additional entry `"buffers"`.
 
     Raises:
         RuntimeError: If a placeholder is not in exactly one buffer.
@@ -88,13 +88,13 @@ def described(file: Any, description: Any, placeholders: Any) -> bytearray:
     model.buffers.append(buffer)
     model.metadata = [*(model.metadata or []), entry]
     for subgraph in model.subgraphs:
-        # The signature finds its tensors by number; those of the others take 70 kB in a small ViT.
+        # Signatures refer to tensors by number, and the names take 70 kB in a small ViT.
         for tensor in subgraph.tensors:
             tensor.name = b""
     return bytearray(flatbuffer_utils.convert_object_to_bytearray(model))
 
 
-def _buffer_of(model, name, value):
+def _buffer_of(model: Any, name: str, value: np.ndarray) -> int:
     content = value.tobytes()
     found = [
         index
@@ -104,13 +104,13 @@ def _buffer_of(model, name, value):
     if len(found) != 1:
         raise RuntimeError(
             f"The calibration's {name} should be one constant of the converted file. "
-            f"Received: {len(found)} constants of that value."
+            f"Received: {len(found)} constants with that value"
         )
     return found[0]
 
 
 def description(file: Any) -> dict[str, Any]:
-    """Return the description that a file carries.
+    """Return the description in a file.
 
     Args:
         file: Bytes of a `.tflite` file.
@@ -119,42 +119,44 @@ def description(file: Any) -> dict[str, Any]:
         Dict.
 
     Raises:
-        ValueError: If the file carries none.
+        ValueError: If the file has none.
     """
     return json.loads(_description_bytes(file).tobytes())
 
 
 def describe(file: Any, values: Any) -> None:
-    """Rewrite some entries of the description, in place.
+    """Rewrite some entries of the description in place.
 
     Args:
         file: Bytearray of a described `.tflite` file.
-        values: Dict of the entries that change.
+        values: Dict of the entries to change.
     """
     place = _description_bytes(file)
     text = json.dumps({**description(file), **values}).encode()
     if len(text) > len(place):
-        raise ValueError(f"The description has {len(place)} bytes. Received: {len(text)}.")
+        raise ValueError(
+            f"The description must fit into {len(place)} bytes. Received: {len(text)} bytes"
+        )
     place[:] = np.frombuffer(text.ljust(len(place)), np.uint8)
 
 
 def calibrate(file: Any, scores: Array, rate: float) -> None:
-    """Rewrite the calibration, in place.
+    """Rewrite the calibration in place.
 
     Args:
         file: Bytearray of a described `.tflite` file.
-        scores: Its own scores of calibration images, float32 `(N,)`, at most as many as it has
-            room for.
-        rate: Float, false positive rate.
+        scores: Scores that the file gives calibration images, float32 `(N,)`, with N at most its
+            `"calibration_room"`.
+        rate: False positive rate, a float.
     """
     buffers = description(file)["buffers"]
     model = _schema().Model.GetRootAs(file)
 
-    def values(name):
+    def values(name: str) -> np.ndarray:
         return model.Buffers(buffers[name]).DataAsNumpy().view(np.float32)
 
     place = values("scores")
-    # Minus infinity is at least as high as no score: it counts for nothing.
+    # No score is at most minus infinity, so the padding is never counted.
     place[:] = -np.inf
     place[: len(scores)] = np.sort(np.asarray(scores, np.float32))
     table = values("p_values")
@@ -168,9 +170,12 @@ def calibrate(file: Any, scores: Array, rate: float) -> None:
     describe(file, {**told, "threshold": float(np.sort(scores)[-flagged]) if flagged else None})
 
 
-def _description_bytes(file):
+def _description_bytes(file: Any) -> np.ndarray:
     model = _schema().Model.GetRootAs(file)
     for index in range(model.MetadataLength()):
         if model.Metadata(index).Name() == NAME.encode():
             return model.Buffers(model.Metadata(index).Buffer()).DataAsNumpy()
-    raise ValueError("The file carries no description of a detector.")
+    raise ValueError(
+        "`file` must be a .tflite file that `sddns_tf.export.tflite` wrote. "
+        "Received: a file without a description of a detector"
+    )

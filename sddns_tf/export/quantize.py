@@ -1,13 +1,16 @@
-"""Quantization of the backbone in a `.tflite` file, and of nothing else in it."""
+"""Quantize the backbone in a `.tflite` file, and nothing else in it."""
+
+from __future__ import annotations
 
 import re
 import warnings
+from typing import Any
 
 import numpy as np
 
 
-def import_quantizer():
-    """Return the quantizer's modules; a clear error where it is not installed."""
+def import_quantizer() -> tuple[Any, ...]:
+    """Return the quantizer's modules, or raise an error that says how to install it."""
     try:
         from ai_edge_quantizer import calibrator, qtyping, quantizer, recipe_manager
         from ai_edge_quantizer.utils import qsv_utils
@@ -18,17 +21,24 @@ def import_quantizer():
     return calibrator, qtyping, quantizer, recipe_manager, qsv_utils
 
 
-def backbone_scope(detector):
-    """Regular expression for the names that the backbone's operations have in the graph."""
+def backbone_scope(detector: Any) -> str:
+    """Return a regular expression for the names of the backbone's operations in the graph."""
     names = (detector.extractor.name, detector.extractor.backbone.name)
     return "".join(rf"{re.escape(name)}(_\d+)?/" for name in names)
 
 
-def quantized_model(model, quantization, scope, images, batch_size=None):
-    """Return a TFLite model whose dense layers and convolutions within a scope are quantized.
+def quantized_model(
+    model: bytes,
+    quantization: str | None,
+    scope: str,
+    images: np.ndarray,
+    batch_size: int | None = None,
+) -> bytes:
+    """Quantize the dense layers and convolutions within a scope of a TFLite model.
 
-    TensorFlow's own converter would quantize the bank as well, which makes the score's error two
-    to five times as large. Products of activations stay float: slower and worse as integers.
+    TensorFlow's own converter would also quantize the bank, which makes the error of the score two
+    to five times as large. Products of two activations, as in attention, stay float: as integers
+    they are slower and less precise.
     """
     _, qtyping, quantizer, recipe_manager, _ = import_quantizer()
     float16 = qtyping.OpQuantizationConfig(
@@ -44,7 +54,7 @@ def quantized_model(model, quantization, scope, images, batch_size=None):
         if quantization == "float16":
             recipe.add_quantization_config(scope, operation, float16, "float_casting")
         elif quantization == "dynamic" and name != "DEPTHWISE_CONV_2D":
-            # XNNPACK has no depthwise convolution of float activations and int8 weights.
+            # XNNPACK has no depthwise convolution with float activations and int8 weights.
             recipe.add_dynamic_config(scope, operation, num_bits=8)
         elif quantization == "int8":
             recipe.add_static_config(scope, operation, activation_num_bits=8, weight_num_bits=8)
@@ -67,17 +77,19 @@ def quantized_model(model, quantization, scope, images, batch_size=None):
     return bytes(quantized.quantized_model)
 
 
-def _activation_ranges(model, recipe, images, batch_size):
-    """Return the smallest and largest value of each tensor to be quantized, over all images.
+def _activation_ranges(
+    model: bytes, recipe: Any, images: np.ndarray, batch_size: int | None
+) -> Any:
+    """Return the smallest and largest value of each quantized tensor over all images.
 
-    The quantizer by itself takes a moving average over batches instead, which cuts off the
-    extremes and makes the score's error eight times as large.
+    By default the quantizer takes a moving average over batches, which cuts off the extremes and
+    makes the error of the score eight times as large.
     """
     calibrator, _, _, _, qsv_utils = import_quantizer()
     calibration = calibrator.Calibrator(
         model, num_threads=1, qsv_update_func=qsv_utils.min_max_update
     )
-    # One image at a time: a larger batch is thirty times as slow for an image.
+    # One image at a time: larger batches take thirty times as long per image.
     shape = (batch_size or 1, *images.shape[1:])
     batches = [{"images": np.resize(image, shape)} for image in images]
     calibration.calibrate({"serving_default": batches}, recipe)

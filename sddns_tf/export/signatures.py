@@ -1,52 +1,59 @@
-"""What a served detector can be asked: the functions behind a SavedModel's signatures."""
+"""The functions behind the signatures of a SavedModel."""
+
+from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from sddns_tf.export import decode_files
 from sddns_tf.export.verify import resolution
+from sddns_tf.types import Array
 
 _IMAGES = tf.TensorSpec([None, None, None, 3], tf.uint8, name="images")
 _IMAGE_BYTES = tf.TensorSpec([None], tf.string, name="image_bytes")
 _RATE = tf.TensorSpec([None], tf.float32, name="false_positive_rate")
 
 
-def signatures(detector, max_pixels, include_features=False):
-    """Return functions of a detector by the names of their signatures.
+def signatures(
+    detector: Any, max_pixels: int, include_features: bool = False
+) -> dict[str, Callable]:
+    """Return the functions of a detector by the names of their signatures.
 
     Args:
         detector: A `Detector`.
-        max_pixels: Image files of more pixels are not decoded.
-        include_features: Whether answers hold the features as well.
+        max_pixels: Image files with more pixels are not decoded.
+        include_features: Whether answers include the features.
 
     Returns:
         Dict of `tf.function`s: see `export.saved_model`.
     """
     size = resolution(detector)
 
-    # The one large function: all signatures call it, so the network is written once.
+    # All signatures call this function, so the network is stored only once.
     @tf.function(input_signature=[tf.TensorSpec([None, *size, 3], tf.float32)], autograph=False)
-    def answer_resized(images):
+    def answer_resized(images: Array) -> dict[str, tf.Tensor]:
         features = detector.features(images)
         return {**detector.answer(features), "features": features}
 
-    def answer_all(images):
+    def answer_all(images: Array) -> dict[str, tf.Tensor]:
         return answer_resized(_resized(detector, images))
 
-    def chosen(answers):
+    def chosen(answers: dict[str, Array]) -> dict[str, tf.Tensor]:
         return {name: answers[name] for name in answers if include_features or name != "features"}
 
-    def answer(images):
+    def answer(images: Array) -> dict[str, tf.Tensor]:
         return chosen(answer_all(images))
 
-    def answer_bytes(files):
+    def answer_bytes(files: Array) -> dict[str, tf.Tensor]:
         images, status = decode_files.decode(files, size, max_pixels, detector.extractor.resize)
         answers = chosen(answer_resized(images))
         return {**_where_decoded(detector, answers, status), "status": status}
 
-    def at_rate(function):
+    def at_rate(function: Callable) -> Callable:
         return lambda inputs, rate: _at_rate(detector, function(inputs), rate)
 
     functions = {
@@ -62,8 +69,8 @@ def signatures(detector, max_pixels, include_features=False):
     }
 
 
-def _resized(detector, images):
-    """Return images at the detector's resolution; those that have it already cost nothing."""
+def _resized(detector: Any, images: Array) -> tf.Tensor:
+    """Resize images to the detector's resolution, unless they have it already."""
     size = resolution(detector)
     fits = tf.reduce_all(tf.shape(images)[1:3] == size)
     resized = tf.cond(
@@ -74,23 +81,23 @@ def _resized(detector, images):
     return tf.ensure_shape(resized, [None, *size, 3])
 
 
-def _where_decoded(detector, answers, status):
-    """Return answers, and for a file without an image those for a score that is not a number."""
+def _where_decoded(detector: Any, answers: dict[str, Array], status: Array) -> dict[str, tf.Tensor]:
+    """Replace the answers for files that were not decoded with those for a score of NaN."""
     decoded = status == ""
     lowest = np.float32(1.0 / (1.0 + detector.calibration_scores.shape[0]))
     instead = {"ood_score": math.nan, "p_value": lowest, "is_ood": True, "features": math.nan}
     instead["anomaly_map"] = math.nan
 
-    def where_decoded(value, other):
+    def where_decoded(value: Array, other: Array) -> tf.Tensor:
         return tf.where(tf.reshape(decoded, [-1] + [1] * (value.shape.rank - 1)), value, other)
 
     return {name: where_decoded(value, instead[name]) for name, value in answers.items()}
 
 
-def _at_rate(detector, answers, rate):
-    """Return answers with the decisions of other rates than the detector's own, one for each image.
+def _at_rate(detector: Any, answers: dict[str, Array], rate: Array) -> dict[str, tf.Tensor]:
+    """Replace the decisions with those at other false positive rates, one for each image.
 
-    As in `Detector`, p-values are compared by their rank, so that rounding decides nothing.
+    As in `Detector`, p-values are compared by rank, so that rounding has no effect.
     """
     images = tf.size(answers["p_value"])
     shape = tf.debugging.assert_equal(

@@ -1,4 +1,4 @@
-"""A detector as a SavedModel for TensorFlow Serving."""
+"""Export a detector as a SavedModel for TensorFlow Serving."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import platform
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,8 @@ from sddns_tf.types import Array
 from sddns_tf.validation import check_bool, check_int
 from sddns_tf.version import __version__
 
-# As on a server: neither Keras nor this package, and the session loader, which is the one that
-# TensorFlow Serving uses and which is stricter than `tf.saved_model.load`.
+# As on a server: without Keras and this package, and with the session loader, which TensorFlow
+# Serving uses and which is stricter than `tf.saved_model.load`.
 _RUN_SAVED_MODEL = """
 import sys
 sys.modules["keras"] = sys.modules["sddns_tf"] = None
@@ -66,54 +67,53 @@ def saved_model(
 ) -> pathlib.Path:
     """Write a detector as a SavedModel that TensorFlow Serving loads.
 
-    Signatures, all for batches of any size B:
+    The signatures take batches of any size B:
 
-    - `serving_default`: `images`, uint8 `(B, H, W, 3)`, of any height and width, to `ood_score`,
-      `p_value` and `is_ood`, each `(B,)`, as the detector gives them.
-    - `serving_bytes`: `image_bytes`, string `(B,)`, JPEG, PNG, BMP or GIF files (of which the
-      first frame counts; EXIF orientation is not applied) of any sizes in one batch, to the same
-      and `status`, string `(B,)`. It is empty for an image. Of a file that is none, is damaged, is
-      of a kind that TensorFlow does not decode rightly or has too many pixels it says so; the score
-      is then not a number, the p-value the lowest there is, and `is_ood` true. The other files of
-      the batch are not affected.
+    - `serving_default`: takes `images`, uint8 `(B, H, W, 3)` of any height and width, and returns
+      `ood_score`, `p_value` and `is_ood`, each `(B,)`, as the detector does.
+    - `serving_bytes`: takes `image_bytes`, string `(B,)`, JPEG, PNG, BMP or GIF files, which may
+      have different sizes. The first frame of an animated GIF is used, and EXIF orientation is not
+      applied. Returns the same, and `status`, string `(B,)`, which is empty if the file was
+      decoded. Otherwise it gives the reason: not an image, damaged, of a kind that TensorFlow does
+      not decode correctly, or too many pixels. The score is then NaN, the p-value the lowest
+      possible, and `is_ood` true. The other files of the batch are not affected.
     - `serving_at_rate` and `serving_bytes_at_rate`: the same with one more input,
-      `false_positive_rate`, float32 `(B,)`, in place of the detector's own. Where it is too small
+      `false_positive_rate`, float32 `(B,)`, instead of the detector's own. If a rate is too small
       for the number of calibration images, or not below 1, `status` says so and `is_ood` is true.
-    - `features`: `images`, as above, to `features`, float32 `(B, D)` of L2 norm 1.
+    - `features`: takes `images` as above and returns `features`, float32 `(B, D)` of L2 norm 1.
 
-    Of a local detector all answers with a score hold `anomaly_map` as well, float32 `(B, h, w)`,
-    not numbers where there is no image; and `features` are maps `(B, h, w, C)`.
+    For a local detector all answers with a score also include `anomaly_map`, float32 `(B, h, w)`,
+    which is NaN if a file was not decoded, and `features` are maps `(B, h, w, C)`.
 
-    In `assets.extra` lie requests with which the server warms up, and `metadata.json`: versions of
-    packages, the detector's configuration and calibration, the result of the comparison below,
-    and the size and SHA-256 of each file.
+    The folder `assets.extra` holds warm-up requests for the server, and `metadata.json` with the
+    versions of packages, the detector's configuration and calibration, the result of the comparison
+    below, and the size and SHA-256 of each file.
 
-    The export becomes visible at once and whole, so a server may watch the directory. Before that
-    it is loaded in a process of its own and compared with the detector.
+    Before the export is moved to its place, it is loaded in a separate process and compared with
+    the detector. It appears in the directory at once and complete, so a server may watch it.
 
     Args:
         detector: A `Detector`.
         directory: Path of the served model, which holds a numbered directory for each version.
-            Its last part is the name under which it is served.
+            Its last part is the name under which the model is served.
         version: Positive int. Defaults to one more than the highest version in `directory`.
-        images: None, or some real images to compare on, uint8 `(N, H, W, 3)`; the first 16 are
-            used. Defaults to synthetic ones.
-        include_features: Whether the answers hold `features`, float32 `(B, D)`, as well.
-        max_pixels: Positive int. Image files of more pixels are not decoded: their header tells.
-            A pixel takes about 30 bytes of memory while its file is being resized.
-        training_data: None, or what the detector was trained on, in words, for `metadata.json`.
+        images: Real images to compare on, uint8 `(N, H, W, 3)`, of which the first 16 are used.
+            Defaults to synthetic images.
+        include_features: Whether the answers include `features`, float32 `(B, D)`.
+        max_pixels: Positive int. Image files with more pixels, according to their header, are not
+            decoded. Resizing a file takes about 30 bytes of memory per pixel.
+        training_data: Description of the training data, for `metadata.json`, or None.
 
     Returns:
         `pathlib.Path` of the directory written, `directory/<version>`.
 
     Raises:
-        FileExistsError: If the version is there already; it stays as it was.
+        FileExistsError: If the version exists already. It is left unchanged.
         RuntimeError: If what was written does not run, or does not agree with the detector:
-            scores to within 4e-6 / temperature (1e-4 at the default; for a backbone in mixed
-            precision, its rounding error / temperature; of a place by as much more as it is
-            farther from the bank, see `verify.check_answers`); p-values and decisions must be
-            exactly those of the written score, which must be the highest of the map. Nothing is
-            left behind.
+            scores may differ by 4e-6 / temperature (1e-4 at the default temperature), for a
+            backbone in mixed precision by its rounding error / temperature, and for anomaly maps
+            as `verify.check_answers` says. P-values and decisions must be exactly those of the
+            exported score, which must be the maximum of the anomaly map. Nothing is left behind.
         ValueError: If the version or `max_pixels` is not a positive int, or the images are not
             uint8 images.
 
@@ -128,7 +128,10 @@ def saved_model(
     check_bool("include_features", include_features)
     target = directory / str(version)
     if target.exists():
-        raise FileExistsError(f"{target} is there already. Choose another version or none.")
+        raise FileExistsError(
+            "`version` must be a new one; without it the next number is taken. "
+            f"Received: {target}, which exists"
+        )
     checked = images_or_synthetic(detector, images)[:CHECKED_IMAGES]
     with temporary_folder_in(directory) as folder:
         export = folder / "export"
@@ -152,25 +155,26 @@ def saved_model(
     return target
 
 
-def _next_version(directory):
+def _next_version(directory: pathlib.Path) -> int:
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     return max([int(name) for name in names if name.isdecimal()], default=0) + 1
 
 
-def _compared(detector, folder, images):
-    """Largest differences between the export in a folder and the detector, all within bounds."""
+def _compared(detector: Any, folder: pathlib.Path, images: np.ndarray) -> dict[str, Any]:
+    """Return the largest differences between an export and the detector, if all are allowed."""
     np.save(folder / "rates.npy", np.full(len(images), detector.false_positive_rate, np.float32))
     answers = run_apart(_RUN_SAVED_MODEL, folder, images)
-    with tf.device("CPU:0"):  # As the export was.
+    with tf.device("CPU:0"):  # Where the export ran too.
         expected = detector(images)["p_value"].numpy()
-    scores, p_values = [], []
+    scores: list[float] = []
+    p_values: list[float] = []
     for name in ("serving_default", "serving_bytes", "serving_at_rate", "serving_bytes_at_rate"):
         scores.append(check_answers(detector, images, answers, f"{name}.", COSINE_TOLERANCE[None]))
         p_values.append(np.max(np.abs(answers[f"{name}.p_value"] - expected)))
         if np.any(answers.get(f"{name}.status", b"") != b""):
             raise RuntimeError(
                 "What was written does not take images that it should, so it was discarded. "
-                f"Received: {name}, status={answers[f'{name}.status'].tolist()}."
+                f"Received: {name}, status={answers[f'{name}.status'].tolist()}"
             )
     check_features(detector, images, answers["features.features"])
     return {
@@ -179,8 +183,8 @@ def _compared(detector, folder, images):
     }
 
 
-def _warmup_requests(detector, images):
-    """Yield one image and a few at once, to every signature."""
+def _warmup_requests(detector: Any, images: np.ndarray) -> Iterator[tuple[str, dict[str, Array]]]:
+    """Yield requests of one image and of four images for every signature."""
     for count in (1, 4):
         batch = np.resize(images, (count, *images.shape[1:]))
         files = np.array([tf.io.encode_jpeg(image).numpy() for image in batch], object)
@@ -192,8 +196,8 @@ def _warmup_requests(detector, images):
         yield "features", {"images": batch}
 
 
-def _description(detector):
-    """Return what a detector is, for people and programs that find its export."""
+def _description(detector: Any) -> dict[str, Any]:
+    """Return the description of a detector for `metadata.json`."""
     packages = ("keras", "numpy", "tensorflow")
     return {
         "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -214,8 +218,8 @@ def _description(detector):
     }
 
 
-def _files(folder):
-    """Return the size and checksum of each file of a folder."""
+def _files(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Return the size and checksum of each file in a folder."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         path.relative_to(folder).as_posix(): {

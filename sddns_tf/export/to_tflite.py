@@ -1,9 +1,10 @@
-"""A detector as one `.tflite` file for edge devices."""
+"""Export a detector as a `.tflite` file for edge devices."""
 
 from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -24,13 +25,14 @@ from sddns_tf.export.verify import (
     score_tolerance,
     temporary_folder_in,
 )
+from sddns_tf.types import Array
 from sddns_tf.validation import check_int
 from sddns_tf.version import __version__
 
-# Room for the calibration scores of a device's own images.
+# Calibration scores that fit into the file if a device recalibrates it with its own images.
 _CALIBRATION_ROOM = 1000
 
-# A file scores few images at a time: the bank in one piece, as a delegate wants it.
+# Devices score few images at a time, so the bank is compared in one piece, which delegates prefer.
 _WHOLE_BANK = 2**30
 
 _LABELS = {
@@ -38,7 +40,7 @@ _LABELS = {
     "p_value": "float32 (B,): share of normal images that score at least as high",
     "is_ood": "bool (B,): p_value <= false_positive_rate",
 }
-_MAP_LABEL = "float32 (B, h, w): score of each place; some place is above threshold iff is_ood"
+_MAP_LABEL = "float32 (B, h, w): score of each place; one is above the threshold iff is_ood"
 
 _RUN_TFLITE = """
 import sys
@@ -62,46 +64,46 @@ def tflite(
     batch_size: int | None = None,
     verbose: int | str = "auto",
 ) -> pathlib.Path:
-    """Write a detector as one `.tflite` file of built-in operations.
+    """Write a detector as one `.tflite` file that needs built-in operations only.
 
-    Its signature `serving_default` takes `images`, uint8 `(B, h, w, 3)`, already at the
-    resolution of the in-distribution (`detector.extractor.resolution`), and gives `ood_score`,
-    `p_value` and `is_ood`, each `(B,)`; of a local detector also `anomaly_map`, `(B, h, w)`. It
-    runs in `ai_edge_litert` without TensorFlow, and its metadata describe it: see `metadata`. They
-    tell as well which of its operations delegates other than the CPU's refuse: see `delegates`;
-    with `verbose` it is printed.
+    Its signature `serving_default` takes `images`, uint8 `(B, h, w, 3)`, already resized to
+    `detector.extractor.resolution`. It returns `ood_score`, `p_value` and `is_ood`, each `(B,)`,
+    and for a local detector `anomaly_map`, `(B, h, w)`. The file runs in `ai_edge_litert` without
+    TensorFlow. It contains a description of itself (see `metadata`), with a list of operations that
+    delegates other than the CPU's do not support (see `delegates`). With `verbose` this list is
+    printed.
 
-    Quantization is that of the backbone's dense layers and convolutions; everything else,
-    bank, score and calibration above all, stays float32. `"dynamic"` is the one to try first on
-    a CPU: the smallest, as fast as `"int8"` and much closer to the detector. A backbone in mixed
-    precision is exported in float32.
+    Quantization applies to the dense layers and convolutions of the backbone. Everything else stays
+    float32, in particular bank, score and calibration. On a CPU try `"dynamic"` first: it is the
+    smallest, as fast as `"int8"` and much closer to the detector. A backbone in mixed precision is
+    exported in float32.
 
-    The p-values are right for the scores that the file itself gives. So where these are others
-    than the detector's, the bank being compressed or the backbone quantized, the file is
-    calibrated anew: it scores the calibration images. Without `calibration_images` such an export
-    is refused; only float32 or float16 with the whole bank keeps the detector's own scores.
+    P-values must be calibrated with the scores that the file itself gives. If these differ from the
+    detector's, because the bank is compressed or the backbone quantized, the file is recalibrated:
+    it scores the calibration images. Without `calibration_images` such an export is an error. Only
+    float32 or float16 with the whole bank keeps the detector's calibration.
 
     Args:
         detector: A `Detector`.
-        path: Path of the file to write. A file of that name is replaced, at once and whole.
-        quantization: None for float32; `"float16"` stores weights as float16 and computes in
-            float32; `"dynamic"` has int8 weights and quantizes activations image by image;
-            `"int8"` has int8 weights and activations, in ranges fixed by representative images.
-        representative_images: uint8 `(N, h, w, 3)`, about a hundred, at the in-distribution's
-            resolution, needed for `"int8"`; images of the bank will do. Activations beyond their
-            range saturate, so let them vary as much as what is to be scored. The first 16 serve
-            for the comparison, else calibration images do, else synthetic ones.
-        calibration_images: uint8 `(N, h, w, 3)` at that resolution: those that the detector was
-            calibrated with, or others that are neither trained on nor in the bank.
-        bank_size: Largest number of rows of the bank, which is compressed to as many centers by
-            weighted k-means: see `bank.compress`; of places by `bank.coreset`. None keeps the
-            whole bank.
-        batch_size: None for any number of images at a time, or the one number that the file
-            takes: somewhat faster, as the delegate then takes the backbone as a whole. With 1 all
-            shapes are fixed, as delegates other than the CPU's need it.
-        verbose: Of the progress bar over calibration images, and of what delegates refuse: 0 is
-            silent, 1 shows them, 2 the bar as one line; `"auto"` shows the bar where there is more
-            than one step.
+        path: Path of the file to write. An existing file is replaced at once and as a whole.
+        quantization: None for float32. `"float16"` stores weights as float16 and computes in
+            float32. `"dynamic"` has int8 weights and quantizes activations image by image.
+            `"int8"` has int8 weights and activations, with ranges set by representative images.
+        representative_images: uint8 `(N, h, w, 3)` at the detector's resolution, about a hundred.
+            Needed for `"int8"`; images of the bank will do. Activations outside the observed range
+            saturate, so the images should vary as much as those to be scored. The first 16 are
+            used for the comparison; without them calibration images, or synthetic images, are.
+        calibration_images: uint8 `(N, h, w, 3)` at the detector's resolution: those that the
+            detector was calibrated with, or others that are neither trained on nor in the bank.
+        bank_size: Largest number of rows in the bank. A larger bank is compressed to that many
+            centers by weighted k-means (see `bank.compress`), and a bank of places by
+            `bank.coreset`. None keeps the whole bank.
+        batch_size: None for any batch size, or a fixed one. A fixed one is somewhat faster, because
+            the delegate can then take the whole backbone. With 1 all shapes are fixed, which
+            delegates other than the CPU's need.
+        verbose: 0 is silent; 1 shows a progress bar over calibration images and prints the
+            operations that delegates do not support; 2 shows the bar as one line; `"auto"` shows
+            the bar if there is more than one step.
 
     Returns:
         `pathlib.Path` of the file.
@@ -109,11 +111,11 @@ def tflite(
     Raises:
         ImportError: If `ai-edge-litert`, or `ai-edge-quantizer` for a quantization, is missing.
         RuntimeError: If what was written does not run, uses an operation that is not built in, or
-            does not agree with the detector (its bank compressed alike): as for `saved_model`,
-            with 1e-3 (`"float16"`), 1e-2 (`"dynamic"`) or 2e-2 (`"int8"`) in place of 4e-6.
-            Nothing is left behind.
-        ValueError: If the quantization is unknown, images that are needed are missing, too few or
-            of a wrong dtype or shape, or a size is not a positive int.
+            does not agree with the detector (with its bank compressed the same way): as for
+            `saved_model`, with 1e-3 (`"float16"`), 1e-2 (`"dynamic"`) or 2e-2 (`"int8"`) instead
+            of 4e-6. Nothing is left behind.
+        ValueError: If the quantization is unknown, if needed images are missing, too few or of a
+            wrong dtype or shape, or if a size is not a positive int.
 
     Example:
     >>> sddns_tf.export.tflite(
@@ -125,16 +127,18 @@ def tflite(
     _import_litert()
     if quantization is not None:
         import_quantizer()
-    calibration = _checked(detector, calibration_images, "calibration_images")
+    calibration = None
+    if calibration_images is not None:
+        calibration = _checked(detector, calibration_images, "calibration_images")
     given = representative_images if representative_images is not None else calibration
     images = _checked(detector, images_or_synthetic(detector, given), "representative_images")
     compressed = bank_size is not None and bank_size < detector.bank.shape[0]
     if calibration is None and (compressed or quantization in ("dynamic", "int8")):
         raise ValueError(
-            f"`calibration_images` are needed: with quantization={quantization!r} and a bank of "
-            f"{detector.bank.shape[0]} rows at bank_size={bank_size} the file's scores are not the "
-            "detector's, so that its p-values would not hold. Pass the images that the detector "
-            "was calibrated with. Received: calibration_images=None."
+            f"`calibration_images` are needed: with quantization={quantization!r} and "
+            f"bank_size={bank_size} for a bank of {detector.bank.shape[0]} rows, the file's scores "
+            "differ from the detector's, so it has to be recalibrated. Pass the images that the "
+            "detector was calibrated with. Received: calibration_images=None"
         )
     path = pathlib.Path(path).expanduser()
     with temporary_folder_in(path.parent) as folder:
@@ -161,35 +165,38 @@ def tflite(
     return path
 
 
-def _check_arguments(quantization, representative_images, bank_size, batch_size):
+def _check_arguments(
+    quantization: str | None,
+    representative_images: Array | None,
+    bank_size: int | None,
+    batch_size: int | None,
+) -> None:
     if quantization not in COSINE_TOLERANCE:
         raise ValueError(
-            f"`quantization` must be one of {list(COSINE_TOLERANCE)}. Received: {quantization!r}."
+            f"`quantization` must be one of {list(COSINE_TOLERANCE)}. Received: {quantization!r}"
         )
     if quantization == "int8" and representative_images is None:
         raise ValueError(
-            '`quantization="int8"` needs `representative_images`, which fix the ranges of '
-            'activations. Without them use "dynamic". Received: representative_images=None.'
+            '`quantization="int8"` needs `representative_images`, which set the ranges of '
+            'activations; without them use "dynamic". Received: representative_images=None'
         )
     for name, value in (("bank_size", bank_size), ("batch_size", batch_size)):
         if value is not None:
             check_int(name, value)
 
 
-def _checked(detector, images, name):
-    """Return images that a file takes as they are, or None."""
-    if images is None:
-        return None
+def _checked(detector: Any, images: Array, name: str) -> np.ndarray:
+    """Return images as uint8, if they are valid and at the detector's resolution."""
     images, size = images_or_synthetic(detector, images, name), resolution(detector)
     if images.shape[1:3] != size:
         raise ValueError(
-            f"`{name}` must be at the in-distribution's resolution, (N, {size[0]}, "
-            f"{size[1]}, 3). Received: shape={images.shape}."
+            f"`{name}` must be at the detector's resolution, (N, {size[0]}, {size[1]}, 3). "
+            f"Received: shape={images.shape}"
         )
     return images
 
 
-def _import_litert():
+def _import_litert() -> Any:
     try:
         from ai_edge_litert.interpreter import Interpreter
     except ImportError as error:
@@ -199,22 +206,29 @@ def _import_litert():
     return Interpreter
 
 
-def _converted(detector, folder, quantization, images, batch_size, room):
-    """Return bytes of the file, with a description and placeholders for a calibration."""
+def _converted(
+    detector: Any,
+    folder: pathlib.Path,
+    quantization: str | None,
+    images: np.ndarray,
+    batch_size: int | None,
+    room: int,
+) -> bytearray:
+    """Return the bytes of the file, with a description and placeholders for the calibration."""
     size = resolution(detector)
     placeholders = metadata.calibration_placeholders(room)
     answer = _answer(detector, placeholders, (batch_size, *size))
     save(folder / "saved_model", detector, {"serving_default": answer})
-    # No Flex or custom operations: the converter refuses them unless they are asked for.
+    # No Flex or custom operations: the converter rejects them unless they are enabled.
     file = tf.lite.TFLiteConverter.from_saved_model(
         str(folder / "saved_model"), signature_keys=["serving_default"]
     ).convert()
     if quantization is not None:
-        # Representative images come one at a time; a fixed batch is filled with copies.
+        # Representative images are run one at a time; a fixed batch is filled with copies.
         file = quantized_model(file, quantization, backbone_scope(detector), images, batch_size)
     foreign = [name for name in metadata.operators(file) if name in ("CUSTOM", "DELEGATE")]
     if foreign:
-        raise RuntimeError(f"The file needs operations that are not built in: {foreign}.")
+        raise RuntimeError(f"The file must need built-in operations only. Received: {foreign}")
     description = {
         "outputs": {**_LABELS, **({"anomaly_map": _MAP_LABEL} if detector.is_local else {})},
         "image_size": list(size),
@@ -231,18 +245,18 @@ def _converted(detector, folder, quantization, images, batch_size, room):
     return metadata.described(file, description, placeholders)
 
 
-def _answer(detector, calibration, shape):
-    """As `Detector.call`, with a calibration that can be found, and rewritten, in the file."""
+def _answer(detector: Any, calibration: dict[str, Any], shape: tuple[int | None, ...]) -> Callable:
+    """Return `Detector.call` with a calibration that can be rewritten in the file."""
     images = tf.TensorSpec([*shape, 3], tf.uint8, name="images")
 
     @tf.function(input_signature=[images], autograph=False)
-    def answer(images):
+    def answer(images: Array) -> dict[str, tf.Tensor]:
         found = detector.scores(detector.extractor(images), _WHOLE_BANK)
         score = snapped(found["ood_score"], calibration["scores"], detector.rounding)
-        # A score that is not a number has the lowest p-value, as no comparison with it holds.
+        # A score of NaN gets the lowest p-value, because every comparison with it is false.
         as_high = calibration["scores"][np.newaxis, :] >= score[:, tf.newaxis]
         count = tf.reduce_sum(tf.cast(as_high, tf.int32), axis=1)
-        # A table, as the converter would make a division by a constant a less exact product.
+        # A table, because the converter turns division by a constant into a less exact product.
         p_value = tf.gather(calibration["p_values"], count)
         answers = {"ood_score": score, "p_value": p_value, "is_ood": p_value <= calibration["rate"]}
         if detector.is_local:
@@ -252,8 +266,10 @@ def _answer(detector, calibration, shape):
     return answer
 
 
-def _scores(file, images, batch_size, verbose):
-    """Return scores that the file gives, float32 `(N,)`."""
+def _scores(
+    file: bytearray, images: np.ndarray, batch_size: int | None, verbose: int | str
+) -> np.ndarray:
+    """Return the scores that the file gives images, float32 `(N,)`."""
     interpreter = _import_litert()(model_content=bytes(file), num_threads=os.cpu_count())
     runner, step = interpreter.get_signature_runner("serving_default"), batch_size or 1
     starts = range(0, len(images), step)
@@ -269,8 +285,15 @@ def _scores(file, images, batch_size, verbose):
     return np.concatenate(scores)
 
 
-def _check(file, folder, reference, images, quantization, batch_size):
-    """Run the file apart, compare it with the detector, and write both to the folder."""
+def _check(
+    file: bytearray,
+    folder: pathlib.Path,
+    reference: Any,
+    images: np.ndarray,
+    quantization: str | None,
+    batch_size: int | None,
+) -> None:
+    """Compare the file with the detector, and write it to the folder with the result."""
     count = CHECKED_IMAGES if batch_size is None else -(-CHECKED_IMAGES // batch_size) * batch_size
     images = np.resize(images, (count, *images.shape[1:])) if batch_size else images[:count]
     (folder / "export").write_bytes(file)
@@ -286,8 +309,8 @@ def _check(file, folder, reference, images, quantization, batch_size):
     (folder / "export").write_bytes(file)
 
 
-def _in_float32(detector):
-    """The detector itself or, of one in mixed precision, a copy: TFLite has no such operations."""
+def _in_float32(detector: Any) -> Any:
+    """Return the detector, or a float32 copy of one in mixed precision, which TFLite lacks."""
     config = detector.get_config()
     float_config = _with_float32_policies(config)
     if float_config == config:
@@ -297,7 +320,7 @@ def _in_float32(detector):
     return copy
 
 
-def _with_float32_policies(config):
+def _with_float32_policies(config: Any) -> Any:
     if isinstance(config, (list, tuple)):
         return type(config)(_with_float32_policies(value) for value in config)
     if not isinstance(config, dict):

@@ -1,12 +1,20 @@
-"""Requests that TensorFlow Serving sends a model before it gives it to clients.
+"""Requests with which TensorFlow Serving warms up a model before clients may use it.
 
-The first request to a signature is slow: memory is allocated and kernels are chosen. A server
-plays the records of `assets.extra/tf_serving_warmup_requests` first. Each is a `PredictionLog` of
-TensorFlow Serving's API, of which so little is needed that it is written here field by field, in
-the wire format of protocol buffers: no export depends on the library, and the tests compare.
+The first request to a signature is slow, because memory is allocated and kernels are chosen. So a
+server first runs the records in `assets.extra/tf_serving_warmup_requests`. Each record is a
+`PredictionLog` of TensorFlow Serving's API. Only a few of its fields are needed. They are written
+here in the wire format of protocol buffers, so that exports do not depend on that library; tests
+compare the result with it.
 """
 
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterable
+
 import tensorflow as tf
+
+from sddns_tf.types import Array
 
 FILE = "tf_serving_warmup_requests"
 
@@ -17,8 +25,10 @@ _MODEL_NAME, _MODEL_SIGNATURE = 1, 3
 _MAP_KEY, _MAP_VALUE = 1, 2
 
 
-def write(folder, model, requests):
-    """Write warm-up requests, in their order.
+def write(
+    folder: pathlib.Path, model: str, requests: Iterable[tuple[str, dict[str, Array]]]
+) -> None:
+    """Write warm-up requests in the given order.
 
     Args:
         folder: Existing folder, `assets.extra` of a SavedModel.
@@ -31,7 +41,7 @@ def write(folder, model, requests):
             writer.write(_field(_LOG_PREDICT, _field(_PREDICT_REQUEST, request)))
 
 
-def _predict_request(model, signature, inputs):
+def _predict_request(model: str, signature: str, inputs: dict[str, Array]) -> bytes:
     spec = _field(_MODEL_NAME, model.encode()) + _field(_MODEL_SIGNATURE, signature.encode())
     request = _field(_REQUEST_MODEL, spec)
     for name, array in inputs.items():
@@ -41,12 +51,12 @@ def _predict_request(model, signature, inputs):
     return request
 
 
-def _field(number, content):
-    """Return a field that holds bytes: its number and kind, how many, and they."""
+def _field(number: int, content: bytes) -> bytes:
+    """Encode a field of bytes: its number and wire type, the length, the bytes."""
     return _varint(number << 3 | 2) + _varint(len(content)) + content
 
 
-def _varint(value):
-    """Return seven bits in a byte, the lowest first; the highest bit says that more follow."""
+def _varint(value: int) -> bytes:
+    """Encode an int in bytes of seven bits, lowest first; the high bit says that more follow."""
     low, rest = value & 0x7F, value >> 7
     return bytes([low | 0x80]) + _varint(rest) if rest else bytes([low])

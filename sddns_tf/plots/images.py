@@ -45,7 +45,7 @@ def contact_sheet(
     images = checked_images(images)
     captions = captions_of(images, scores, titles)
     if columns < 1:
-        raise ValueError(f"`columns` must be at least 1. Received {columns}.")
+        raise ValueError(f"`columns` must be at least 1. Received: {columns}.")
     columns = min(columns, len(images))
     width, height = _grid_size(images, captions, columns)
     title = wrapped(title or "", int(10 * width))
@@ -78,10 +78,10 @@ def most_and_least_anomalous(images: Array, scores: Array, count: int = 8) -> Fi
     if len(scores) != len(images) or len(images) < 2:
         raise ValueError(
             "`images` and `scores` must have the same length, at least 2. "
-            f"Received {len(images)} and {len(scores)}."
+            f"Received: {len(images)} and {len(scores)}."
         )
     if count < 1:
-        raise ValueError(f"`count` must be at least 1. Received {count}.")
+        raise ValueError(f"`count` must be at least 1. Received: {count}.")
     order = np.argsort(scores, kind="stable")
     count = min(count, len(order) // 2)
     columns = min(count, 8)
@@ -172,7 +172,7 @@ def checked_images(images: Array) -> np.ndarray:
     if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
         raise ValueError(
             "`images` must have shape (B, H, W, 3), with B, H and W at least 1. "
-            f"Received shape {images.shape}."
+            f"Received: shape {images.shape}."
         )
     if images.dtype == np.uint8:
         return images
@@ -182,7 +182,7 @@ def checked_images(images: Array) -> np.ndarray:
     # are normalized or in 0-1, and would show as black.
     if not (low >= -32 and high <= 287) or (low != high and high <= 3):
         raise ValueError(
-            f"`images` must be in 0-255. Received values from {low:.4g} to {high:.4g}."
+            f"`images` must be in 0-255. Received: values from {low:.4g} to {high:.4g}."
         )
     return np.clip(np.round(images), 0, 255).astype("uint8")
 
@@ -194,7 +194,7 @@ def captions_of(images: Array, scores: Array, titles: Any) -> list[str]:
         if given is not None and len(given) != len(images):
             raise ValueError(
                 f"`{name}` must have one entry for each of the {len(images)} images. "
-                f"Received {len(given)}."
+                f"Received: {len(given)}."
             )
     if titles is not None:
         for lines, text in zip(captions, titles, strict=True):
@@ -236,12 +236,12 @@ def _cls_attention(images, attention):
     if attention.ndim != 4 or attention.shape[2] != attention.shape[3]:
         raise ValueError(
             "`attention` must have shape (B, heads, 1 + N, 1 + N). "
-            f"Received shape {attention.shape}."
+            f"Received: shape {attention.shape}."
         )
     if len(attention) != len(images):
         raise ValueError(
             "`attention` must have one entry for each image. "
-            f"Received {len(attention)} for {len(images)} images."
+            f"Received: {len(attention)} for {len(images)} images."
         )
     height, width = images.shape[1:3]
     patches = attention.shape[2] - 1
@@ -250,12 +250,12 @@ def _cls_attention(images, attention):
     if patches < 1 or attention.shape[1] < 1 or rows * columns != patches:
         raise ValueError(
             f"`attention` must hold a CLS token and square patches that tile the {height} x "
-            f"{width} image. Received {patches} patches in shape {attention.shape}."
+            f"{width} image. Received: {patches} patches in shape {attention.shape}."
         )
     maps = attention[:, :, 0, 1:].astype("float32")
     if not (np.isfinite(maps).all() and maps.min() >= 0 and maps.max() <= 1.01):
         raise ValueError(
             "`attention` must hold probabilities, after the softmax. "
-            f"Received values from {maps.min():.4g} to {maps.max():.4g}."
+            f"Received: values from {maps.min():.4g} to {maps.max():.4g}."
         )
     return maps.reshape(*maps.shape[:2], rows, columns)

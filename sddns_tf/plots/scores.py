@@ -48,7 +48,7 @@ def score_histograms(id_scores: Array, ood_scores: Array, threshold: float | Non
     """
     id_scores, ood_scores = _score_sets(id_scores, ood_scores)
     if threshold is not None and not np.isfinite(threshold):
-        raise ValueError(f"`threshold` must be a finite number. Received {threshold}.")
+        raise ValueError(f"`threshold` must be a finite number. Received: {threshold}.")
     everything = np.concatenate([id_scores, *ood_scores.values()])
     low, high = _score_limits([id_scores, *ood_scores.values()])
     bins = np.linspace(low, high, 61)
@@ -149,7 +149,7 @@ def _score_sets(id_scores, ood_scores):
     if not isinstance(ood_scores, Mapping) or not ood_scores:
         raise ValueError(
             "`ood_scores` must be a dict from a name to scores, with at least one entry. "
-            f"Received {type(ood_scores).__name__}: {ood_scores!r:.80}."
+            f"Received: {type(ood_scores).__name__}: {ood_scores!r:.80}."
         )
     sets = {
         str(name): as_scores(scores, f"ood_scores[{name!r}]") for name, scores in ood_scores.items()

@@ -45,7 +45,7 @@ def save(figure: Any, path: str | os.PathLike) -> pathlib.Path:
     if file_format not in formats:
         raise ValueError(
             f"`path` must end in one of {', '.join('.' + name for name in formats)}. "
-            f"Received {str(path)!r}."
+            f"Received: {str(path)!r}."
         )
     with files.replacing(path) as unfinished:
         figure.savefig(unfinished, format=file_format, dpi="figure")

@@ -109,13 +109,13 @@ def _curves(history):
     if not isinstance(history, Mapping) or not history:
         raise ValueError(
             "`history` must be a dict from a name to one number per epoch, as in "
-            f"`fit(...).history`. Received {type(history).__name__}: {history!r:.80}."
+            f"`fit(...).history`. Received: {type(history).__name__}: {history!r:.80}."
         )
     curves = {str(name): np.asarray(values, "float64") for name, values in history.items()}
     for name, values in curves.items():
         if values.ndim != 1 or not len(values):
             raise ValueError(
                 f"`history[{name!r}]` must hold one number per epoch, shape (epochs,). "
-                f"Received shape {values.shape}."
+                f"Received: shape {values.shape}."
             )
     return curves

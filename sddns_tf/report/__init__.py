@@ -1,4 +1,4 @@
-"""An evaluation as one page that needs no network."""
+"""An evaluation as one self-contained HTML page."""
 
 from sddns_tf.report.page import html, write
 

@@ -1,7 +1,7 @@
-"""Charts as small inline SVG, drawn for the width of a phone, colored by the page's CSS.
+"""Charts as inline SVG, sized for a phone and colored by the page's style sheet.
 
-A page that follows the reader's light or dark mode cannot use pictures with colors of their own:
-here every mark has a class (`s0`, `s1`, ... for series, `ink`, `faint`) and the page says the rest.
+The page follows the reader's light or dark mode, so charts cannot have fixed colors. Every mark
+has a class (`s0`, `s1`, ... for series, `ink`, `faint`), and the style sheet sets its color.
 """
 
 import html
@@ -10,19 +10,19 @@ import numpy as np
 
 WIDTH, HEIGHT = 340, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 10, 40
-SERIES = 7  # colors that the page's style sheet has
+SERIES = 7  # number of colors in the style sheet
 _DASHES = ("", "6 3", "2 2", "8 3 2 3")
 
 
 def histograms(normal, other, index, threshold, limits):
-    """Return histograms of two sets of scores, each scaled to its own peak, and the threshold.
+    """Draw histograms of two sets of scores, each scaled to its own peak, and the threshold.
 
     Args:
         normal: Scores of in-distribution images, `(N,)`.
         other: Scores of another set, `(M,)`.
-        index: Series of that set; the normal images are series 0.
+        index: Number of that set's series; the normal images are series 0.
         threshold: Score above which images are flagged.
-        limits: `(low, high)` of the axis; scores beyond are counted in the outermost bins.
+        limits: `(low, high)` of the axis; scores outside are counted in the outermost bins.
 
     Returns:
         SVG text.
@@ -42,7 +42,7 @@ def histograms(normal, other, index, threshold, limits):
 
 
 def roc(curves):
-    """Return ROC curves: dict from a series to shares flagged of normal and of other images."""
+    """Draw ROC curves, given the shares of normal and OOD images flagged for each series."""
     ticks = [0.0, 0.25, 0.5, 0.75, 1.0]
     frame = _Frame((0, 1), (0, 1), "normal images flagged", "OOD images flagged", ticks, ticks)
     frame.add(f'<path class="faint" d="{frame.path([0, 1], [0, 1])}"/>')
@@ -52,7 +52,7 @@ def roc(curves):
 
 
 def calibration(promised, measured, low, high):
-    """Measured against promised false positive rate, both logarithmic, and where chance puts it."""
+    """Draw the measured against the promised false positive rate, and a band for chance."""
     first = min(promised[0], 0.1)
     ticks = [t for t in (0.0001, 0.001, 0.01, 0.1, 1.0) if t >= first * 0.99]
     limits = (np.log10(first), 0.0)
@@ -73,7 +73,7 @@ def calibration(promised, measured, low, high):
 
 
 def scatter(points):
-    """Return points in a plane: dict from a name to `(n, 2)`."""
+    """Draw points, given as a dict from a name to an array `(n, 2)`."""
     everything = np.concatenate(list(points.values()))
     low, high = np.quantile(everything, [0.002, 0.998], axis=0)
     margin = 0.05 * (high - low) + 1e-9
@@ -87,7 +87,7 @@ def scatter(points):
 
 
 def key(index, kind):
-    """Return the mark of a series in a legend, of the kind `"line"`, `"area"` or `"point"`."""
+    """Draw the mark of a series for a legend; `kind` is `"line"`, `"area"` or `"point"`."""
     marks = {
         "line": f'<path class="{_class(index)}" {_dash(index)} d="M1 6H25"/>',
         "area": f'<rect class="area s{index % SERIES}" x="6" y="1" width="14" height="10"/>',
@@ -98,7 +98,7 @@ def key(index, kind):
 
 
 class _Frame:
-    """Axes, and what is drawn between them."""
+    """Axes and the marks drawn between them."""
 
     def __init__(self, x_limits, y_limits, x_label, y_label, x_ticks, y_ticks, labels=None):
         self.limits = x_limits, y_limits
@@ -125,11 +125,11 @@ class _Frame:
             )
 
     def add(self, part):
-        """Draw over what is there."""
+        """Add an SVG element on top."""
         self.parts.append(part)
 
     def place(self, x, y):
-        """Tell where a point lies in the picture."""
+        """Return the position of a point in the picture."""
         (x_low, x_high), (y_low, y_high) = self.limits
         across = (x - x_low) / (x_high - x_low)
         up = (y - y_low) / (y_high - y_low)
@@ -139,12 +139,12 @@ class _Frame:
         )
 
     def path(self, x, y):
-        """Return a line through points, as the `d` of a path."""
+        """Return the `d` attribute of a path through points."""
         x, y = self.place(np.asarray(x, float), np.asarray(y, float))
         return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(x, y, strict=True))
 
     def svg(self, title):
-        """Return the whole picture."""
+        """Return the complete SVG."""
         return _svg(title, "".join(self.parts), HEIGHT)
 
 
@@ -156,7 +156,7 @@ def _svg(title, inside, height):
 
 
 def _ticks(low, high):
-    """Return some round numbers between two."""
+    """Return a few round numbers between two limits."""
     raw = (high - low) / 5
     magnitude = 10.0 ** np.floor(np.log10(raw))
     step = magnitude * min((1, 2, 5, 10), key=lambda multiple: abs(multiple * magnitude - raw))
@@ -174,7 +174,7 @@ def _dash(index):
 
 
 def _mark(index, x, y):
-    """Shapes differ as well as colors."""
+    """Return the marker of a series; both shape and color tell series apart."""
     shapes = (
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="1.8"/>',
         f'<rect x="{x - 1.6:.1f}" y="{y - 1.6:.1f}" width="3.2" height="3.2"/>',

@@ -1,4 +1,4 @@
-"""An evaluation as one HTML page that needs no network: tables, charts, pictures."""
+"""Write an evaluation as one self-contained HTML page: tables, charts and images."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from sddns_tf.report.style import STYLE
 _THUMBNAIL = 128
 _ROC_POINTS = 300
 _MEANING = {
-    "auroc": "Chance that an OOD image scores higher than a normal one.",
+    "auroc": "Probability that an OOD image scores higher than a normal one.",
     "aupr_in": "Average precision with normal images as positives.",
     "aupr_out": "Average precision with OOD images as positives.",
-    "fpr95": "OOD images accepted where 95 % of normal ones are.",
-    "flagged": "Share above the calibrated threshold.",
+    "fpr95": "Share of OOD images accepted at the threshold that accepts 95 % of normal ones.",
+    "flagged": "Share of images above the calibrated threshold.",
 }
 
 
@@ -35,18 +35,19 @@ def write(
     configuration: dict[str, Any] | None = None,
     gallery_size: int = 12,
 ) -> pathlib.Path:
-    """Write an evaluation as a page: whole, or not at all.
+    """Write an evaluation as an HTML page.
 
-    The page holds everything, pictures included, and asks the network for nothing. It follows the
-    reader's light or dark mode, fits a phone and prints.
+    The page contains everything, including images, and loads nothing from the network. It follows
+    the reader's light or dark mode, fits on a phone and can be printed. The file is written
+    completely or not at all.
 
     Args:
         path: File to write (.html).
-        evaluation: From `evaluation.evaluate`.
-        detector: The `Detector`, for the attention of its backbone.
+        evaluation: Result of `evaluation.evaluate`.
+        detector: The `Detector`, for the attention maps of its backbone.
         title: Title of the page.
         configuration: Dict of settings to list at the end.
-        gallery_size: Images in each gallery, about.
+        gallery_size: Approximate number of images in each gallery.
 
     Returns:
         `pathlib.Path` of the file.
@@ -66,7 +67,7 @@ def html(
     configuration: dict[str, Any] | None = None,
     gallery_size: int = 12,
 ) -> str:
-    """Return the text of the page that `write` writes; arguments as there."""
+    """Return the HTML of the page. The arguments are those of `write`."""
     title = escaping.escape(title)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -149,7 +150,7 @@ def _histograms(evaluation):
         cards.append(f'<div class="card"><h3>{escaping.escape(name)}</h3>{chart}{legend}</div>')
     return (
         '<h2>Scores</h2><p class="soft">Each histogram is scaled to its own peak. Dashed: the '
-        "threshold. Scores beyond the axis are counted in the outermost bins.</p>"
+        "threshold. Scores outside the axis are counted in the outermost bins.</p>"
         f'<div class="cards">{"".join(cards)}</div>'
     )
 
@@ -190,7 +191,7 @@ def _calibration(evaluation):
     return (
         charts.calibration(promised, measured, low, high)
         + f"<p class='soft'><small>Promised at most {rate:.1%}, measured {flagged:.1%}. "
-        "Band: where 95 % of samples of so many images would lie if the promise held "
+        "Band: where 95 % of samples of this size would lie if the promise held "
         "exactly.</small></p>"
     )
 
@@ -213,7 +214,7 @@ def _map(evaluation):
 
 
 def _legend(names, kind):
-    """Return the names of series by their index, each with its mark."""
+    """Return a legend, given the names of series by their index."""
     items = "".join(
         f"<li>{charts.key(index, kind)}{escaping.escape(name)}</li>"
         for index, name in names.items()
@@ -243,11 +244,11 @@ def _galleries(evaluation, detector, size):
         least = {found.FRESH: np.argsort(scores[found.FRESH])}
         galleries = {"Least anomalous": least, **galleries}
     meanings = {
-        "Least anomalous": "Normal images, the lowest scores.",
-        "Most anomalous": "The highest scores of each set.",
-        "Borderline": "The scores nearest to the threshold.",
-        "Missed": "OOD images that are not flagged, the most normal of each set.",
-        "False alarms": "Normal images that are flagged, the highest scores.",
+        "Least anomalous": "Normal images with the lowest scores.",
+        "Most anomalous": "Images with the highest scores in each set.",
+        "Borderline": "Images with scores close to the threshold.",
+        "Missed": "OOD images that are not flagged, those with the lowest scores in each set.",
+        "False alarms": "Normal images that are flagged, those with the highest scores.",
     }
     parts = []
     for title, orders in galleries.items():
@@ -281,18 +282,18 @@ def _gallery(evaluation, detector, chosen):
             "</figcaption></figure>"
         )
     width = "9.5rem" if wide else "6rem"
-    right = "bright where the network looks."
+    right = "attention of the network; bright where it is high."
     if detector.is_local:
         right = (
-            "places above the threshold, from yellow to red, which is twice as far from the bank; "
-            "one scale for all images."
+            "places above the threshold, from yellow at the threshold to red at twice its distance "
+            "from the bank; all images have the same scale."
         )
     note = f'<p class="soft"><small>Right: {right}</small></p>' if wide else ""
     return f'<div class="gallery" style="--w:{width}">{"".join(figures)}</div>{note}'
 
 
 def _overlay(evaluation, image, anomaly_map):
-    """Return an image, and beside it what lies above the threshold painted over it."""
+    """Return an image, and next to it the same with places above the threshold colored."""
     image = _thumbnail(image)
     painted = plots.overlay(image, anomaly_map, evaluation.threshold, evaluation.lowest_score)
     kind = "pair small" if max(image.shape[:2]) <= 64 else "pair"
@@ -325,7 +326,7 @@ def _picture(image, attention):
 
 
 def _data_uri(pixels):
-    """Return pixels `(H, W, 3 or 4)` in 0-255 as the address of a PNG that holds them."""
+    """Return pixels `(H, W, 3 or 4)` in 0-255 as the data URI of a PNG."""
     png = tf.io.encode_png(np.asarray(pixels).astype(np.uint8)).numpy()
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 

@@ -1,4 +1,4 @@
-"""The look of the page."""
+"""Style sheet of the page."""
 
 STYLE = """
 :root{color-scheme:light dark;--paper:#fff;--card:#f6f7f9;--ink:#1b1f24;--soft:#59636e;

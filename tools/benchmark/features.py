@@ -1,4 +1,4 @@
-"""Features of a batch by a vision transformer, against PyTorch in float32, and fastest modes."""
+"""Feature extraction with a vision transformer against PyTorch, in float32 and fastest modes."""
 
 import tensorflow as tf
 

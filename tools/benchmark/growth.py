@@ -1,7 +1,7 @@
-"""Training steps with more prototypes, local views, images and pixels, and their peak memory.
+"""Time and peak memory of training steps with more prototypes, local views, images and pixels.
 
-Each runs in a process of its own, against what the count of multiplications alone would make of the
-smallest.
+Each step runs in a separate process. It is compared with the time of the smallest step, scaled by
+the number of multiplications.
 """
 
 import json
@@ -24,7 +24,7 @@ QUICK_STEPS = {"prototypes": (16_384,), "batch": (64,)}
 
 
 def run(settings):
-    """Yield a record for each size of step."""
+    """Yield a record for each size of a training step."""
     from tools.benchmark import models
 
     network = (96, 3, 3) if settings.quick else (192, 6, 3)
@@ -42,14 +42,14 @@ def run(settings):
 
 
 def measured_apart(setting):
-    """Return what `measure` finds of a setting, in a process of its own."""
+    """Return the result of `measure` for a setting, run in a separate process."""
     command = [sys.executable, "-m", "tools.benchmark.growth", json.dumps(setting)]
     result = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return json.loads(result.stdout.splitlines()[-1])
 
 
 def measure(setting):
-    """Return the seconds of the steps of one size, and the peak of the memory."""
+    """Return the times of training steps of one size, and the peak memory."""
     from tools.benchmark import models
 
     harness.pin_threads(setting["threads"])

@@ -1,4 +1,4 @@
-"""The command: benchmarks by name, in which two sides take turns, to a JSON file of records."""
+"""The command line: run benchmarks by name and write their records to a JSON file."""
 
 import argparse
 import dataclasses
@@ -12,7 +12,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is impor
 
 # Each is a module of this package with a function `run(settings)` that yields records.
 BENCHMARKS = (
-    "views", "train_step", "features", "score", "growth", "startup", "input",
+    "views", "train_step", "features", "score", "places", "growth", "startup", "input",
     "saved_model", "tflite",
 )  # fmt: skip
 
@@ -23,12 +23,12 @@ class NoPartnerError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to measure.
+    """How to run the benchmarks.
 
     Attributes:
-        quick: Whether networks are small, so that a benchmark takes less than a minute.
-        threads: Threads of either side.
-        rounds: Rounds in which the two sides take turns.
+        quick: Whether to use small networks, so that a benchmark takes less than a minute.
+        threads: Number of threads on both sides.
+        rounds: Number of rounds; in each one both sides run once.
     """
 
     quick: bool = False
@@ -37,14 +37,14 @@ class Settings:
 
 
 def seconds(function):
-    """Return the seconds that a call takes."""
+    """Return the duration of a call in seconds."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def take_turns(ours, theirs, rounds, warm_up=True):
-    """Return the seconds of each side in each round, after one round that is not counted."""
+    """Return the seconds of both sides in each round, after one round to warm up."""
     if warm_up:
         ours(), theirs()
     pairs = []
@@ -56,15 +56,15 @@ def take_turns(ours, theirs, rounds, warm_up=True):
 
 
 def rates(name, partner, times, amount, their_amount=None, unit="images/s"):
-    """Return a record of rates, where more is better.
+    """Return a record of rates; higher is better.
 
     Args:
-        name: Of what was measured.
-        partner: What it was measured against.
-        times: Seconds of our rounds and of theirs, as from `take_turns`.
-        amount: What our side did in a round, in the unit's terms.
-        their_amount: What the other side did in a round; defaults to `amount`.
-        unit: Of the rates.
+        name: Name of the measurement.
+        partner: Name of the alternative.
+        times: Seconds of our rounds and of theirs, from `take_turns`.
+        amount: Number of items, such as images, that our side processes in a round.
+        their_amount: The same for the other side; defaults to `amount`.
+        unit: Unit of the rates.
 
     Returns:
         Dict for the JSON file.
@@ -85,21 +85,18 @@ def rates(name, partner, times, amount, their_amount=None, unit="images/s"):
 
 
 def durations(name, partner, times):
-    """Return a record of seconds, where less is better; arguments are those of `rates`."""
+    """Return a record of seconds; lower is better. The arguments are those of `rates`."""
     found = rates(name, partner, times, 1, unit="s")
     return {**found, "ours": 1 / found["ours"], "theirs": 1 / found["theirs"]}
 
 
 def fastest(candidates):
-    """Return the name and function of the candidate that is fastest in two of three calls.
-
-    The rest go.
-    """
+    """Return the name and function of the fastest candidate: the best of two calls after one."""
     times = {}
     for name, function in candidates.items():
         try:
             times[name] = min([seconds(function) for _ in range(3)][1:])
-        except Exception as error:  # A mode that a library or processor lacks is no candidate.
+        except Exception as error:  # A library or processor may lack a mode.
             print(f"{name}: left out. {type(error).__name__}: {str(error)[:100]}", flush=True)
     name = min(times, key=times.get)
     return name, candidates[name]
@@ -127,7 +124,7 @@ def machine(threads):
 
 
 def pin_threads(threads):
-    """Give TensorFlow so many threads; it takes the number before its first operation only."""
+    """Set the number of TensorFlow's threads; call it before the first operation."""
     import tensorflow as tf
 
     tf.config.threading.set_intra_op_parallelism_threads(threads)
@@ -135,7 +132,7 @@ def pin_threads(threads):
 
 
 def records_of(name, settings):
-    """Yield records of a benchmark, each with the machine; fewer, and a word, without a partner."""
+    """Yield the records of a benchmark, until the library of an alternative is missing."""
     try:
         for record in importlib.import_module(f"tools.benchmark.{name}").run(settings):
             print(
@@ -149,15 +146,19 @@ def records_of(name, settings):
 
 
 def parse(argv):
-    """Return names of the benchmarks, the file to write, and the `Settings` of a command line."""
+    """Return the names of benchmarks, the file to write, and the `Settings` of a command line."""
     parser = argparse.ArgumentParser(prog="benchmark", description=__doc__)
     parser.add_argument(
-        "--benchmarks", default="all", help=f"all, or with commas between: {', '.join(BENCHMARKS)}"
+        "--benchmarks",
+        default="all",
+        help=f"all, or some separated by commas: {', '.join(BENCHMARKS)}",
     )
     parser.add_argument("--json", metavar="PATH", help="file to write the records to")
     parser.add_argument("--quick", action="store_true", help="small networks, three rounds")
-    parser.add_argument("--threads", type=int, default=1, help="of either side")
-    parser.add_argument("--rounds", type=int, default=7, help="in which the sides take turns")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each side")
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="rounds, in which both sides run once"
+    )
     options = parser.parse_args(argv)
     names = BENCHMARKS if options.benchmarks == "all" else options.benchmarks.split(",")
     for name in names:
@@ -173,7 +174,7 @@ def parse(argv):
 
 
 def main(argv=None):
-    """Run the benchmarks named, print a line for each record, write them all."""
+    """Run the named benchmarks, print one line per record and write all records."""
     names, path, settings = parse(argv)
     pin_threads(settings.threads)
     records = [record for name in names for record in records_of(name, settings)]

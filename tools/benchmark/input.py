@@ -1,6 +1,6 @@
-"""Training steps fed by readers of files, against the same step on one batch in memory.
+"""Training steps fed from image files, against the same step on one batch in memory.
 
-The files are a folder of PNG images and, where `TFDS_DATA_DIR` holds it, `cifar10`.
+The files are a folder of PNG images and, if it is in `TFDS_DATA_DIR`, `cifar10`.
 """
 
 import itertools
@@ -45,7 +45,7 @@ def run(settings):
 
 
 def write_png_files(folder, count):
-    """Smooth images of 32 px, which compress as photographs do."""
+    """Write smooth images of 32 px, which compress like photographs."""
     smooth = tf.image.resize(models.random_images(count, 8), (32, 32)).numpy().astype(np.uint8)
     for index, image in enumerate(smooth):
         (pathlib.Path(folder) / f"{index}.png").write_bytes(tf.io.encode_png(image).numpy())

@@ -1,4 +1,4 @@
-"""The networks, training steps and detectors of ours that are timed, on images of noise."""
+"""Our networks, training steps and detectors that are timed, with images of noise."""
 
 import contextlib
 
@@ -16,17 +16,17 @@ def random_images(count, size, seed=0):
 
 
 def training_shape(settings):
-    """Image size, patch, width, depth and heads of ViT-S/4 at 32 px, or of a small one."""
+    """Return image size, patch, width, depth and heads of ViT-S/4 at 32 px, or a small one."""
     return (32, 4, 192, 6, 3) if settings.quick else (32, 4, 384, 12, 6)
 
 
 def scoring_shape(settings):
-    """Return the same of ViT-S/16 at 256 px, or of a small one."""
+    """Return the same for ViT-S/16 at 256 px, or a small one."""
     return (64, 16, 192, 6, 3) if settings.quick else (256, 16, 384, 12, 6)
 
 
 def vit(size, patch, dim, depth, heads):
-    """Our vision transformer of a shape."""
+    """Return our vision transformer of a given shape."""
     return sddns_tf.VisionTransformer(
         image_size=size, patch_size=patch, hidden_dim=dim, depth=depth, num_heads=heads
     )
@@ -34,7 +34,7 @@ def vit(size, patch, dim, depth, heads):
 
 @contextlib.contextmanager
 def dtype_policy(name):
-    """Models made in the block compute in this precision."""
+    """Set the precision of models that are made in the block."""
     keras.config.set_dtype_policy(name)
     try:
         yield
@@ -43,7 +43,7 @@ def dtype_policy(name):
 
 
 class ReadyViews(sddns_tf.MultiCrop):
-    """Gives views that were made beforehand."""
+    """Views that were made in advance."""
 
     def __init__(self, views, images):
         super().__init__(**views.get_config())
@@ -56,7 +56,7 @@ class ReadyViews(sddns_tf.MultiCrop):
 
 
 class ReadyNegatives(sddns_tf.Negatives):
-    """Gives negatives that were made beforehand."""
+    """Negatives that were made in advance."""
 
     def __init__(self, negatives, views, images):
         super().__init__(**negatives.get_config())
@@ -69,13 +69,13 @@ class ReadyNegatives(sddns_tf.Negatives):
 
 
 def training_model(shape, prototypes=4096, local_views=2, ready_made_for=None):
-    """Self-distillation with negatives of auxiliary images, compiled.
+    """Return a compiled `SelfDistillation` with negatives from auxiliary images.
 
     Args:
         shape: Image size, patch, width, depth and heads of the backbone.
         prototypes: Outputs of the head.
         local_views: Number of small views.
-        ready_made_for: Images whose views are drawn once and used at every step, or None.
+        ready_made_for: Images whose views are drawn once and reused at every step, or None.
 
     Returns:
         A compiled `SelfDistillation`.
@@ -90,7 +90,7 @@ def training_model(shape, prototypes=4096, local_views=2, ready_made_for=None):
         views=views,
         negatives=negatives,
         head=sddns_tf.ProjectionHead(num_prototypes=prototypes),
-        # What the PyTorch step computes.
+        # As in the PyTorch step.
         **sddns_tf.SelfDistillation.PAPER,
     )
     model.compile(keras.optimizers.AdamW(1e-4, weight_decay=0.04))
@@ -98,15 +98,15 @@ def training_model(shape, prototypes=4096, local_views=2, ready_made_for=None):
 
 
 def train_step(shape, batch, *, policy="float32", jit_compile=False, ready_made=False, **options):
-    """Return a function that does one step on one batch of images and returns the loss.
+    """Return a function that does one training step on a batch and returns the loss.
 
     Args:
         shape: As for `training_model`.
         batch: Number of images.
-        policy: Precision.
+        policy: Keras dtype policy.
         jit_compile: Whether XLA compiles the step.
-        ready_made: Whether the views are made beforehand.
-        **options: Of `training_model`.
+        ready_made: Whether views are made in advance.
+        **options: Further arguments of `training_model`.
     """
     images = tf.constant(random_images(batch, shape[0]))
     with dtype_policy(policy):
@@ -137,11 +137,11 @@ def operations(model, batch):
 
 
 def multiplications(shape, prototypes, local_views, batch):
-    """Multiplications of the matrix products of one step, forward and backward.
+    """Return the number of multiplications in the matrix products of one training step.
 
-    Teacher: 2 global views forward. Student: 3 global and twice the local views, forward and back,
-    which costs three times the forward. The last block computes one token, from keys and values of
-    all.
+    The teacher takes 2 global views forward. The student takes 3 global views and twice the local
+    views, forward and backward, which costs three times as much as forward alone. The last block
+    computes one token from the keys and values of all.
     """
     size, patch, dim, depth, _ = shape
 
@@ -156,7 +156,7 @@ def multiplications(shape, prototypes, local_views, batch):
 
 
 def detector(shape, bank_size=50_000):
-    """A detector of random weights and a random bank: its speed does not depend on either."""
+    """Return a detector with random weights and a random bank, which do not affect its speed."""
     extractor = FeatureExtractor(vit(*shape), shape[0], shape[0])
     bank = np.random.default_rng(0).normal(size=(bank_size, shape[2])).astype(np.float32)
     bank /= np.linalg.norm(bank, axis=1, keepdims=True)

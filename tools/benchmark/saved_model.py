@@ -1,4 +1,4 @@
-"""The exported decision, as a server runs it, against `Detector.predict` and the bare backbone."""
+"""The exported SavedModel against `Detector.predict` and against the backbone alone."""
 
 import tempfile
 

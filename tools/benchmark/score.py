@@ -1,4 +1,4 @@
-"""`Detector` with a bank of 50,000 rows, against its own bare feature extraction."""
+"""`Detector` with a bank of 50,000 rows against its feature extraction alone."""
 
 from tools.benchmark import harness, models
 

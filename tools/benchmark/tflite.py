@@ -1,6 +1,6 @@
-"""One image at a time on a device's runtime, in float32 and with int8 weights.
+"""A `.tflite` file, one image at a time, in float32 and with int8 weights, against ONNX Runtime.
 
-Against ONNX Runtime on the same network without the score, exported by PyTorch.
+ONNX Runtime runs the same network without the score, exported by PyTorch.
 """
 
 import pathlib

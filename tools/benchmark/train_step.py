@@ -1,8 +1,8 @@
 """A training step with 2 global and 2 local views and negatives of one source, against PyTorch.
 
-Network, number and size of the crops and optimizer are equal. The crops are made beforehand for
-both; the time of ours with its views is a record of its own. Then the fastest mode of each (XLA,
-bfloat16, `torch.compile`), which a few steps choose.
+The network, the number and size of crops, and the optimizer are the same. Crops are made in advance
+for both; a separate record has the time of our step including its views. Then the fastest modes of
+both (XLA, bfloat16, `torch.compile`), chosen by a few steps, are compared.
 """
 
 import functools
@@ -16,7 +16,7 @@ BATCH = 16
 
 
 def run(settings):
-    """Four records."""
+    """Yield four records."""
     torch = pytorch.imported(settings.threads)
     shape = models.training_shape(settings)
     step = models.train_step(shape, BATCH, ready_made=True)
@@ -25,7 +25,12 @@ def run(settings):
     products = matrix_products(models.multiplications(shape, 4096, 2, BATCH))
     for name, partner, ours, theirs in (
         ("train_step", "PyTorch eager float32", step, torch_step),
-        ("train_step with views", "PyTorch eager float32, its crops ready made", whole, torch_step),
+        (
+            "train_step with views",
+            "PyTorch eager float32, crops made in advance",
+            whole,
+            torch_step,
+        ),
         (
             "train_step, share of the peak",
             "as many multiplications in matrix products of side 1,024",
@@ -37,7 +42,7 @@ def run(settings):
         yield harness.rates(name, partner, times, BATCH)
 
     def made_when_called(**options):
-        """A compilation that fails is then a mode left out."""
+        """Compile at the first call, so that a mode that fails to compile is left out."""
         made = functools.cache(lambda: models.train_step(shape, BATCH, ready_made=True, **options))
         return lambda: made()()
 
@@ -63,7 +68,7 @@ def run(settings):
 
 
 def matrix_products(count):
-    """A function that does `count` multiplications the fastest way: large float32 products."""
+    """Return a function that does `count` multiplications as large float32 matrix products."""
     side = 1024
     matrix = tf.random.uniform((side, side))
     return lambda: [tf.matmul(matrix, matrix).numpy() for _ in range(round(count / side**3))]

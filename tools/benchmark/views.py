@@ -1,7 +1,7 @@
-"""All views and negatives of pairs of 32 px images, against Pillow image by image, on one core.
+"""All views and negatives of pairs of 32 px images, against Pillow image by image.
 
-28 views of each pair: 2 global and 8 local ones of the image, and of each of the two images 1
-global and 8 local ones that are shifted.
+Each pair of an image and an auxiliary image has 28 views: 2 global and 8 local views of the image,
+and 1 global and 8 local negatives of each of the two.
 """
 
 import tensorflow as tf

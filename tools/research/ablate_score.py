@@ -1,11 +1,11 @@
-r"""How the bank's size, its compression, k and the temperature change a detector's AUROC and speed.
+r"""Measure how bank size, compression, k and temperature affect a detector's AUROC and speed.
 
     python -m tools.research.ablate_score --detector=docs/results/auxiliary-rot90-0.keras \
         --data=tfds:cifar10@train --test=tfds:cifar10@test[5000:] --ood=tfds:cifar100,tfds:dtd32
 
-Extracts the features once, scores them with each setting, and prints a table in Markdown: mean
-AUROC over the OOD sets, and microseconds per image of the score alone. Settings other than the one
-that varies are those of the paper: the whole bank, all neighbors, temperature 0.04.
+Extracts the features once, scores them with each setting, and prints a Markdown table with the mean
+AUROC over the OOD sets and the microseconds per image of the score alone. One setting varies at a
+time; the others are those of the paper: the whole bank, all neighbors, temperature 0.04.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from sddns_tf.features import extract_features
 
 
 def several(number):
-    """Return the type of an argument that takes numbers with commas between."""
+    """Return the type of an argument that takes several numbers, separated by commas."""
     return lambda text: [number(part) for part in text.split(",")]
 
 
@@ -31,21 +31,26 @@ def parse(argv):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--detector", required=True, help="detector whose backbone is looked at (.keras)")
+    add("--detector", required=True, help="detector whose backbone to use (.keras)")
     add("--data", required=True, help="source of the bank's images (split: train)")
     add("--test", required=True, help="source of fresh normal images (split: test)")
-    add("--ood", required=True, help="sources of OOD images, with commas between (split: test)")
-    add("--data_dir", help="prepared TFDS sets; defaults to $TFDS_DATA_DIR")
-    add("--limit", type=int, default=2000, help="score at most so many images of each set")
-    add("--bank_sizes", type=several(int), default="50,500,5000", help="to compress it to")
-    add("--neighbors", type=several(int), default="1,10,100", help="numbers of nearest images")
+    add("--ood", required=True, help="sources of OOD images, separated by commas (split: test)")
+    add("--data_dir", help="folder of prepared TFDS data sets; default: $TFDS_DATA_DIR")
+    add("--limit", type=int, default=2000, help="largest number of images to score per set")
+    add(
+        "--bank_sizes",
+        type=several(int),
+        default="50,500,5000",
+        help="sizes to which to compress the bank",
+    )
+    add("--neighbors", type=several(int), default="1,10,100", help="values of k")
     add("--temperatures", type=several(float), default="0.01,0.02,0.08,0.16")
-    add("--seed", type=int, default=0, help="fixes which rows are drawn at random")
+    add("--seed", type=int, default=0, help="seed of the rows drawn at random")
     return parser.parse_args(argv)
 
 
 def compressed_banks(settings, features):
-    """Name, rows and weights of each smaller bank."""
+    """Yield name, rows and weights of each smaller bank."""
     order = np.random.default_rng(settings.seed).permutation(len(features))
     for size in settings.bank_sizes:
         if size >= len(features):
@@ -56,7 +61,7 @@ def compressed_banks(settings, features):
 
 
 def variants(settings, features):
-    """Name, bank, weights and options of the score of each row."""
+    """Yield name, bank, weights and score options for each row of the table."""
     yield f"all {len(features):,} images", features, None, {}
     for name, rows, weights in compressed_banks(settings, features):
         yield name, rows, weights, {}
@@ -67,7 +72,7 @@ def variants(settings, features):
 
 
 def measure(normal, ood, rows, weights, options):
-    """Mean AUROC over the sets, and microseconds of the score per image, the best of three."""
+    """Return the mean AUROC, and the microseconds of the score per image (best of three)."""
     rows = tf.constant(rows)
 
     @tf.function
@@ -88,7 +93,7 @@ def measure(normal, ood, rows, weights, options):
 
 
 def main(argv=None):
-    """Extract, vary, print."""
+    """Extract the features, vary the score, print the table."""
     settings = parse(argv)
     extractor = keras.models.load_model(settings.detector).extractor
     height, _ = extractor.resolution or extractor.image_size

@@ -1,13 +1,13 @@
-r"""What the method is compared with in docs/results.md, on the same images and network.
+r"""Baselines for docs/results.md, on the same images and with the same network as the method.
 
     python -m tools.research.baselines_cifar10 --data_dir=TFDS --auxiliary_exclude=FILE \
         --baseline=rotation --minutes=20 --output_dir=results
 
 - `pixels`: distance to the nearest bank image, after PCA of the pixels to 64 dimensions.
-- `untrained`: the network's features as they are drawn.
-- `rotation`: the network trained to tell by how many quarter turns an image was rotated.
+- `untrained`: the features of the network with its initial weights.
+- `rotation`: the network trained to predict by how many quarter turns an image was rotated.
 
-Writes `BASELINE-SEED.json` in the form of `reproduce_cifar10`.
+Writes `BASELINE-SEED.json` in the format of `reproduce_cifar10`.
 
 Reference: Gidaris et al., "Unsupervised representation learning by predicting image rotations",
 arXiv 1803.07728.
@@ -26,7 +26,7 @@ BASELINES = ("pixels", "untrained", "rotation")
 
 
 class PixelScorer:
-    """Scores as a detector does, by the nearest image in the first principal components."""
+    """A detector that scores by the distance to the nearest image in principal components."""
 
     def __init__(self, normal, bank_images):
         bank = normal.training[:bank_images]
@@ -37,7 +37,7 @@ class PixelScorer:
         self.threshold = float(np.quantile(calibration, 0.95))
 
     def predict(self, images, batch_size=None, verbose=0):
-        """OOD score and decision of each image."""
+        """Return the OOD score and decision of each image."""
         del batch_size, verbose
         scores = self._bank.kneighbors(self._pca.transform(self._pixels(images)))[0][:, 0]
         return {"ood_score": scores, "is_ood": scores > self.threshold}
@@ -47,7 +47,7 @@ class PixelScorer:
 
 
 def rotated(batch):
-    """Normalized images, each mirrored or not and turned at random, and their quarter turns."""
+    """Return normalized images, flipped and rotated at random, and their quarter turns."""
     turns = tf.random.uniform([tf.shape(batch)[0]], 0, 4, tf.int32)
     batch = tf.image.random_flip_left_right(batch)
     every = tf.stack([tf.image.rot90(batch, k) for k in range(4)], axis=1)
@@ -55,7 +55,7 @@ def rotated(batch):
 
 
 def make_rotation_model(settings, steps):
-    """Return the backbone and a layer that names the quarter turns, compiled."""
+    """Return the compiled backbone with a layer that predicts the quarter turns."""
     model = keras.Sequential([cifar10.backbone(settings), keras.layers.Dense(4)])
     model.compile(
         cifar10.optimizer(settings, steps),
@@ -66,7 +66,7 @@ def make_rotation_model(settings, steps):
 
 
 def main(argv=None):
-    """One baseline, if it is not there yet."""
+    """Run one baseline, unless its result exists."""
     parser = cifar10.parser(__doc__)
     parser.add_argument("--baseline", default="untrained", choices=BASELINES)
     settings = parser.parse_args(argv)

@@ -1,9 +1,9 @@
-"""CIFAR-10 as the normal images: what its runs share, from the sets to the record that is written.
+"""Shared code of the experiments with CIFAR-10 as the normal images, from data sets to records.
 
-The folder of `--data_dir` holds prepared TFDS sets. Of those that are named by default, `dtd32`,
-`gtsrb32` (textures and traffic signs at 32 px) and `imagenet_aux` (a 32 px ImageNet subset with the
-splits train and validation) are sets one has prepared oneself. The file of `--auxiliary_exclude`
-lists the classes of the auxiliary set that show CIFAR-10's own, which are left out.
+The folder `--data_dir` holds prepared TFDS data sets. Among the default ones, `dtd32` and `gtsrb32`
+(textures and traffic signs at 32 px) and `imagenet_aux` (a 32 px ImageNet subset with the splits
+train and validation) are not public; prepare your own. The file `--auxiliary_exclude` lists classes
+of the auxiliary set that CIFAR-10 has too; they are left out.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from sddns_tf.cli import sources
 from sddns_tf.validation import check_int
 
 SIDE = 32
-EPOCHS = 4  # in which the log of a run is cut
-PATHS = ("data_dir", "auxiliary_exclude", "output_dir")  # no part of what a run is
+EPOCHS = 4  # entries in the log of a run
+PATHS = ("data_dir", "auxiliary_exclude", "output_dir")  # not recorded as settings of a run
 
 
 class Normal(NamedTuple):
@@ -35,26 +35,26 @@ class Normal(NamedTuple):
 
 
 def parser(description):
-    """Return the arguments that all runs take."""
+    """Return a parser with the arguments that all experiments take."""
     found = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = found.add_argument
-    add("--data_dir", help="prepared TFDS sets; defaults to $TFDS_DATA_DIR")
-    add("--in_distribution", default="cifar10", help="TFDS set that is normal")
-    add("--ood", default="cifar100,dtd32,gtsrb32,mnist", help="TFDS sets, with commas between")
-    add("--auxiliary", default="imagenet_aux", help="TFDS set; its validation split is OOD too")
-    add("--auxiliary_exclude", metavar="FILE", help="names of its classes to leave out")
-    add("--seed", type=int, default=0, help="fixes weights, order, views and negatives")
-    add("--minutes", type=float, default=7.0, help="train for about this long")
-    add("--steps", type=int, help="train for so many steps instead")
-    add("--output_dir", default="results", help="where the results go")
+    add("--data_dir", help="folder of prepared TFDS data sets; default: $TFDS_DATA_DIR")
+    add("--in_distribution", default="cifar10", help="TFDS data set of normal images")
+    add("--ood", default="cifar100,dtd32,gtsrb32,mnist", help="TFDS data sets, separated by commas")
+    add("--auxiliary", default="imagenet_aux", help="TFDS data set; its validation split is OOD")
+    add("--auxiliary_exclude", metavar="FILE", help="names of auxiliary classes to leave out")
+    add("--seed", type=int, default=0, help="seed of weights, order, views and negatives")
+    add("--minutes", type=float, default=7.0, help="training time, approximately")
+    add("--steps", type=int, help="training steps, instead of minutes")
+    add("--output_dir", default="results", help="folder to write results to")
     add("--network", default="convolutional", choices=["convolutional", "convnet", "vit"])
-    add("--width", type=int, default=64, help="channels of its first stage, or of all of a vit")
-    add("--learning_rate", type=float, default=2e-3, help="the largest")
+    add("--width", type=int, default=64, help="channels of the first stage, or width of a vit")
+    add("--learning_rate", type=float, default=2e-3, help="largest learning rate")
     add("--batch_size", type=int, default=96, help="images per step")
     add("--bank_images", type=int, default=10_000, help="training images in the bank")
-    add("--ood_images", type=int, default=2_000, help="images of each OOD set, at most")
+    add("--ood_images", type=int, default=2_000, help="largest number of images per OOD set")
     return found
 
 
@@ -62,7 +62,7 @@ def parser(description):
 
 
 def read(settings, name, split, exclude=()):
-    """Return images of a TFDS set at CIFAR's size."""
+    """Return images of a TFDS data set at the size of CIFAR-10."""
     return data.load_arrays(
         f"tfds:{name}",
         split=split,
@@ -73,18 +73,18 @@ def read(settings, name, split, exclude=()):
 
 
 def read_held_out(settings):
-    """Of the first 5,000 test images, those that calibrate, and between them the fresh ones."""
+    """Split the first 5,000 test images alternately into calibration and fresh images."""
     test = read(settings, settings.in_distribution, "test")[:5000]
     return test[::2], test[1::2]
 
 
 def read_normal(settings):
-    """Return all training images, and the held-out ones."""
+    """Return all training images and the held-out ones."""
     return Normal(read(settings, settings.in_distribution, "train"), *read_held_out(settings))
 
 
 def read_ood(settings):
-    """Return images of each OOD set by name."""
+    """Return the images of each OOD set by name."""
     names = settings.ood.split(",")
     ood = {name: read(settings, name, "test")[: settings.ood_images] for name in names}
     excluded = excluded_classes(settings)
@@ -94,13 +94,13 @@ def read_ood(settings):
 
 
 def excluded_classes(settings):
-    """Return names of the classes that the auxiliary set is to be without."""
+    """Return the names of auxiliary classes to leave out."""
     name = settings.auxiliary_exclude
     return sources.read_class_names(name) if name else []
 
 
 def training_batches(settings, images, auxiliary=None):
-    """Endless batches of the images, with auxiliary images where they are given."""
+    """Return endless batches of images, with auxiliary images if they are given."""
     options = {"batch_size": settings.batch_size, "shuffle": True, "drop_remainder": True}
     batches = data.load(images, seed=settings.seed, **options)
     if auxiliary is not None:
@@ -113,7 +113,7 @@ def training_batches(settings, images, auxiliary=None):
 
 
 def backbone(settings):
-    """Return the network of a run, with new weights."""
+    """Return the network of a run with new weights."""
     width = settings.width
     if settings.network == "convnet":
         return sddns_tf.ConvNet((width, 2 * width, 4 * width))
@@ -125,9 +125,9 @@ def backbone(settings):
 
 
 def depthwise(width):
-    """Depthwise convolutions with two dense layers, four times; mean and spread are the feature.
+    """Return four blocks of depthwise convolution and dense layers, pooled by mean and spread.
 
-    The records in docs/results and the detector `cifar10-small` are of this network.
+    The records in docs/results and the detector `cifar10-small` have this network.
     """
     layers = keras.layers
     images = keras.Input((None, None, 3))
@@ -146,7 +146,7 @@ def depthwise(width):
 
 
 def optimizer(settings, steps):
-    """AdamW with a warm-up of a tenth of the steps and a cosine."""
+    """Return AdamW with a warm-up over a tenth of the steps and a cosine schedule."""
     learning_rate = schedules.WarmupCosine(
         settings.learning_rate, 1e-5, steps, warmup_steps=steps // 10
     )
@@ -154,16 +154,16 @@ def optimizer(settings, steps):
 
 
 def fit(settings, make_model, batches, callbacks=()):
-    """Train a model for the minutes or steps asked for.
+    """Train a model for a number of minutes or steps.
 
     Args:
-        settings: Of `parser`.
+        settings: Parsed arguments of `parser`.
         make_model: Function from a number of steps to the compiled model.
         batches: Endless dataset.
-        callbacks: Of Keras.
+        callbacks: Keras callbacks.
 
     Returns:
-        The model, and what a record says of its training.
+        The model, and a dictionary about its training for the record.
     """
     if settings.steps:
         check_int("steps", settings.steps, low=EPOCHS)
@@ -179,7 +179,7 @@ def fit(settings, make_model, batches, callbacks=()):
         steps_per_epoch=steps // EPOCHS,
         epochs=EPOCHS,
         callbacks=list(callbacks),
-        shuffle=False,  # the data set does it
+        shuffle=False,  # the data set is shuffled already
         verbose=2,
     ).history
     steps = int(model.optimizer.iterations)
@@ -192,7 +192,7 @@ def fit(settings, make_model, batches, callbacks=()):
 
 
 def seconds_per_step(model, batches):
-    """Measured on a model that is thrown away, so that minutes can be told in steps."""
+    """Return the time of a step, measured on a throw-away model, to turn minutes into steps."""
     times = []
     clock = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: times.append(time.perf_counter())
@@ -205,7 +205,7 @@ def seconds_per_step(model, batches):
 
 
 def detector_of(settings, network, normal):
-    """Return a detector on `network`, as all runs have it."""
+    """Return the detector of a run, made from `network`."""
     return sddns_tf.Detector.from_images(
         network,
         bank_images=normal.training[: settings.bank_images],
@@ -216,7 +216,7 @@ def detector_of(settings, network, normal):
 
 
 def evaluate(detector, fresh, ood, trained_on=None):
-    """AUROC, FPR at 95 % and share flagged for each OOD set; sensitivities to all other shifts."""
+    """Return AUROC, FPR at 95 % and share flagged for each OOD set, and the sensitivities."""
     normal = detector.predict(fresh, verbose=0)
     table = {}
     for name, images in ood.items():
@@ -231,16 +231,16 @@ def evaluate(detector, fresh, ood, trained_on=None):
 
 
 def record_run(settings, name, measure):
-    """Write `NAME.json`, unless it is there already.
+    """Write `NAME.json`, unless it exists.
 
     Args:
-        settings: Of `parser`.
-        name: Of the file.
-        measure: Function without arguments that trains and gives the record.
+        settings: Parsed arguments of `parser`.
+        name: Name of the file.
+        measure: Function without arguments that trains and returns the record.
     """
     target = pathlib.Path(settings.output_dir) / f"{name}.json"
     if target.exists():
-        print(f"{target} is there already", file=sys.stderr)
+        print(f"Skipped: {target} exists", file=sys.stderr)
         return
     record = measure()
     files.write_json(target, record)
@@ -250,5 +250,5 @@ def record_run(settings, name, measure):
 
 
 def flags_of(settings):
-    """Return what defines a run, for its record."""
+    """Return the settings of a run for its record."""
     return {name: value for name, value in vars(settings).items() if name not in PATHS}

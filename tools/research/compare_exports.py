@@ -1,13 +1,13 @@
-r"""What each TFLite variant of a detector costs: size, AUROC, and normal images flagged.
+r"""Compare the TFLite variants of a detector: size, AUROC, and share of normal images flagged.
 
     python -m tools.research.compare_exports --detector=sddns_tf/trained/cifar10-small.keras \
         --calibration=tfds:cifar10@test[:5000] --test=tfds:cifar10@test[5000:] \
         --ood=tfds:cifar100,tfds:dtd32
 
-Exports the detector in float32, float16, dynamic and int8 with a compressed bank, calibrates each
-on --calibration, scores --test (normal images used for nothing else) and each OOD set with the
-file itself, and prints a Markdown table beside the detector's own figures. --output_dir keeps the
-files and the table.
+Exports the detector in float32, float16, dynamic and int8 with a compressed bank, and calibrates
+each file with --calibration. Scores --test (normal images not used for anything else) and each OOD
+set with the files, and prints a Markdown table with the detector's own figures in the first row.
+With --output_dir the files and the table are kept.
 """
 
 import argparse
@@ -35,19 +35,19 @@ def parse(argv):
     add(
         "--calibration",
         required=True,
-        help="source of the images it was calibrated with (split: test)",
+        help="source of the images that it was calibrated with (split: test)",
     )
     add("--test", required=True, help="source of fresh normal images (split: test)")
-    add("--ood", required=True, help="sources of OOD images, with commas between (split: test)")
-    add("--data_dir", help="prepared TFDS sets; defaults to $TFDS_DATA_DIR")
-    add("--limit", type=int, default=2000, help="score at most so many images of each set")
-    add("--tflite_bank_size", type=int, default=1000, help="largest number of rows of the bank")
-    add("--output_dir", help="folder to write to; default: nothing is kept")
+    add("--ood", required=True, help="sources of OOD images, separated by commas (split: test)")
+    add("--data_dir", help="folder of prepared TFDS data sets; default: $TFDS_DATA_DIR")
+    add("--limit", type=int, default=2000, help="largest number of images to score per set")
+    add("--tflite_bank_size", type=int, default=1000, help="largest number of rows in the bank")
+    add("--output_dir", help="folder to write to; by default nothing is kept")
     return parser.parse_args(argv)
 
 
 def tflite_answers(path, images):
-    """OOD scores and decisions of a file, for images in batches of 50."""
+    """Return the OOD scores and decisions of a file, in batches of 50 images."""
     from ai_edge_litert.interpreter import Interpreter
 
     runner = Interpreter(str(path)).get_signature_runner("serving_default")
@@ -66,7 +66,7 @@ def row(name, path, predict, test, ood):
 
 
 def rows(settings, detector, calibration, test, ood, folder):
-    """Yield lines of the table; the files are written to `folder`."""
+    """Write the files to `folder`, and yield the lines of the table."""
     name = f"the detector, bank of {detector.bank.shape[0]:,}"
     yield row(name, settings.detector, lambda x: detector.predict(x, verbose=0), test, ood)
     for variant in VARIANTS:
@@ -83,7 +83,7 @@ def rows(settings, detector, calibration, test, ood, folder):
 
 
 def main(argv=None):
-    """Read, compare, print."""
+    """Read the images, compare the variants, print the table."""
     settings = parse(argv)
     detector = keras.models.load_model(settings.detector)
     height, _ = detector.extractor.resolution or detector.extractor.image_size

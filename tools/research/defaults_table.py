@@ -1,21 +1,21 @@
-r"""Whether `SelfDistillation` trains with its own defaults, whatever the network and the data.
+r"""Check that `SelfDistillation` trains with its defaults on different networks and data.
 
     python -m tools.research.defaults_table --data_dir=TFDS --runs_dir=defaults
     python -m tools.research.defaults_table --runs_dir=defaults --only=cifar10,plain,none
     python -m tools.research.defaults_table --runs_dir=defaults --table_only
 
 Trains every combination of data, backbone, negatives, settings and seed for 400 steps of 64 images
-with `keras.optimizers.AdamW(1e-3)` and two global views. Nothing else is set: `--settings=default`
-takes the constructor's defaults, `--settings=paper` the paper's constants. Each run writes
-`NAME.json` and is skipped where that file exists. In the end the table of all runs is printed in
-Markdown: k-NN accuracy (CIFAR-10) or mean AUROC (elsewhere) of the trained and of the untrained
-network, and the positive loss and the entropy of the teacher's targets relative to ln K. Outputs
-count as uniform where either is above 0.995.
+with `keras.optimizers.AdamW(1e-3)` and two global views. Nothing else is set: the settings
+`default` use the constructor's defaults, `paper` the paper's constants. Each run writes
+`NAME.json`, and is skipped if that file exists. At the end a Markdown table of all runs is printed:
+k-NN accuracy (CIFAR-10) or mean AUROC (other data) of the trained and the untrained network, and
+the positive loss and the entropy of the teacher's targets relative to ln K. Outputs count as
+uniform if either is above 0.995.
 
-`cifar10` needs prepared TFDS sets (`cifar10` and, as auxiliary images, `--auxiliary`), `textures`
-needs scikit-image, `cells` the package `elpv-dataset`: 300 photographs of sound solar cells at 64
-px, with defective ones as OOD. Negatives of cells come from crops of the photographs of
-scikit-image, like those of textures.
+`cifar10` needs prepared TFDS data sets (`cifar10`, and `--auxiliary` for auxiliary images),
+`textures` needs scikit-image, and `cells` needs the package `elpv-dataset`: 300 photographs of
+intact solar cells at 64 px, with defective ones as OOD. Negatives of cells are made from crops of
+scikit-image's photographs, like those of textures.
 """
 
 import argparse
@@ -33,7 +33,7 @@ DATA = ("cifar10", "textures", "cells")
 BACKBONES = ("plain", "depthwise", "resnet", "mobilenet_v3", "vit", "vit_tiny")
 NEGATIVES = ("none", "auxiliary-rot90", "in_distribution-perm4")
 SETTINGS = ("default", "paper")
-# Above this share of ln K entropies and losses count as those of uniform outputs.
+# Entropies and losses above this share of ln K count as those of uniform outputs.
 UNIFORM = 0.995
 
 
@@ -43,14 +43,14 @@ def parser():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = found.add_argument
-    add("--data_dir", help="prepared TFDS sets; defaults to $TFDS_DATA_DIR")
-    add("--auxiliary", default="tfds:imagenet_resized/32x32", help="auxiliary images of CIFAR-10")
-    add("--runs_dir", required=True, help="folder of the runs' JSON files")
-    add("--only", default="", help="parts of the names of runs; all must occur in the name")
-    add("--seeds", default="0,1", help="with commas between")
+    add("--data_dir", help="folder of prepared TFDS data sets; default: $TFDS_DATA_DIR")
+    add("--auxiliary", default="tfds:imagenet_resized/32x32", help="auxiliary images for CIFAR-10")
+    add("--runs_dir", required=True, help="folder for the JSON files of the runs")
+    add("--only", default="", help="run only runs with all these parts in their name")
+    add("--seeds", default="0,1", help="seeds, separated by commas")
     add("--train_steps", type=int, default=400, help="training steps of each run")
-    add("--batch_size", type=int, default=64, help="images of a step")
-    add("--table_only", action="store_true", help="train nothing, print the table of what there is")
+    add("--batch_size", type=int, default=64, help="images per step")
+    add("--table_only", action="store_true", help="do not train; print the table of existing runs")
     return found
 
 
@@ -98,7 +98,7 @@ def resnet(image_size):
 
 
 def mobilenet_v3(image_size):
-    """MobileNetV3Small of `keras.applications`, minimalistic."""
+    """Return the minimalistic MobileNetV3Small of `keras.applications`."""
     del image_size
     import keras
 
@@ -113,7 +113,7 @@ def mobilenet_v3(image_size):
 
 
 def vit(image_size):
-    """Width 96, 4 blocks of 3 heads, an eighth of the side as patch."""
+    """Return a vision transformer of width 96 with 4 blocks of 3 heads and 8 x 8 patches."""
     import sddns_tf
 
     return sddns_tf.VisionTransformer(
@@ -122,14 +122,14 @@ def vit(image_size):
 
 
 def vit_tiny(image_size):
-    """ViT-Ti with an eighth of the side as patch."""
+    """Return ViT-Ti with 8 x 8 patches."""
     import sddns_tf
 
     return sddns_tf.vit_tiny(image_size=image_size, patch_size=image_size // 8)
 
 
 def read_data(name):
-    """Images of a data set: training, bank, test, auxiliary; labels or OOD sets to be judged by."""
+    """Return training, bank, test and auxiliary images, and labels or OOD sets for the test."""
     import numpy as np
 
     generator = np.random.default_rng(0)
@@ -159,7 +159,7 @@ def read_data(name):
 
 
 def read_cifar10():
-    """CIFAR-10 with labels, the overlapping classes of the auxiliary images left in."""
+    """Return CIFAR-10 with labels, and auxiliary images including classes of CIFAR-10."""
     import os
 
     from sddns_tf import data
@@ -184,7 +184,7 @@ def read_cifar10():
 
 
 def read_cells(size):
-    """Sound and defective solar cells, uint8 `(N, size, size, 3)`."""
+    """Return intact and defective solar cells, uint8 `(N, size, size, 3)`."""
     import elpv_dataset.utils
     import numpy as np
 
@@ -200,7 +200,7 @@ def read_cells(size):
 
 
 def make_model(data, backbone, negatives, settings, seed):
-    """Return a compiled `SelfDistillation` with nothing set but what the run's name says."""
+    """Return a compiled `SelfDistillation`; everything not in the run's name is a default."""
     import keras
 
     import sddns_tf
@@ -223,7 +223,7 @@ def make_model(data, backbone, negatives, settings, seed):
 
 
 def make_batches(data, model, seed):
-    """Endless training batches, with auxiliary images where the model needs them."""
+    """Return endless training batches, with auxiliary images if the model needs them."""
     import sddns_tf
 
     def load(images):
@@ -238,7 +238,7 @@ def make_batches(data, model, seed):
 
 
 def quality(model, data):
-    """k-NN accuracy where there are labels, otherwise the mean AUROC over the OOD sets."""
+    """Return the k-NN accuracy if there are labels, else the mean AUROC over the OOD sets."""
     import numpy as np
 
     from sddns_tf import bank, metrics
@@ -262,13 +262,13 @@ def quality(model, data):
 
 
 def run(data, name, backbone, negatives, settings, seed):
-    """Train and judge one network; what its row of the table needs."""
+    """Train and test one network, and return its row of the table."""
     import numpy as np
 
     model = make_model(data, backbone, negatives, settings, seed)
     untrained = quality(model, data)
     start = time.perf_counter()
-    # The last epoch's means are those of the last tenth of the steps.
+    # Ten epochs, so that the last one has the means of the last tenth of the steps.
     history = model.fit(
         make_batches(data, model, seed),
         steps_per_epoch=FLAGS.train_steps // 10,
@@ -294,7 +294,7 @@ def run(data, name, backbone, negatives, settings, seed):
 
 
 def print_table(results):
-    """All runs in Markdown, the two settings beside each other."""
+    """Print all runs as a Markdown table, with both settings in one row."""
     print("| data | backbone | negatives | seed | untrained |", end="")
     print(" | ".join(f" {s}: trained | loss | entropy" for s in SETTINGS), "|")
     print("|---|---|---|--:" + "|--:" * (1 + 3 * len(SETTINGS)) + "|")
@@ -317,14 +317,14 @@ def print_table(results):
             better = "" if result["trained"] > result["untrained"] else " (worse)"
             loss = result["history"]["positive_loss"][-1] / math.log(result["prototypes"])
             entropy = result["history"]["teacher_entropy"][-1]
-            # Not a number is not learning either.
+            # NaN counts as uniform too.
             uniform = "" if max(loss, entropy) <= UNIFORM else " uniform"
             cells += [f"{result['trained']:.3f}{better}", f"{loss:.3f}", f"{entropy:.3f}{uniform}"]
         print("|", " | ".join(cells), "|")
 
 
 def main(argv=None):
-    """Make the runs that are missing, then print the table of all."""
+    """Do the missing runs, then print the table of all runs."""
     parser().parse_args(argv, FLAGS)
     only = [part for part in FLAGS.only.split(",") if part]
     runs_dir = pathlib.Path(FLAGS.runs_dir)
@@ -335,7 +335,7 @@ def main(argv=None):
         seed, source, backbone, negatives, settings = parts
         name = "-".join(map(str, (source, backbone, negatives, settings, seed)))
         path = runs_dir / f"{name}.json"
-        # With commas around, so that `plain` or `default` is one part and not a piece of another.
+        # Parts are compared as a whole, so that `vit` does not match `vit_tiny`.
         named = (*map(str, parts), *negatives.split("-"))
         if FLAGS.table_only or path.exists() or not all(part in named for part in only):
             continue

@@ -1,10 +1,11 @@
-r"""Draws the documentation's pictures of views and shifts, from photographs inside scikit-image.
+r"""Draws the documentation's pictures of views and shifts, with photographs from scikit-image.
 
     python -m tools.research.make_figures --growth=docs/results/speed/growth.json \
         --output_dir=docs/images
 
-Writes shifts.png (what each shift makes of photographs), views.png (global and local views) and,
-of the records that `tools.benchmark --benchmarks=growth --json=PATH` wrote, growth.svg.
+Writes shifts.png (each shift applied to photographs) and views.png (global and local views). With
+--growth=PATH, the file that `tools.benchmark --benchmarks=growth --json=PATH` wrote, also writes
+growth.svg.
 """
 
 import argparse
@@ -15,14 +16,15 @@ import numpy as np
 import skimage.data
 import tensorflow as tf
 from matplotlib.figure import Figure
+from PIL import Image
 
-from sddns_tf import MultiCrop, image_ops, plots, shifts
+from sddns_tf import MultiCrop, files, image_ops, plots, shifts
 
 SIDE = 96
 
 
 def photographs():
-    """Four photographs, uint8 `(4, SIDE, SIDE, 3)`."""
+    """Return four photographs, uint8 `(4, SIDE, SIDE, 3)`."""
     found = [skimage.data.astronaut(), skimage.data.chelsea(), skimage.data.coffee()]
     found.append(np.repeat(skimage.data.brick()[:256, :256, np.newaxis], 3, axis=-1))
     squares = []
@@ -35,7 +37,7 @@ def photographs():
 
 
 def shifted(images, seed):
-    """Return images and titles: the photographs, then each shift of them."""
+    """Return images and titles: each shift applied to the photographs."""
     rows, titles = [], []
     for index, name in enumerate(shifts.NAMES):
         shift = shifts.get(name)
@@ -45,7 +47,7 @@ def shifted(images, seed):
 
 
 def views(image, seed):
-    """Return images and titles: a photograph and the views that training sees of it."""
+    """Return images and titles: a photograph and views of it as used in training."""
     crops = MultiCrop(SIDE, local_views=4)
     batch = tf.constant(image[np.newaxis])
     drawn = [crops(batch, seed=[seed, step]) for step in range(2)]
@@ -58,8 +60,15 @@ def views(image, seed):
     return np.stack(found), titles
 
 
+def save_small(figure, path):
+    """Write a figure of photographs as a PNG file with 256 colors, which is a third of the size."""
+    plots.save(figure, path)
+    with Image.open(path) as picture, files.replacing(path) as unfinished:
+        picture.convert("RGB").quantize(256).save(unfinished, format="PNG", optimize=True)
+
+
 def growth(records):
-    """Seconds per step against what the multiplications would make of the smallest, by setting."""
+    """Plot seconds per step, measured and expected from the number of multiplications."""
     figure = Figure(figsize=(9, 2.8), dpi=150, layout="constrained")
     settings = [dict(part.rsplit(" ", 1) for part in r["name"].split(", ")[1:]) for r in records]
     names = list(settings[0])
@@ -78,18 +87,18 @@ def growth(records):
 
 
 def main(argv=None):
-    """Draw them."""
+    """Draw the pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", default="docs/images", help="folder to write to")
     parser.add_argument("--growth", help="JSON of the benchmark `growth`")
-    parser.add_argument("--seed", type=int, default=0, help="fixes the draws")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
     settings = parser.parse_args(argv)
     folder = pathlib.Path(settings.output_dir)
     images = photographs()
     found, titles = shifted(images, settings.seed)
-    plots.save(plots.contact_sheet(found, titles=titles, columns=8), folder / "shifts.png")
+    save_small(plots.contact_sheet(found, titles=titles, columns=8), folder / "shifts.png")
     found, titles = views(images[0], settings.seed)
-    plots.save(plots.contact_sheet(found, titles=titles, columns=7), folder / "views.png")
+    save_small(plots.contact_sheet(found, titles=titles, columns=7), folder / "views.png")
     if settings.growth:
         records = json.loads(pathlib.Path(settings.growth).read_text())
         plots.save(growth(records), folder / "growth.svg")

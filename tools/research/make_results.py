@@ -1,10 +1,11 @@
-r"""Tables and a figure of the runs of `reproduce_cifar10.py` and `baselines_cifar10.py`.
+r"""Make the tables and the figure of the runs of `reproduce_cifar10` and `baselines_cifar10`.
 
     python -m tools.research.make_results --results=docs/results --figure=docs/images/results.svg
 
-Prints Markdown: AUROC by OOD set and its mean, FPR at 95 %, of each strategy, mean over its seeds
-with the 95 % interval of the mean (Student's t) where there are several; then the sensitivities,
-and the rank correlation of each probe, and of their mean, with the mean AUROC.
+Prints Markdown tables. The first has the AUROC of each strategy against each OOD set, the mean
+AUROC and the mean FPR at 95 %. For several seeds it shows the mean with its 95 % interval
+(Student's t). The others have the sensitivities, and the rank correlation of each probe, and of
+their mean, with the mean AUROC.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from tools.research.reproduce_cifar10 import STRATEGIES
 
 
 def read_runs(folder):
-    """Return records by strategy, each a list over its seeds."""
+    """Return the records of each strategy, a list over its seeds."""
     runs = {}
     for path in sorted(pathlib.Path(folder).glob("*.json")):
         record = json.loads(path.read_text())
@@ -29,12 +30,14 @@ def read_runs(folder):
             strategy += ", overlap kept"
         runs.setdefault(strategy, []).append(record)
     if not runs:
-        raise ValueError(f"--results must hold JSON files of runs. Received: {folder}, with none")
+        raise ValueError(
+            f"--results must hold JSON files of runs. Received: {folder}, which has none"
+        )
     return runs
 
 
 def with_interval(values):
-    """`mean` of several seeds with half of the width of its 95 % interval."""
+    """Return the mean over seeds, with half of the width of its 95 % interval, as text."""
     if len(values) < 2:
         return f"{np.mean(values):.3f}"
     half = stats.t.interval(0.95, len(values) - 1)[1] * stats.sem(values)
@@ -47,7 +50,7 @@ def mean_of(record, metric):
 
 
 def print_ood_table(runs):
-    """AUROC of each strategy against each OOD set."""
+    """Print the AUROC of each strategy against each OOD set."""
     names = list(next(iter(runs.values()))[0]["ood"])
     print("| | seeds | images | " + " | ".join(names) + " | mean AUROC | mean FPR95 |")
     print("|---|---|---|" + "---|" * (len(names) + 2))
@@ -62,7 +65,7 @@ def print_ood_table(runs):
 
 
 def print_sensitivities(runs):
-    """Sensitivity of each strategy to each probe, and how it ranks them."""
+    """Print the sensitivity of each strategy to each probe, and the rank correlations."""
     print("\n| | " + " | ".join([*sensitivity.PROBES, "mean"]) + " |")
     print("|---|" + "---|" * (len(sensitivity.PROBES) + 1))
     for strategy, records in runs.items():
@@ -88,7 +91,7 @@ def print_sensitivities(runs):
 
 
 def draw(runs, path):
-    """Bars of the mean AUROC, one for each strategy."""
+    """Draw a bar chart of the mean AUROC of each strategy."""
     means = {
         name: sum(mean_of(r, "auroc") for r in records) / len(records)
         for name, records in runs.items()
@@ -102,7 +105,7 @@ def draw(runs, path):
 
 
 def main(argv=None):
-    """Print both tables, and draw if asked to."""
+    """Print the tables, and draw the figure if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", default="results", help="folder of JSON files")
     parser.add_argument("--figure", help="bar chart of the mean AUROCs to write (.png, .svg)")

@@ -1,12 +1,12 @@
-r"""One run of the comparison in docs/results.md: CIFAR-10 as normal, one strategy, one seed.
+r"""Do one run of the comparison in docs/results.md: CIFAR-10 as normal, one strategy, one seed.
 
     python -m tools.research.reproduce_cifar10 --data_dir=TFDS --auxiliary_exclude=FILE \
         --strategy=auxiliary:rot90 --seed=0 --minutes=7 --output_dir=results
 
-trains for about so many minutes, whatever the strategy, and writes to the folder
-`auxiliary-rot90-0.json` (AUROC and FPR at 95 % of six OOD sets, sensitivities, what was trained and
-how long) and `auxiliary-rot90-0.keras`, the detector. A run whose file is there is not repeated.
-`cifar10` in this folder tells of the sets; `make_results` makes the tables of all runs in a folder.
+Trains for about this many minutes, whatever the strategy. Writes to the folder
+`auxiliary-rot90-0.json` (AUROC and FPR at 95 % for six OOD sets, sensitivities, settings and
+duration) and the detector `auxiliary-rot90-0.keras`. A run whose file exists is not repeated.
+`cifar10.py` describes the data sets; `make_results` makes the tables of all runs in a folder.
 """
 
 import pathlib
@@ -30,14 +30,19 @@ def parse(argv):
     add = parser.add_argument
     add("--strategy", default="auxiliary:rot90", choices=STRATEGIES, help="source and shift")
     add("--auxiliary_overlap", action="store_true", help="train on the excluded classes as well")
-    add("--name", help="of the files; defaults to strategy and seed")
-    add("--teacher_temperature", type=float, default=0.02, help="constant")
-    add("--teacher_momentum", type=float, default=0.99, help="at the start; a cosine to 1")
-    add("--negative_weight", type=float, default=1.0, help="lambda after its ramp")
-    add("--negative_ramp", type=float, default=0.2, help="share of the steps in which it rises")
-    add("--num_prototypes", type=int, default=1024, help="K")
-    add("--local_views", type=int, default=0, help="of 16 px")
-    add("--color_jitter", type=float, default=0.8, help="probability of it")
+    add("--name", help="name of the files; default: strategy and seed")
+    add("--teacher_temperature", type=float, default=0.02, help="a constant")
+    add(
+        "--teacher_momentum",
+        type=float,
+        default=0.99,
+        help="initial value; rises to 1 along a cosine",
+    )
+    add("--negative_weight", type=float, default=1.0, help="lambda after the ramp")
+    add("--negative_ramp", type=float, default=0.2, help="share of the steps in which lambda rises")
+    add("--num_prototypes", type=int, default=1024, help="number of prototypes, K")
+    add("--local_views", type=int, default=0, help="number of local views of 16 px")
+    add("--color_jitter", type=float, default=0.8, help="probability of color jitter")
     settings = parser.parse_args(argv)
     settings.source, _, settings.shift = settings.strategy.partition(":")
     return settings
@@ -71,7 +76,7 @@ def make_model(settings, steps):
 
 
 def auroc_by_network(settings, model, normal, ood):
-    """Return AUROC of each OOD set when the score looks at another part of the model."""
+    """Return the AUROC against each OOD set if other parts of the model give the features."""
     networks = {
         "student backbone": model.student_backbone,
         "teacher head": keras.Sequential([model.teacher_backbone, model.teacher_head]),
@@ -89,7 +94,7 @@ def auroc_by_network(settings, model, normal, ood):
 
 
 def main(argv=None):
-    """One run, if it is not there yet."""
+    """Do one run, unless its file exists."""
     settings = parse(argv)
     name = settings.name or f"{settings.strategy.replace(':', '-')}-{settings.seed}"
 

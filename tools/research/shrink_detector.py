@@ -1,10 +1,10 @@
-r"""Compresses a detector's bank to weighted centers and calibrates it again, with what that costs.
+r"""Compress a detector's bank to weighted centers and recalibrate it.
 
     python -m tools.research.shrink_detector --detector=results/auxiliary-rot90-0.keras \
         --bank_size=1000 --output=sddns_tf/trained/cifar10-small.keras
 
-Calibrates on the images that `reproduce_cifar10` calibrates on, whose detectors it is for, and
-prints the size of the file and the share of fresh normal images flagged.
+This is for detectors that `reproduce_cifar10` wrote, and uses the same calibration images. Prints
+the size of the file and the share of fresh normal images flagged.
 """
 
 import argparse
@@ -17,13 +17,17 @@ from tools.research import cifar10
 
 
 def main(argv=None):
-    """Compress, calibrate, write."""
+    """Compress the detector, recalibrate it, write it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--detector", required=True, help="detector to compress (.keras)")
-    parser.add_argument("--data_dir", help="prepared TFDS sets; defaults to $TFDS_DATA_DIR")
-    parser.add_argument("--in_distribution", default="cifar10", help="TFDS set that is normal")
+    parser.add_argument(
+        "--data_dir", help="folder of prepared TFDS data sets; default: $TFDS_DATA_DIR"
+    )
+    parser.add_argument(
+        "--in_distribution", default="cifar10", help="TFDS data set of normal images"
+    )
     parser.add_argument("--bank_size", type=int, default=1000, help="centers to keep")
     parser.add_argument("--output", required=True, help="file to write (.keras)")
     settings = parser.parse_args(argv)

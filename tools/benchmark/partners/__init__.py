@@ -1,1 +1,1 @@
-"""What the package is compared with: the same work in Pillow, PyTorch and ONNX Runtime."""
+"""Alternatives to compare with: the same work done by Pillow, PyTorch and ONNX Runtime."""

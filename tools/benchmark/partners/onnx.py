@@ -5,14 +5,14 @@ from tools.benchmark.partners import pytorch
 
 
 def sessions(torch, shape, image, folder, threads):
-    """Return the name and function of each variant; the function scores one image.
+    """Return the name of each variant and a function that runs it on one image.
 
     Args:
         torch: The module, from `pytorch.imported`.
         shape: Image size, patch, width, depth and heads.
         image: uint8 `(1, H, W, 3)`.
         folder: `pathlib.Path` to write the networks to.
-        threads: Of the runtime.
+        threads: Number of threads.
     """
     try:
         import onnx  # noqa: F401  (torch.onnx and the quantization need it)

@@ -1,11 +1,11 @@
-"""Views and negatives by Pillow, image by image, as the authors' program makes them."""
+"""Views and negatives made by Pillow image by image, as in the authors' program."""
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 
 def all_views():
-    """Function from an image and an auxiliary one to their 28 views."""
+    """Return a function from an image and an auxiliary image to their 28 views."""
     draw = np.random.default_rng(0)
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 

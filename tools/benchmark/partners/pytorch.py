@@ -1,8 +1,8 @@
-"""The same vision transformer and the same training step in PyTorch."""
+"""The same vision transformer and training step in PyTorch."""
 
 from tools.benchmark.harness import NoPartnerError
 
-# What is faster than eager float32 on some machines.
+# Modes that are faster than eager float32 on some machines.
 MODES = {
     "bfloat16 autocast": {"bfloat16": True},
     "compiled": {"compiled": True},
@@ -11,7 +11,7 @@ MODES = {
 
 
 def imported(threads):
-    """Return the module `torch`, with so many threads."""
+    """Return the module `torch`, with its number of threads set."""
     try:
         import torch
     except ImportError as error:
@@ -61,7 +61,7 @@ def vit(torch, size, patch, dim, depth, heads):
 
 
 def features(torch, shape, images, bfloat16=False, compiled=False):
-    """Return a function that gives the features of normalized images `(B, H, W, 3)`."""
+    """Return a function that computes the features of normalized images `(B, H, W, 3)`."""
     network = vit(torch, *shape).eval()
     function = torch.compile(network) if compiled else network
     tensor = torch.tensor(images).permute(0, 3, 1, 2)
@@ -74,7 +74,7 @@ def features(torch, shape, images, bfloat16=False, compiled=False):
 
 
 def train_step(torch, shape, batch, bfloat16=False, compiled=False):
-    """Return a function that does one step in PyTorch, of the same arithmetic as ours."""
+    """Return a function that does one training step in PyTorch, with the same math as ours."""
     functional = torch.nn.functional
     dim = shape[2]
 

@@ -1,0 +1,166 @@
+"""MVTec AD's layout through the commands: train on it, calibrate, measure maps against masks."""
+
+import csv
+import json
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+from test_local import bricks, convnet, damaged
+
+from sddns_tf import metrics
+from sddns_tf.cli import evaluate, train
+from sddns_tf.cli.errors import UsageError
+from sddns_tf.data import mvtec
+from sddns_tf.detector import Detector
+from sddns_tf.evaluation import ALL_MASKS, FRESH
+
+SIZE = 64
+
+
+def write_images(folder, images, ending=""):
+    folder.mkdir(parents=True)
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{index:03}{ending}.png")
+
+
+@pytest.fixture(scope="module")
+def wall(tmp_path_factory):
+    """A folder in the layout of MVTec AD: good bricks, with a red patch, with a small dark one."""
+    root = tmp_path_factory.mktemp("mvtec") / "wall"
+    write_images(root / "train" / "good", bricks(60, 0))
+    write_images(root / "test" / "good", bricks(12, 2))
+    write_images(root / "test" / "patch", damaged(6, 3))
+    dark, masks = bricks(5, 4), np.zeros((5, SIZE, SIZE), "uint8")
+    dark[:, 40:48, 8:24] = 0
+    masks[:, 40:48, 8:24] = 255
+    write_images(root / "test" / "dark", dark)
+    write_images(root / "ground_truth" / "dark", masks, "_mask")
+    masks = np.zeros((6, SIZE, SIZE), "uint8")
+    masks[:, 20:36, 36:52] = 255
+    write_images(root / "ground_truth" / "patch", masks, "_mask")
+    return root
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """File of a local detector of bricks."""
+    path = tmp_path_factory.mktemp("local") / "bricks.keras"
+    Detector.from_images(
+        convnet(), bricks(60, 0), bricks(59, 1), layers="auto", bank_size=300, verbose=0
+    ).save(path)
+    return path
+
+
+def results_of(output_dir, *arguments):
+    evaluate.main([f"--output_dir={output_dir}", "--resamples=20", *map(str, arguments)])
+    return json.loads((output_dir / "results.json").read_text())
+
+
+def test_a_folder_in_mvtecs_layout_is_measured_as_it_comes(wall, local, tmp_path, capsys):
+    results = results_of(tmp_path, f"--model={local}", f"--test=mvtec:{wall}")
+    printed = capsys.readouterr().out
+    assert list(results["sets"]) == ["dark", "patch", FRESH]
+    assert [results["sets"][name]["images"] for name in ("dark", "patch", FRESH)] == [5, 6, 12]
+    # Against the metrics by themselves, on what the layout's own reader gives.
+    detector, parts = keras.saving.load_model(local), mvtec.load(wall, SIZE)
+    for name, kinds in (("patch", ["patch"]), (ALL_MASKS, ["dark", "patch"])):
+        shown = np.concatenate([parts.test[kind] for kind in (*kinds, "good")])
+        masks = np.concatenate([parts.masks[kind] for kind in (*kinds, "good")])
+        maps = metrics.at_size(detector.predict(shown, verbose=0)["anomaly_map"], (SIZE, SIZE))
+        expected = {
+            "pixel_auroc": metrics.pixel_auroc(maps, masks),
+            "aupro": metrics.aupro(maps, masks),
+            "region_recall": metrics.region_recall(maps, masks, detector.threshold),
+        }
+        assert results["pixels"][name] == pytest.approx(expected, abs=1e-6)
+        cells = " | ".join(f"{value:.3f}" for value in expected.values())
+        assert f"| {name} | {cells} |" in printed
+        rows = {row["set"]: row for row in csv.DictReader((tmp_path / "table.csv").open())}
+        assert float(rows[name]["aupro"]) == pytest.approx(expected["aupro"], abs=1e-6)
+    assert rows[FRESH]["aupro"] == "" and rows[ALL_MASKS]["auroc"] == ""
+    assert printed.strip() == (tmp_path / "table.md").read_text().strip()
+    page = (tmp_path / "report.html").read_text()
+    for title in ("Least anomalous", "Most anomalous", "Borderline", "Missed", "False alarms"):
+        assert f"<h2>{title}</h2>" in page
+    for text in (
+        "patch/003.png",
+        "good/001.png",
+        "region_recall",
+        "all images have the same scale",
+    ):
+        assert text in page
+    assert " #" not in page.partition("<h2>Least")[2].partition("<h2>Configuration")[0]
+
+
+def test_masks_of_named_folders(wall, local, tmp_path):
+    """Sets and masks that lie where a user has them; a set without masks has no row of pixels."""
+    arguments = (
+        f"--model={local}",
+        f"--test=folder:{wall}/test/good",
+        f"--ood=patch=folder:{wall}/test/patch,other=folder:{wall}/test/dark",
+    )
+    results = results_of(tmp_path, *arguments, f"--masks={wall}/ground_truth", "--limit=4")
+    assert list(results["pixels"]) == ["patch"]
+    assert results["sets"]["patch"]["images"] == 4
+    without = results_of(tmp_path, *arguments)
+    assert "pixels" not in without and "aupro" not in (tmp_path / "table.csv").read_text()
+
+
+def test_what_is_wrong_with_masks_is_told(wall, local, tmp_path):
+    def fails(match, *arguments, model=local):
+        with pytest.raises(UsageError, match=match):
+            results_of(tmp_path, f"--model={model}", *arguments)
+
+    good, masks = f"--test=folder:{wall}/test/good", f"--masks={wall}/ground_truth"
+    patch = f"folder:{wall}/test/patch"
+    fails("--ood is needed", good)
+    fails(
+        "--masks must hold a folder of the name of an OOD set: a", good, f"--ood=a={patch}", masks
+    )
+    fails("must have names of their own", f"--test=mvtec:{wall}", f"--ood=patch={patch}")
+    fails("must hold test/good and folders of damaged parts", f"--test=mvtec:{wall}/train")
+    fails(
+        "--calibration takes no mvtec:PATH", f"--test=mvtec:{wall}", f"--calibration=mvtec:{wall}"
+    )
+    np.savez(tmp_path / "patch.npz", images=damaged(3, 0))
+    fails("--masks are those of files", good, f"--ood=npz:{tmp_path}/patch.npz", masks)
+    fails("The mask of .*005.png is missing", good, f"--ood=dark={patch},patch={good[7:]}", masks)
+    whole = tmp_path / "whole.keras"
+    Detector.from_images(convnet(), bricks(20, 0), bricks(19, 1), verbose=0).save(whole)
+    fails("only a local detector gives them", good, f"--ood={patch}", masks, model=whole)
+
+
+@pytest.mark.slow
+def test_train_calibrate_and_evaluate_from_mvtecs_layout(wall, tmp_path):
+    train.main(
+        [
+            f"--data=mvtec:{wall}", f"--output_dir={tmp_path}", f"--image_size={SIZE}",
+            "--shift=none", "--calibration_share=0.4",
+            "--set=detector.layers=auto", "--set=detector.bank_size=100",
+            "--set=backbone.stages=[8,8,8,16]", "--set=views.local_views=0",
+            "--set=head.num_prototypes=16", "--set=head.hidden_dim=16",
+            "--set=head.bottleneck_dim=8", "--batch_size=8", "--epochs=1", "--steps_per_epoch=2",
+        ]
+    )  # fmt: skip
+    detector = keras.saving.load_model(tmp_path / "detector.keras")
+    assert detector.is_local and detector.calibration_scores.shape[0] == 24
+    results = results_of(
+        tmp_path / "evaluation", f"--model={tmp_path}/detector.keras", f"--test=mvtec:{wall}"
+    )
+    assert set(results["pixels"]) == {"dark", "patch", ALL_MASKS}
+    assert results["configuration"]["training: data.source"] == f"mvtec:{wall}"
+
+
+def test_masks_are_cut_as_images_are(tmp_path):
+    """Of a wide image `crop` takes the middle square, of its mask as well."""
+    mask = np.zeros((32, 64), "uint8")
+    mask[8:16, 20:28] = 255
+    write_images(tmp_path / "images", [np.zeros((32, 64, 3), "uint8")])
+    write_images(tmp_path / "masks", [mask])
+    paths = mvtec.image_paths(tmp_path / "images")
+    (cut,) = mvtec.masks_of(paths, tmp_path / "masks", (32, 32), "crop")
+    np.testing.assert_array_equal(cut, mask[:, 16:48] > 0)
+    (squashed,) = mvtec.masks_of(paths, tmp_path / "masks", (32, 32))
+    np.testing.assert_array_equal(squashed, mask[:, ::2] > 0)

