@@ -259,7 +259,9 @@ def uneven(tmp_path_factory):
 def test_uneven_batches_on_two_replicas_equal_one_device(uneven):
     found, _ = uneven
     assert {"val_loss", "center 0", "log of loss"} <= found.keys()
-    wrong = {name: value for name, value in found.items() if not value <= 2e-5}
+    # Features are standardized, so the bias of the last normalization gets the rounding of its
+    # gradients only. A replica that counts for too much gives 0.1.
+    wrong = {name: value for name, value in found.items() if not value <= 1e-4}
     assert not wrong
 
 
