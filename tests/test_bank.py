@@ -267,7 +267,7 @@ def test_extractor_survives_saving(tmp_path):
             "0-255. Pass pixels: they are normalized here",
         ),
         (tf.data.Dataset.from_tensor_slices(photographs()), r"One image takes a batch axis"),
-        (tf.data.Dataset.from_tensors(photographs()).repeat(), "repeats for ever"),
+        (tf.data.Dataset.from_tensors(photographs()).repeat(), "repeats forever"),
         (tf.data.Dataset.from_tensors({"a": photographs()}), "batches of images"),
     ],
 )

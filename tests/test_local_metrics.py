@@ -180,7 +180,7 @@ def test_the_layout_of_mvtec_ad_is_read(tmp_path):
     (tmp_path / "ground_truth/scratch/001_mask.png").unlink()
     with pytest.raises(ValueError, match=r"The mask of .*001.png is missing"):
         mvtec.load(tmp_path, 64)
-    with pytest.raises(ValueError, match="which is no folder"):
+    with pytest.raises(ValueError, match="which is not a folder"):
         mvtec.load(tmp_path / "nowhere", 64)
 
 
