@@ -216,8 +216,8 @@ def _finite_matrix(name, values):
     values = np.asarray(values, np.float32)
     if values.ndim != 2 or not values.size or not np.isfinite(values).all():
         raise ValueError(
-            f"`{name}` must be a finite array of shape (M, D). Received shape {values.shape}, "
-            f"{np.count_nonzero(~np.isfinite(values))} values not finite."
+            f"`{name}` must be a finite array of shape (M, D). Received: shape {values.shape}, "
+            f"{np.count_nonzero(~np.isfinite(values))} values not finite"
         )
     return values
 

@@ -398,8 +398,8 @@ class SelfDistillation(keras.Model):
         batch, labels, _ = keras.utils.unpack_x_y_sample_weight(data)
         if labels is not None:
             raise ValueError(
-                "SelfDistillation trains without labels: pass images alone. Received batches "
-                "with two or more parts."
+                "SelfDistillation trains without labels: pass images alone. Received: "
+                "batches with two or more parts"
             )
         needs_auxiliary = self.negatives is not None and self.negatives.needs_auxiliary
         if isinstance(batch, dict):

@@ -16,8 +16,6 @@ EXCEPTIONS = {
     ("cli/errors.py", ""): "the message of another error, with the option's name before it",
     ("building.py", "The backbone gives features that are not finite"): "nothing was passed",
     ("self_distillation.py", "Weight decay was asked for twice"): "names both places",
-    ("self_distillation.py", "SelfDistillation trains without labels"): "no colon",
-    ("bank.py", "`` must be a finite array"): "no colon",
 }
 
 

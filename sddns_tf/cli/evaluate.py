@@ -252,7 +252,10 @@ def read_masks(folder: Any, paths: dict[str, Any], reading: dict[str, Any]) -> d
         )
     for name, several in named.items():
         if several is None:
-            raise UsageError(f"--masks are those of files, and --ood has {name} from elsewhere.")
+            raise UsageError(
+                f"--masks need images that are files in a folder. Received: --ood has {name}, "
+                "which is no folder"
+            )
     size, resize = reading["image_size"], reading["resize"]
     with user_input("masks"):
         return {
