@@ -125,7 +125,7 @@ def test_what_is_wrong_with_masks_is_told(wall, local, tmp_path):
         "--calibration takes no mvtec:PATH", f"--test=mvtec:{wall}", f"--calibration=mvtec:{wall}"
     )
     np.savez(tmp_path / "patch.npz", images=damaged(3, 0))
-    fails("--masks are those of files", good, f"--ood=npz:{tmp_path}/patch.npz", masks)
+    fails("--masks need images that are files", good, f"--ood=npz:{tmp_path}/patch.npz", masks)
     fails("The mask of .*005.png is missing", good, f"--ood=dark={patch},patch={good[7:]}", masks)
     whole = tmp_path / "whole.keras"
     Detector.from_images(convnet(), bricks(20, 0), bricks(19, 1), verbose=0).save(whole)

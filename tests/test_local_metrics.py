@@ -134,7 +134,12 @@ def test_evaluate_measures_maps_where_there_are_masks(detector, found):
 
 def test_the_report_shows_overlays_and_names_files(detector, found):
     page = report.html(found, detector)
-    for text in ("Least anomalous", "part_3.png", "region_recall", "one scale for all images"):
+    for text in (
+        "Least anomalous",
+        "part_3.png",
+        "region_recall",
+        "all images have the same scale",
+    ):
         assert text in page
     assert "checks #" not in page and f"{evaluation.FRESH} #" in page
 

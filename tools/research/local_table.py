@@ -279,6 +279,7 @@ def print_tables(results):
 
 def main(argv=None):
     """Make the runs that are missing, then print the tables of all."""
+    vars(FLAGS).clear()  # What an earlier call left would be taken for given.
     parser().parse_args(argv, FLAGS)
     harness.pin_threads(1)
     only = [part for part in FLAGS.only.split(",") if part]
