@@ -36,11 +36,11 @@ def learning_rate_of(
 
 @contextlib.contextmanager
 def fused_adam(optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
-    """Let Adam move a variable by one operation meanwhile, where Keras makes forty.
+    """Inside this context, Adam updates each variable with one operation instead of Keras' forty.
 
-    TensorFlow has a kernel of the very formula. It works on Keras' own moments, and everything
-    around the update (schedules, decay, accumulation, loss scaling, files) stays Keras'. An
-    optimizer whose formula is another, AMSGrad too, is left alone.
+    TensorFlow has a kernel for Adam's formula. It updates Keras' own moments, and everything around
+    it (schedules, decay, accumulation, loss scaling, saving) stays Keras'. Optimizers with another
+    formula, AMSGrad included, are left alone.
 
     Args:
         optimizer: Built optimizer, or one that scales the loss around it.

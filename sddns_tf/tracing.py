@@ -1,4 +1,4 @@
-"""What a step does several times, traced once: all equal blocks of a network share one graph."""
+"""Trace once what a training step does several times: equal blocks of a network share one graph."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _current = threading.local()
 
 @contextlib.contextmanager
 def repeats_once() -> Iterator[None]:
-    """While it lasts, a graph holds one function for all that `run_once` or `run_block` repeat.
+    """Inside this context, equal calls of `run_once` and `run_block` share one graph function.
 
-    Around a training step, which runs 36 blocks of a ViT-S and the gradients of 24: TensorFlow
-    traces, differentiates and optimizes six and four. Weights are read once too, so what changes
-    them comes after all blocks. Exported graphs are made without: not all that reads them knows
-    functions.
+    It is meant for a training step. That of a ViT-S runs 36 blocks and the gradients of 24 of them;
+    TensorFlow then traces, differentiates and optimizes only one block for each shape of the
+    tokens. Weights are read once too, so they must not change before all blocks have run. Exports
+    do without it, because not every converter can read graphs with functions.
     """
     before = getattr(_current, "functions", None)
     _current.functions = {}
@@ -31,21 +31,21 @@ def repeats_once() -> Iterator[None]:
 
 
 def run_once(key: Hashable, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a function gives, by the graph that an earlier one of the same key made.
+    """Call a function, reusing the graph of an earlier call with the same key.
 
     Args:
-        key: What tells functions apart, but for their arguments.
-        function: What to compute. It changes no variable.
-        *arguments: Of the function: tensors, lists of tensors, or None.
+        key: Whatever distinguishes this function from others, apart from its arguments.
+        function: Function to call. It must not change variables.
+        *arguments: Arguments of the function: tensors, lists of tensors, or None.
 
     Returns:
-        What the function returns.
+        The result of the function.
     """
     functions = _functions()
     if functions is None:
         return function(*arguments)
     if key not in functions:
-        # Called, not put in the place of each call: all of them would be optimized anew.
+        # Inlining would put a copy in place of each call, and all copies would be optimized.
         attributes = {"_noinline": True}
         functions[key] = tf.function(function, autograph=False, experimental_attributes=attributes)
     return functions[key](*arguments)
@@ -54,16 +54,16 @@ def run_once(key: Hashable, function: Callable[..., Any], *arguments: Any) -> An
 def run_block(
     layer: keras.Layer, key: Hashable, function: Callable[..., Any], *arguments: Any
 ) -> Any:
-    """Return what a function gives with the weights of a layer, as `run_once` does.
+    """Call a function that uses the weights of a layer, reusing the graph of an equal layer.
 
     Args:
         layer: Built layer.
-        key: What tells layers apart, but for their weights.
-        function: What to compute by the layer. It changes no variable.
-        *arguments: Of the function: tensors, or None.
+        key: Whatever distinguishes this layer from others, apart from its weights.
+        function: Function to call, which uses the layer. It must not change variables.
+        *arguments: Arguments of the function: tensors, or None.
 
     Returns:
-        What the function returns.
+        The result of the function.
     """
     weights = layer.weights
 
@@ -78,7 +78,7 @@ def run_block(
 
 
 def _read_once(weight):
-    """Views of two sizes pass the same weights."""
+    # Views of two sizes use the same weights.
     key = "read", id(weight), id(tf.compat.v1.get_default_graph())
     if key not in _current.functions:
         _current.functions[key] = tf.convert_to_tensor(weight.value)

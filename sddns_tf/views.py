@@ -1,4 +1,7 @@
-"""The views of an image: DINO's multi-crop, and the negatives made from it."""
+"""The views of an image: DINO's multi-crop, and the negatives made from it.
+
+Longer than other modules: half of it is what the arguments of two classes mean.
+"""
 
 from __future__ import annotations
 

@@ -259,9 +259,14 @@ def uneven(tmp_path_factory):
 def test_uneven_batches_on_two_replicas_equal_one_device(uneven):
     found, _ = uneven
     assert {"val_loss", "center 0", "log of loss"} <= found.keys()
-    # Features are standardized, so the bias of the last normalization gets the rounding of its
-    # gradients only. A replica that counts for too much gives 0.1.
-    wrong = {name: value for name, value in found.items() if not value <= 1e-4}
+    # Features are standardized: the bias of the backbone's last normalization has no gradient but
+    # rounding, and stays near 0.
+    rounding = {"student 17", "teacher 17"}
+    wrong = {
+        name: value
+        for name, value in found.items()
+        if not value <= (1e-4 if name in rounding else 2e-5)
+    }
     assert not wrong
 
 
