@@ -56,6 +56,7 @@ def test_each_script_says_what_it_shows():
     assert {run[0] for run in RUNS} | tested_elsewhere == set(scripts)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path):
     """Its code as one script, with fewer images and steps."""
     cells = json.loads((EXAMPLES / "story.ipynb").read_text())["cells"]

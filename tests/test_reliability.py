@@ -121,6 +121,7 @@ def unbroken(tmp_path_factory):
     return state(train(tmp_path_factory.mktemp("unbroken")))
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_as_an_unbroken_one(tmp_path, unbroken):
     """SIGKILL three times: while a state is being written, and at two random moments."""
     folder, result = tmp_path / "run", tmp_path / "result.npz"

@@ -306,6 +306,7 @@ def free_ports(count):
     return ports
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     workers = [f"localhost:{port}" for port in free_ports(2)]
     files = [tmp_path / f"{index}.npz" for index in range(2)]
