@@ -13,6 +13,7 @@ from sddns_tf.version import __version__ as __version__
 # Where each public name lives. A name is imported when it is first asked for, so that what needs
 # no TensorFlow, such as `sddns score parts.tflite`, does not wait for it.
 _MODULES = (
+    "backbones",
     "bank",
     "callbacks",
     "data",

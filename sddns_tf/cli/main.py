@@ -25,6 +25,7 @@ COMMANDS = {
     "export": "Write a detector for servers (SavedModel) and devices (TFLite).",
     "sensitivity": "Choose a shift without labels: train with each one and compare.",
     "convert-dino": "Convert a PyTorch DINO checkpoint to Keras weights.",
+    "convert-efficientnet-lite": "Convert ImageNet weights of EfficientNet-lite0 to Keras.",
     "info": "Show what a .keras file, a SavedModel or a .tflite file contains.",
 }
 _INTERRUPTED = 130
@@ -32,7 +33,7 @@ _INTERRUPTED = 130
 
 def overview() -> str:
     """Return the text of `sddns --help`."""
-    lines = [f"  {name:<14}{text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:<27}{text}" for name, text in COMMANDS.items()]
     return "\n".join(
         [
             "usage: sddns COMMAND --OPTION=VALUE ...",

