@@ -402,6 +402,45 @@ class Detector(keras.Model):
         centers, weights = _compressed(self.bank.numpy(), size, method, seed, self.is_local)
         return self._with(centers, weights, self.calibration_scores.numpy())
 
+    def calibrated_on(
+        self,
+        images: Array,
+        false_positive_rate: float | None = None,
+        *,
+        batch_size: int | None = None,
+        verbose: int | str = "auto",
+    ) -> Detector:
+        """Return a detector of the same bank, calibrated on one group of normal images.
+
+        Where groups differ (kinds of part, cameras, lines), one calibration for all keeps its
+        promise on average only: of one group more may be flagged than the rate, of another fewer.
+        A detector for each group, all with one bank, promises it for each.
+
+        Args:
+            images: In-distribution images of the group that are neither trained on nor in the
+                bank, as for `from_images`.
+            false_positive_rate: Largest share of normal images to flag, between 0 and 1. None
+                takes this detector's.
+            batch_size: Images per step; a dataset has its own.
+            verbose: As for `recalibrate`.
+
+        Returns:
+            A `Detector`. It shares the extractor; nothing else.
+
+        Raises:
+            ValueError: If there are too few images for the rate.
+
+        Reference:
+            Vovk, Gammerman and Shafer, "Algorithmic Learning in a Random World", 2005, section
+            4.5 (Mondrian conformal predictors).
+
+        Example:
+        >>> left = detector.calibrated_on(images_of_the_left_camera)
+        """
+        scores = self._scores_of_images(images, batch_size, verbose)
+        bank, weights = self.bank.numpy(), self.bank_weights.numpy()
+        return self._with(bank, weights, scores, false_positive_rate)
+
     def with_calibration_scores(self, scores: Array) -> Detector:
         """Calibrate a copy of the detector with scores measured elsewhere.
 
@@ -415,7 +454,7 @@ class Detector(keras.Model):
         """
         return self._with(self.bank.numpy(), self.bank_weights.numpy(), np.asarray(scores))
 
-    def _with(self, bank, weights, scores):
+    def _with(self, bank, weights, scores, rate=None):
         config = {**self.get_config(), "extractor": self.extractor}
         other = type(self)(**{**config, "bank_size": len(bank), "calibration_size": len(scores)})
         other.bank.assign(bank)
@@ -423,7 +462,7 @@ class Detector(keras.Model):
         if self.is_local:
             other.counted.assign(self.counted)
         other.calibration_scores.assign(merged(scores, self.rounding))
-        other._set_rate(self.false_positive_rate)
+        other._set_rate(self.false_positive_rate if rate is None else rate)
         return other
 
     def call(self, images: Array) -> dict[str, tf.Tensor]:

@@ -163,6 +163,24 @@ def test_saved_detector_answers_alike_in_another_process(tmp_path):
         assert_same(dict(outputs), detector.predict(images, verbose=0))
 
 
+def test_a_group_has_its_own_calibration_and_the_same_bank():
+    detector, group = make_detector(rate=0.05), crops(skimage.data.astronaut(), 29, 0)
+    before = detector.get_weights()
+    one = detector.calibrated_on(group, verbose=0)
+    assert one.false_positive_rate == detector.false_positive_rate
+    # The promise is that of the group: at most one in twenty of its own images stands out.
+    assert one.predict(group, verbose=0)["p_value"].min() == pytest.approx(2 / 30)
+    assert detector.predict(group, verbose=0)["is_ood"].mean() > 0.9
+    np.testing.assert_array_equal(
+        one.predict(group, verbose=0)["ood_score"], detector.predict(group, verbose=0)["ood_score"]
+    )
+    for value, expected in zip(detector.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(value, expected)
+    assert detector.calibrated_on(group[:9], 0.1, verbose=0).false_positive_rate == 0.1
+    with pytest.raises(ValueError, match=r"at least 19 calibration images.*Received: 9"):
+        detector.calibrated_on(group[:9], verbose=0)
+
+
 def test_recalibration_reaches_predict_and_leaves_the_detector_on_error():
     detector, images = make_detector(rate=0.05), grass(40, 8)
     before = detector.predict(images, verbose=0)
