@@ -115,13 +115,14 @@ def rank_correlation(
         )
     # By hand: a draw in which all strategies are alike has no rank correlation and is left out;
     # of it `scipy.stats.bootstrap` would make an interval of NaN.
-    generator = np.random.default_rng(seed)
-    drawn = []
-    for _ in range(resamples):
-        sample = pairs[:, generator.integers(0, pairs.shape[1], pairs.shape[1])]
-        if (np.ptp(sample, axis=1) > 0).all():
-            drawn.append(spearmanr(*sample).statistic)
-    return float(spearmanr(*pairs).statistic), *metrics.percentile_interval(drawn, confidence)
+    count = pairs.shape[1]
+    draws = np.random.default_rng(seed).integers(0, count, (resamples, count))
+    drawn = pairs[:, draws]
+    drawn = drawn[:, (np.ptp(drawn, axis=-1) > 0).all(0)]
+    correlations = np.prod(_standardized_ranks(drawn), axis=0).mean(-1)
+    return float(spearmanr(*pairs).statistic), *metrics.percentile_interval(
+        correlations, confidence
+    )
 
 
 class Comparison(NamedTuple):
