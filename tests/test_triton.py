@@ -7,6 +7,7 @@ It needs a Python with `nvidia-pytriton` and TensorFlow, which is not this one: 
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import time
@@ -52,7 +53,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(detector, tmp_path_factory):
-    """Addresses of HTTP and gRPC of a server that is ready."""
+    """Addresses of HTTP, gRPC and metrics of a server that is ready."""
     folder = tmp_path_factory.mktemp("server")
     sddns_tf.export.saved_model(detector, folder / "parts", images=tiles("coffee", 8, 32))
     ports = {f"--{name}_port": free_port() for name in ("http", "grpc", "metrics")}
@@ -64,7 +65,7 @@ def server(detector, tmp_path_factory):
         try:
             http = f"localhost:{ports['--http_port']}"
             wait_until_ready(http, process, folder / "log")
-            yield http, f"localhost:{ports['--grpc_port']}"
+            yield http, *(f"localhost:{ports[f'--{name}_port']}" for name in ("grpc", "metrics"))
         finally:
             process.terminate()
             process.wait(60)
@@ -89,12 +90,16 @@ def wait_until_ready(http, process, log):
 
 def get(http, path):
     with urllib.request.urlopen(f"http://{http}{path}", timeout=30) as response:
-        return json.load(response)
+        return response.read().decode()
+
+
+def counted(metrics, name):
+    """Return a counter of the model from the server's metrics."""
+    return float(re.search(rf'^{name}{{.*model="parts".*}} (\S+)$', metrics, re.MULTILINE)[1])
 
 
 def test_the_server_describes_the_model_in_the_terms_of_kserve(server):
-    http, _ = server
-    about = get(http, "/v2/models/parts")
+    about = json.loads(get(server[0], "/v2/models/parts"))
     assert about["inputs"] == [{"name": "image_bytes", "datatype": "BYTES", "shape": [-1, 1]}]
     outputs = {each["name"]: each["datatype"] for each in about["outputs"]}
     assert outputs == {"ood_score": "FP32", "p_value": "FP32", "is_ood": "BOOL", "status": "BYTES"}
@@ -102,7 +107,7 @@ def test_the_server_describes_the_model_in_the_terms_of_kserve(server):
 
 def test_many_clients_get_the_detectors_answers(server, detector, photos):
     script = ROOT / "tests" / "triton_load.py"
-    command = [PYTHON, str(script), *server, str(photos), str(CLIENTS), str(REQUESTS)]
+    command = [PYTHON, str(script), *server[:2], str(photos), str(CLIENTS), str(REQUESTS)]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -136,8 +141,8 @@ def test_many_clients_get_the_detectors_answers(server, detector, photos):
         low, high = np.percentile(times, [50, 99])
         print(f"{protocol}: {rate:.0f} images/s, median {low:.1f} ms, 99 % {high:.1f} ms")
 
-    statistics = get(server[0], "/v2/models/parts/stats")["model_stats"][0]
-    executions, answered = statistics["execution_count"], statistics["inference_count"]
+    measured = get(server[2], "/metrics")
+    answered, executions = (counted(measured, f"nv_inference_{k}") for k in ("count", "exec_count"))
     print(f"{answered / executions:.1f} images in a batch")
     assert answered >= 2 * CLIENTS * REQUESTS
     assert executions < answered / 2  # requests were batched
