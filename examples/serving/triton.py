@@ -1,7 +1,8 @@
 r"""Serve an exported detector with NVIDIA Triton: KServe's protocol v2 over HTTP and gRPC.
 
-    python3 -m venv triton && triton/bin/pip install nvidia-pytriton "numpy<2" tensorflow-cpu
-    triton/bin/python examples/serving/triton.py --exports=exports/parts --model=parts
+    python3 -m venv triton && . triton/bin/activate
+    pip install nvidia-pytriton "numpy<2" tensorflow-cpu
+    python examples/serving/triton.py --exports=exports/parts --model=parts
 
 `nvidia-pytriton` brings the server's binary. It needs Linux with glibc 2.35 or newer and NumPy 1,
 so it gets an environment of its own; TensorFlow alone loads the export.
@@ -10,14 +11,16 @@ The server waits up to `--delay_ms` for the files of several requests and hands 
 signature `serving_bytes` as one batch. A request holds `image_bytes`, BYTES `(B, 1)`: the contents
 of B image files of any size. The answer has `ood_score`, `p_value`, `is_ood` and `status`, each
 `(B, 1)`; that of a local detector has `anomaly_map` `(B, h, w)` too. `status` is empty for a good
-file. With `pip install tritonclient[grpc]`, any environment can ask:
+file. NVIDIA's `tritonclient`, which comes with it, asks:
 
-    import numpy as np, tritonclient.grpc as client
+    import numpy as np
+    import tritonclient.grpc
 
     files = np.array([[open("photo.png", "rb").read()]], dtype=object)
-    image_bytes = client.InferInput("image_bytes", files.shape, "BYTES")
+    image_bytes = tritonclient.grpc.InferInput("image_bytes", files.shape, "BYTES")
     image_bytes.set_data_from_numpy(files)
-    answer = client.InferenceServerClient("localhost:8001").infer("parts", [image_bytes])
+    server = tritonclient.grpc.InferenceServerClient("localhost:8001")
+    answer = server.infer("parts", [image_bytes])
     answer.as_numpy("ood_score"), answer.as_numpy("is_ood")
 """
 
@@ -26,11 +29,6 @@ import os
 import pathlib
 import sys
 import sysconfig
-
-import tensorflow as tf
-from pytriton.decorators import batch
-from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
-from pytriton.triton import Triton, TritonConfig
 
 
 def latest_version(exports):
@@ -42,40 +40,34 @@ def latest_version(exports):
     return max(versions, key=lambda path: int(path.name))
 
 
-def shape_of(output):
-    """Return the shape of an output for one image, as Triton wants it: at least one axis."""
-    return tuple(output.shape[1:]) or (1,)
-
-
-def dtype_of(output):
-    """Return the NumPy type of an output; strings are `bytes`."""
-    return bytes if output.dtype == tf.string else output.dtype.as_numpy_dtype
-
-
-def main(arguments=None):
+def serve(flags):
     """Serve until SIGTERM or Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--exports", required=True, help="folder of numbered SavedModels")
-    parser.add_argument("--model", required=True, help="name of the served model")
-    parser.add_argument("--batch_size", type=int, default=32, help="largest batch")
-    parser.add_argument("--delay_ms", type=float, default=2.0, help="longest wait for a batch")
-    parser.add_argument("--http_port", type=int, default=8000)
-    parser.add_argument("--grpc_port", type=int, default=8001)
-    parser.add_argument("--metrics_port", type=int, default=8002)
-    flags = parser.parse_args(arguments)
+    # Here, so that options are looked at first: TensorFlow takes seconds.
+    import tensorflow as tf
+    from pytriton.decorators import batch
+    from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
+    from pytriton.triton import Triton, TritonConfig
+
     # The server starts a Python too: the same one, wherever it is installed, not the system's.
     paths = [sysconfig.get_config_var("LIBDIR"), os.environ.get("LD_LIBRARY_PATH")]
     os.environ["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
     model = tf.saved_model.load(str(latest_version(flags.exports)))
     signature = model.signatures["serving_bytes"]
+    # Without the axis of the batch; Triton wants at least one more.
+    shapes = {
+        name: tuple(output.shape[1:]) or (1,)
+        for name, output in signature.structured_outputs.items()
+    }
 
     @batch
     def score(image_bytes):
         answers = signature(image_bytes=tf.constant(image_bytes[:, 0]))
-        return {
-            name: answers[name].numpy().reshape(-1, *shape_of(output))
-            for name, output in signature.structured_outputs.items()
-        }
+        return {name: answers[name].numpy().reshape(-1, *shape) for name, shape in shapes.items()}
+
+    def described(name):
+        dtype = signature.structured_outputs[name].dtype
+        kind = bytes if dtype == tf.string else dtype.as_numpy_dtype
+        return Tensor(name=name, dtype=kind, shape=shapes[name])
 
     config = TritonConfig(
         http_port=flags.http_port, grpc_port=flags.grpc_port, metrics_port=flags.metrics_port
@@ -85,10 +77,7 @@ def main(arguments=None):
             flags.model,
             score,
             inputs=[Tensor(name="image_bytes", dtype=bytes, shape=(1,))],
-            outputs=[
-                Tensor(name=name, dtype=dtype_of(output), shape=shape_of(output))
-                for name, output in signature.structured_outputs.items()
-            ],
+            outputs=[described(name) for name in shapes],
             config=ModelConfig(
                 max_batch_size=flags.batch_size,
                 batcher=DynamicBatcher(max_queue_delay_microseconds=int(1000 * flags.delay_ms)),
@@ -96,6 +85,19 @@ def main(arguments=None):
             strict=True,
         )
         server.serve()
+
+
+def main(arguments=None):
+    """Read the options, and serve."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--exports", required=True, help="folder of numbered SavedModels")
+    parser.add_argument("--model", required=True, help="name of the served model")
+    parser.add_argument("--batch_size", type=int, default=32, help="largest batch")
+    parser.add_argument("--delay_ms", type=float, default=2.0, help="longest wait for a batch")
+    parser.add_argument("--http_port", type=int, default=8000)
+    parser.add_argument("--grpc_port", type=int, default=8001)
+    parser.add_argument("--metrics_port", type=int, default=8002, help="for Prometheus")
+    serve(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":
