@@ -218,10 +218,11 @@ def fit(settings, name, make_model, batches_from, callbacks=(), resume=True):
 
 
 def read_log(path):
-    """Return the columns of a log of Keras."""
+    """Return the columns of a log of Keras, which writes NA for validation where there is none."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    return {key: [float(row[key]) for row in rows] for key in rows[0] if key != "epoch"}
+    columns = [key for key, value in rows[0].items() if key != "epoch" and value != "NA"]
+    return {key: [float(row[key]) for row in rows] for key in columns}
 
 
 # --- Measurements -------------------------------------------------------------------------------
