@@ -133,7 +133,8 @@ def probes_of(asked: dict[str, tuple[str, str]]) -> tuple[str, ...]:
     """
     from sddns_tf import sensitivity
 
-    probes = sensitivity.untouched(shift for shift, _ in asked.values() if shift != "none")
+    left = sensitivity.untouched(shift for shift, _ in asked.values() if shift != "none")
+    probes = tuple(probe for probe in sensitivity.PROBES if probe in left)
     if not probes:
         raise UsageError(
             f"--strategies must leave one of {sensitivity.PROBES} that none trains on, nor on one "

@@ -244,10 +244,10 @@ def draw(runs, path):
                 np.mean(values), place, xerr=half_width(values), color=plots.BLUE, capsize=3
             )
         axes.plot(values, [place] * len(values), ".", color=plots.VERMILION)
-    axes.set(
-        yticks=range(len(names)), yticklabels=names,
-        xlabel=f"mean AUROC over {', '.join(tested)}: runs, and 95 % intervals of their means",
-    )  # fmt: skip
+    axes.set(yticks=range(len(names)), yticklabels=names)
+    axes.set_xlabel(
+        f"mean AUROC over {', '.join(tested)}\n(single runs, and 95 % intervals of their mean)"
+    )
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     plots.save(figure, pathlib.Path(path))
