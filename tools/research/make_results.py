@@ -25,7 +25,7 @@ from sddns_tf import plots, sensitivity
 from tools.research.reproduce_cifar10 import STRATEGIES
 
 TUNED = ("learning_rate", "teacher_temperature")
-COLLAPSED = 0.95  # entropy of the mean output over that of a uniform one
+SOUND = (0.05, 0.95)  # entropy of the mean output over a uniform one's: neither one point nor all
 
 
 def read_runs(folder):
@@ -223,7 +223,7 @@ def print_choice(runs):
             )
             for record in records
         ]
-        sound = [row for row in rows if row[2] < COLLAPSED]
+        sound = [row for row in rows if SOUND[0] < row[2] < SOUND[1]]
         best = max(sound, key=lambda row: row[1], default=None)
         for row in sorted(rows, key=lambda row: -row[1]):
             settings, auroc, entropy = row
