@@ -119,7 +119,7 @@ def rank_correlation(
     draws = np.random.default_rng(seed).integers(0, count, (resamples, count))
     drawn = pairs[:, draws]
     drawn = drawn[:, (np.ptp(drawn, axis=-1) > 0).all(0)]
-    correlations = np.prod(_standardized_ranks(drawn), axis=0).mean(-1)
+    correlations = _rank_correlations(*_standardized_ranks(drawn))
     return float(spearmanr(*pairs).statistic), *metrics.percentile_interval(
         correlations, confidence
     )
@@ -265,7 +265,7 @@ def permutation_test(
     def correlations(order):
         return np.stack(
             [
-                (_standardized_ranks(order[..., at]) * ranks).mean(-1)
+                _rank_correlations(_standardized_ranks(order[..., at]), ranks)
                 for at, ranks in ranked.values()
             ]
         )
@@ -351,6 +351,10 @@ def _standardized_ranks(values):
     ranks = ranks - ranks.mean(-1, keepdims=True)
     spread = ranks.std(-1, keepdims=True)
     return np.divide(ranks, spread, out=np.zeros_like(ranks), where=spread > 0)
+
+
+def _rank_correlations(left, right):
+    return np.clip((left * right).mean(-1), -1.0, 1.0)  # rounding can lead beyond 1
 
 
 def _scores(detector, images, batch_size):
