@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sddns_tf.types import Array
 
@@ -15,7 +15,9 @@ import tensorflow as tf
 
 from sddns_tf import metrics, plots, shifts
 
-PROBES = ("rot90", "rot360", "perm4", "perm16", "pixel_perm")
+PROBES = ("rot90", "rot360", "perm4", "perm16", "pixel_perm", "cut_paste")
+# A network that trains on one of a family tells the others too: see docs/results.md.
+FAMILIES = (("rot90", "rot360"), ("perm4", "perm16", "pixel_perm"))
 
 
 def sensitivity(
@@ -29,8 +31,9 @@ def sensitivity(
     """Measure how well the score tells held-out in-distribution images from their shifted selves.
 
     The sensitivity to one probe shift T is the AUROC of the scores of `images` against those of
-    `T(images)`; that of a training strategy is the mean over the probes other than the shift it
-    trained on. Neither labels nor OOD images are needed, so it can choose a strategy.
+    `T(images)`. Neither labels nor OOD images are needed. The mean is over the probes other than
+    the shift trained on, so the means of two strategies are of different probes: `compare` compares
+    strategies.
 
     Args:
         detector: Trained `Detector`.
@@ -44,8 +47,8 @@ def sensitivity(
         Dictionary: the AUROC of each probe by name, and their mean as `"mean"`.
 
     Example:
-        >>> sensitivity(detector, held_out_images, trained_on="rot90")
-        {'rot360': 0.93, 'perm4': 0.87, 'perm16': 0.94, 'pixel_perm': 1.0, 'mean': 0.935}
+        >>> sensitivity(detector, held_out_images, "rot90", probes=("rot360", "perm4"))
+        {'rot360': 0.93, 'perm4': 0.87, 'mean': 0.90}
 
     Reference:
         Rafiee et al., arXiv 2201.06378. The definition is this package's: the abstract says what
@@ -112,13 +115,173 @@ def rank_correlation(
         )
     # By hand: a draw in which all strategies are alike has no rank correlation and is left out;
     # of it `scipy.stats.bootstrap` would make an interval of NaN.
-    generator = np.random.default_rng(seed)
-    drawn = []
-    for _ in range(resamples):
-        sample = pairs[:, generator.integers(0, pairs.shape[1], pairs.shape[1])]
-        if (np.ptp(sample, axis=1) > 0).all():
-            drawn.append(spearmanr(*sample).statistic)
-    return float(spearmanr(*pairs).statistic), *metrics.percentile_interval(drawn, confidence)
+    count = pairs.shape[1]
+    draws = np.random.default_rng(seed).integers(0, count, (resamples, count))
+    drawn = pairs[:, draws]
+    drawn = drawn[:, (np.ptp(drawn, axis=-1) > 0).all(0)]
+    correlations = _rank_correlations(*_standardized_ranks(drawn))
+    return float(spearmanr(*pairs).statistic), *metrics.percentile_interval(
+        correlations, confidence
+    )
+
+
+class Comparison(NamedTuple):
+    """What the sensitivities of several strategies tell.
+
+    Attributes:
+        means: Dict from each strategy to its mean over probes and runs, the highest first.
+        differences: Dict from each other strategy to `(mean, low, high)`: the first strategy minus
+            that one. Empty if each has one run.
+        chosen: The first strategy, or None where there are doubts.
+        doubts: Why none is chosen, sentences; empty if one is.
+    """
+
+    means: dict[str, float]
+    differences: dict[str, tuple[float, float, float]]
+    chosen: str | None
+    doubts: list[str]
+
+
+def untouched(
+    trained_on: Iterable[str | Callable | None], probes: Sequence[str | Callable] = PROBES
+) -> tuple[str | Callable, ...]:
+    """Return the probes that none of several strategies trains on, nor on one of their family.
+
+    Args:
+        trained_on: The shift of each strategy, by name or callable; None for no negatives.
+        probes: Names of shifts, or callables.
+
+    Returns:
+        Those of `probes` that are left.
+
+    Example:
+        >>> untouched([None, "rot90"])
+        ('perm4', 'perm16', 'pixel_perm', 'cut_paste')
+    """
+    names = {shifts.name_of(shift) for shift in trained_on if shift}
+    for family in FAMILIES:
+        if names & set(family):
+            names |= set(family)
+    return tuple(probe for probe in probes if shifts.name_of(probe) not in names)
+
+
+def compare(
+    found: Mapping[str, Sequence[Mapping[str, float]]],
+    probes: Sequence[str],
+    confidence: float = 0.95,
+) -> Comparison:
+    """Compare strategies by the same probes, and choose one if the evidence is more than thin.
+
+    One is chosen if there are two probes or more, and if its mean lies above that of every other
+    strategy by more than chance: the interval of the difference, paired by run, lies above 0. The
+    interval is Student's, and Bonferroni's for as many comparisons as there are pairs, because
+    which strategies are compared is seen in the same runs.
+
+    Args:
+        found: Dict from each strategy to what `sensitivity` found for each of its runs, with the
+            same seeds in the same order for all of them.
+        probes: Names of the probes to compare by: those of `untouched`.
+        confidence: How often all intervals are to hold the true differences, between 0 and 1.
+
+    Returns:
+        `Comparison`.
+
+    Raises:
+        ValueError: If there are fewer than two strategies, numbers of runs differ, or a probe is
+            missing.
+
+    Example:
+        >>> compare({"none": [{"perm4": 0.5}], "rot90": [{"perm4": 0.6}]}, ["perm4"]).chosen is None
+        True
+    """
+    _check_found(found, probes)
+    values = {
+        name: np.array([np.mean([run[probe] for probe in probes]) for run in each])
+        for name, each in found.items()
+    }
+    first, *others = sorted(values, key=lambda name: -values[name].mean())
+    pairs = len(values) * (len(values) - 1) // 2
+    differences = {
+        other: _mean_interval(values[first] - values[other], 1 - (1 - confidence) / pairs)
+        for other in others
+        if len(values[first]) > 1
+    }
+    alike = [other for other, (_, low, _) in differences.items() if low <= 0]
+    doubts = []
+    if len(probes) < 2:
+        doubts.append(f"only one probe, {probes[0]}, is unlike every shift that is trained on")
+    if not differences:
+        doubts.append("with one run each, nothing tells how much another run would differ")
+    if alike:
+        doubts.append(f"{first} differs from {', '.join(alike)} by no more than chance")
+    means = {name: float(values[name].mean()) for name in (first, *others)}
+    return Comparison(means, differences, None if doubts else first, doubts)
+
+
+def permutation_test(
+    sensitivities: Mapping[str, Array], aurocs: Array, resamples: int = 9999, seed: int = 0
+) -> tuple[str, float, float]:
+    """Test whether the best of several definitions of sensitivity ranks strategies at all.
+
+    Whoever tries many definitions finds one that ranks a few strategies well. So the rank
+    correlation of the best one is compared with that of the best one when the AUROCs are dealt out
+    to the strategies at random. All orders are gone through if there are not more than `resamples`.
+
+    Args:
+        sensitivities: Dict from the name of *every* definition tried to its value for each
+            strategy, `(S,)`, NaN where it does not apply.
+        aurocs: Mean true AUROC of each strategy, `(S,)`.
+        resamples: Number of random orders.
+        seed: Integer; fixes them.
+
+    Returns:
+        `(name, value, p_value)` of the definition with the largest Spearman correlation.
+
+    Raises:
+        ValueError: If lengths differ, or a definition has fewer than 3 strategies or does not tell
+            them apart.
+
+    Example:
+        >>> permutation_test({"mean": [0.6, 0.7, 0.8]}, [0.75, 0.81, 0.93])
+        ('mean', 1.0, 0.167)
+
+    Reference:
+        Westfall and Young, "Resampling-Based Multiple Testing", 1993, chapter 2 (the best of many).
+    """
+    from scipy import stats
+
+    aurocs = metrics.as_scores(aurocs, "aurocs")
+    ranked = {}
+    for name, values in sensitivities.items():
+        values = np.asarray(values, np.float64)
+        applies = np.isfinite(values)
+        if values.shape != aurocs.shape or applies.sum() < 3 or np.ptp(values[applies]) == 0:
+            raise ValueError(
+                f"`sensitivities` must tell 3 of {len(aurocs)} strategies or more apart. "
+                f"Received: {name}={values.tolist()}"
+            )
+        ranked[name] = applies, _standardized_ranks(values[applies])
+
+    def correlations(order):
+        return np.stack(
+            [
+                _rank_correlations(_standardized_ranks(order[..., at]), ranks)
+                for at, ranks in ranked.values()
+            ]
+        )
+
+    found = stats.permutation_test(
+        (aurocs,),
+        lambda order, axis: correlations(order).max(0),
+        permutation_type="pairings",
+        alternative="greater",
+        n_resamples=resamples,
+        vectorized=True,
+        axis=-1,
+        rng=seed,
+    )
+    name = list(ranked)[int(correlations(aurocs).argmax())]
+    return name, float(found.statistic), float(found.pvalue)
 
 
 def bar_chart(sensitivities: Array, aurocs: Array | None = None) -> Figure:
@@ -152,11 +315,46 @@ def bar_chart(sensitivities: Array, aurocs: Array | None = None) -> Figure:
     return figure
 
 
+def _check_found(found, probes):
+    runs = {name: len(each) for name, each in found.items()}
+    if len(found) < 2 or len(set(runs.values())) > 1 or not all(runs.values()):
+        raise ValueError(
+            f"`found` must hold two strategies or more, of as many runs each. Received: {runs}"
+        )
+    measured = set.intersection(*(set(run) for each in found.values() for run in each))
+    if not probes or not measured.issuperset(probes):
+        raise ValueError(
+            f"`probes` must name probes that every run was measured with, {sorted(measured)}. "
+            f"Received: {tuple(probes)}"
+        )
+
+
+def _mean_interval(values, confidence):
+    from scipy import stats
+
+    mean, error = float(np.mean(values)), stats.sem(values)
+    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * error)
+    return mean, mean - half, mean + half
+
+
 def _same(aurocs, length):
     values = metrics.as_scores(aurocs, "aurocs")
     if len(values) != length:
         raise ValueError(f"`aurocs` must have one entry per strategy. Received: {len(values)}.")
     return values
+
+
+def _standardized_ranks(values):
+    from scipy.stats import rankdata
+
+    ranks = rankdata(values, axis=-1)
+    ranks = ranks - ranks.mean(-1, keepdims=True)
+    spread = ranks.std(-1, keepdims=True)
+    return np.divide(ranks, spread, out=np.zeros_like(ranks), where=spread > 0)
+
+
+def _rank_correlations(left, right):
+    return np.clip((left * right).mean(-1), -1.0, 1.0)  # rounding can lead beyond 1
 
 
 def _scores(detector, images, batch_size):

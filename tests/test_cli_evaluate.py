@@ -80,13 +80,11 @@ def test_it_recalibrates(run, image_sets):
         run("detector", "--false_positive_rate=0.001")
 
 
-def test_sensitivity_chooses_and_goes_on(image_sets, tmp_path, capsys):
-    arguments = [
+def sensitivity_arguments(image_sets, tmp_path, *more):
+    return [
         f"--data=npz:{image_sets}/grass.npz",
         "--calibration_share=0.2",
         f"--output_dir={tmp_path}",
-        f"--test=npz:{image_sets}/fresh.npz",
-        f"--ood=npz:{image_sets}/brick.npz",
         "--set=backbone.stages=[8]",
         "--set=views.local_views=0",
         "--set=head.num_prototypes=16",
@@ -95,21 +93,71 @@ def test_sensitivity_chooses_and_goes_on(image_sets, tmp_path, capsys):
         "--batch_size=16",
         "--epochs=1",
         "--steps_per_epoch=1",
-        "--strategies=rot90:in_distribution,none",
+        *more,
     ]
+
+
+def rewrite(path, **probes):
+    """Put other values into the sensitivities of a run."""
+    known = json.loads(path.read_text())
+    known["sensitivity"].update(probes)
+    path.write_text(json.dumps(known))
+
+
+def test_sensitivity_chooses_only_what_leads_by_more_than_chance(image_sets, tmp_path, capsys):
+    arguments = sensitivity_arguments(
+        image_sets, tmp_path, "--strategies=rot90:in_distribution,none", "--runs=2"
+    )
     sensitivity.main(arguments)
-    table = capsys.readouterr().out
+    assert capsys.readouterr().err.count("Training") == 4
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["sensitivity"]) == {"rot90:in_distribution", "none"}
-    assert results["chosen"] == max(results["sensitivity"], key=results["sensitivity"].get)
-    assert "rot90" not in results["strategies"]["rot90:in_distribution"]["sensitivity"]
-    assert f"Chosen: {results['chosen']}" in table
-    assert "| strategy | sensitivity | mean AUROC | brick |" in table
+    assert results["probes"] == ["perm4", "perm16", "pixel_perm", "cut_paste"]  # no rotations
     assert (tmp_path / "sensitivity.png").stat().st_size > 1000
 
-    found = tmp_path / "none" / "sensitivity.json"
-    known = json.loads(found.read_text())
-    known["sensitivity"]["mean"] = 0.999
-    found.write_text(json.dumps(known))
+    probes = dict.fromkeys(results["probes"], 0.6)
+    for seed in (0, 1):
+        rewrite(tmp_path / "none" / str(seed) / "sensitivity.json", **probes)
+        path = tmp_path / "rot90-in_distribution" / str(seed) / "sensitivity.json"
+        rewrite(path, **dict.fromkeys(probes, 0.7 + 0.001 * seed))
     sensitivity.main(arguments)  # read, not trained again
-    assert "| none | 0.999 |" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "Training" not in printed.err
+    assert "Chosen: rot90:in_distribution" in printed.out
+    assert "| none | 2 | 0.600 | 0.600 |" in printed.out
+
+    rewrite(path, **dict.fromkeys(probes, 0.8))  # one seed now leads by 0.1, the other by 0.2
+    sensitivity.main(arguments)
+    printed = capsys.readouterr()
+    assert "Chosen" not in printed.out
+    assert "by no more than chance" in printed.err
+    assert json.loads((tmp_path / "results.json").read_text())["chosen"] is None
+
+
+@pytest.mark.slow
+def test_sensitivity_of_one_run_chooses_nothing_and_its_ranks_are_tested(
+    image_sets, tmp_path, capsys
+):
+    strategies = "--strategies=none,rot90:in_distribution,cut_paste:in_distribution"
+    sensitivity.main(
+        sensitivity_arguments(
+            image_sets,
+            tmp_path,
+            strategies,
+            "--runs=1",
+            f"--test=npz:{image_sets}/fresh.npz",
+            f"--ood=npz:{image_sets}/brick.npz",
+        )
+    )
+    printed = capsys.readouterr()
+    assert "with one run each" in printed.err
+    assert "do not show that they rank" in printed.err  # three strategies have six orders
+    assert "| mean AUROC | brick |" in printed.out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["probes"] == ["perm4", "perm16", "pixel_perm"]
+    assert results["chosen"] is None
+    assert results["ranking"]["p_value"] >= 1 / 6 - 1e-9
+    with pytest.raises(UsageError, match="none trains on"):
+        sensitivity.main([strategies + ",perm4:in_distribution", "--output_dir=o"])
+    with pytest.raises(UsageError, match="two or more"):
+        sensitivity.main(["--strategies=none", "--output_dir=o"])

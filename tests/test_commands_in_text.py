@@ -290,7 +290,7 @@ TINY_VIT = (
     "--set=backbone.num_heads=2",
 )
 TOY = {
-    "sddns sensitivity": ("--strategies=none,rot90:in_distribution",),
+    "sddns sensitivity": ("--strategies=none,rot90:in_distribution", "--runs=1"),
     "examples/folder_of_parts.py": ("--steps=10", "--image_size=32"),
 }
 # Examples, benchmarks and experiments have tests of their own, which run them: test_examples,

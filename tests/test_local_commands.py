@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from test_local import bricks, convnet, damaged
 
-from sddns_tf import metrics
-from sddns_tf.cli import evaluate, train
+from sddns_tf import metrics, plots
+from sddns_tf.cli import evaluate, score, train
 from sddns_tf.cli.errors import UsageError
 from sddns_tf.data import mvtec
 from sddns_tf.detector import Detector
@@ -164,3 +164,66 @@ def test_masks_are_cut_as_images_are(tmp_path):
     np.testing.assert_array_equal(cut, mask[:, 16:48] > 0)
     (squashed,) = mvtec.masks_of(paths, tmp_path / "masks", (32, 32))
     np.testing.assert_array_equal(squashed, mask[:, ::2] > 0)
+
+
+def test_scores_come_with_overlays(local, wall, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(wall)
+    maps = tmp_path / "maps"
+    assert score.main([f"--model={local}", "--images=folder:test", f"--maps={maps}"]) == 0
+    detector = keras.saving.load_model(local)
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert len(rows) == 23
+    for row in rows:
+        image = np.asarray(Image.open(row["path"]))
+        answer = detector.predict(image[np.newaxis], verbose=0)
+        expected = plots.overlay(
+            image, answer["anomaly_map"][0], detector.threshold, detector.lowest_score
+        )
+        painted = np.asarray(Image.open(maps / f"{row['path']}.png")).astype(int)
+        assert np.abs(painted - expected).max() <= 1
+        assert (painted != image).any() == (row["is_ood"] == "True")
+    assert len(list(maps.rglob("*.*"))) == 23  # nothing unfinished is left
+
+
+def test_an_overlay_is_inside_of_its_folder_and_shows_what_the_detector_saw(tmp_path, capsys):
+    detector = Detector.from_images(
+        convnet(), bricks(60, 0), bricks(59, 1), layers="auto", bank_size=300, resolution=SIZE,
+        resize="crop", verbose=0,
+    )  # fmt: skip
+    detector.save(tmp_path / "crop.keras")
+    wide = np.concatenate([damaged(1, 3)[0]] * 2, axis=1)
+    (tmp_path / "in").mkdir()
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    (tmp_path / "list.txt").write_text(f"{tmp_path}/in/../wide.png")
+    score.main(
+        [f"--model={tmp_path}/crop.keras", f"--images=list:{tmp_path}/list.txt",
+         f"--maps={tmp_path}/maps"]
+    )  # fmt: skip
+    (painted,) = (tmp_path / "maps").rglob("*.png")
+    answer = detector.predict(wide[np.newaxis], verbose=0)
+    expected = plots.overlay(
+        wide[:, 32:96], answer["anomaly_map"][0], detector.threshold, detector.lowest_score
+    )
+    assert np.abs(np.asarray(Image.open(painted)).astype(int) - expected).max() <= 1
+
+
+def test_a_detector_without_maps_has_no_overlays(wall, tmp_path):
+    whole = Detector.from_images(convnet(), bricks(60, 0), bricks(59, 1), verbose=0)
+    whole.save(tmp_path / "whole.keras")
+    with pytest.raises(UsageError, match="--maps needs the model of a local detector"):
+        score.main([f"--model={tmp_path}/whole.keras", f"--images=folder:{wall}", "--maps=maps"])
+
+
+@pytest.mark.slow
+def test_cut_paste_trains(wall, tmp_path):
+    train.main(
+        [
+            f"--data=folder:{wall}/train/good", "--calibration_share=0.4", "--shift=cut_paste",
+            "--source=in_distribution", "--set=backbone.stages=[8,8]", "--set=views.local_views=0",
+            "--set=head.num_prototypes=16", "--set=head.hidden_dim=16", "--batch_size=16",
+            "--set=head.bottleneck_dim=8", f"--image_size={SIZE}", "--epochs=1",
+            "--steps_per_epoch=1", f"--output_dir={tmp_path}",
+        ]
+    )  # fmt: skip
+    assert json.loads((tmp_path / "config.json").read_text())["negatives"]["shift"] == "cut_paste"
+    assert keras.saving.load_model(tmp_path / "detector.keras").bank.shape[0]

@@ -11,6 +11,7 @@ from PIL import Image
 from test_local import bricks, check_promise, convnet, damaged
 
 from sddns_tf import export, plots
+from sddns_tf.cli import score
 from sddns_tf.detector import Detector
 from sddns_tf.export import delegates, metadata, verify
 
@@ -160,6 +161,27 @@ def test_the_device_writes_overlays(detector, images, files, example, tmp_path, 
         maps = detector.predict(image[np.newaxis], verbose=0)["anomaly_map"][0]
         same = plots.overlay(image, maps, about["threshold"], about["lowest_score"])
         assert np.abs(painted.astype(int) - same.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["tflite", "saved_model"])
+def test_scores_of_an_export_come_with_overlays(kind, detector, images, files, tmp_path, capsys):
+    model = files[None]
+    if kind == "saved_model":
+        model = export.saved_model(detector, tmp_path / "bricks", images=images)
+    (tmp_path / "in").mkdir()
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / "in" / f"{index}.png")
+    arguments = [f"--images=folder:{tmp_path}/in", f"--maps={tmp_path}/maps", "--format=jsonl"]
+    assert score.main([f"--model={model}", *arguments]) == 0
+    about = metadata.description(files[None].read_bytes())
+    threshold = about["threshold"] if kind == "tflite" else detector.threshold
+    for line in capsys.readouterr().out.splitlines():
+        row = json.loads(line)
+        image = np.asarray(Image.open(row["path"]))
+        painted = np.asarray(Image.open(f"{tmp_path}/maps{row['path']}.png")).astype(int)
+        maps = detector.predict(image[np.newaxis], verbose=0)["anomaly_map"][0]
+        expected = plots.overlay(image, maps, threshold, detector.lowest_score)
+        assert np.abs(painted - expected).max() <= 1
 
 
 def test_the_device_keeps_the_promise_for_maps(images, files, example, tmp_path):

@@ -17,6 +17,7 @@ from tools.research import (
     compare_exports,
     make_figures,
     make_results,
+    nearest_neighbors,
     reproduce_cifar10,
     shrink_detector,
 )
@@ -54,11 +55,13 @@ def detector_file(data_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(data_dir, tmp_path_factory):
-    """Folder of the records of one strategy and of the baselines that have a network."""
+    """Folder of the records of one strategy and of the baselines with a network, on test sets."""
     folder = tmp_path_factory.mktemp("results")
     exclude = folder / "exclude.txt"
     exclude.write_text("# shown by CIFAR-10 too\nodd (all of it)\n")
-    common = (data_dir, f"--auxiliary_exclude={exclude}", f"--output_dir={folder}", *TINY)
+    common = (
+        data_dir, f"--auxiliary_exclude={exclude}", f"--output_dir={folder}", "--sets=test", *TINY
+    )  # fmt: skip
     reproduce_cifar10.main([*common, "--num_prototypes=16"])
     for baseline in ("untrained", "rotation"):
         baselines_cifar10.main([*common, f"--baseline={baseline}"])
@@ -73,8 +76,10 @@ def record(runs, name):
 def test_a_strategy_is_trained_measured_and_kept(runs):
     found = record(runs, "auxiliary-rot90-0")
     assert (found["steps"], found["images"]) == (4, 32)
-    assert set(found["ood"]) == {"wall", "cup", "scenes", "noise"}
-    assert set(found["auroc_by_network"]) == {"student backbone", "teacher head", "student head"}
+    assert set(found["ood"]) == {"wall", "cup", "scenes"}
+    assert 0 <= found["knn"] <= 1
+    assert len(found["history"]["negative_loss"]) == cifar10.EPOCHS
+    assert (runs / "auxiliary-rot90-0.csv").exists()
     assert "rot90" not in found["sensitivity"]  # it is trained on
     assert "perm4" in found["sensitivity"]
     assert found["flags"]["strategy"] == "auxiliary:rot90"
@@ -92,12 +97,67 @@ def test_a_baseline_is_measured_as_the_method_is(runs, baseline, steps):
     assert set(found["sensitivity"]) == {*sddns_tf.sensitivity.PROBES, "mean"}
 
 
+@pytest.mark.slow
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(data_dir, tmp_path, monkeypatch):
+    class Stopped(keras.callbacks.Callback):
+        """Stands for the monitor, and stops the run in the middle of its second epoch."""
+
+        def on_train_batch_end(self, batch, logs=None):
+            if int(self.model.step) == 4:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(cifar10, "CHECKPOINT_STEPS", 3)
+    tiny = [data_dir, *TINY, "--steps=12", "--num_prototypes=16"]
+    broken, whole = (tmp_path / name for name in ("broken", "whole"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sddns_tf.callbacks, "CollapseMonitor", Stopped)
+        reproduce_cifar10.main([*tiny, f"--output_dir={broken}"])
+    assert not (broken / "auxiliary-rot90-0.json").exists()
+    for folder in (broken, whole):
+        reproduce_cifar10.main([*tiny, f"--output_dir={folder}"])
+    found = record(broken, "auxiliary-rot90-0")
+    assert (found["steps"], found["resumed_at"]) == (12, 3)
+    assert record(whole, "auxiliary-rot90-0")["resumed_at"] == 0
+    loss = [record(folder, "auxiliary-rot90-0")["history"]["loss"] for folder in (broken, whole)]
+    assert len(loss[0]) == cifar10.EPOCHS
+    np.testing.assert_allclose(*loss, rtol=1e-5)
+
+
+def test_development_sets_share_no_image_with_test_sets(data_dir):
+    def images_of(sets):
+        settings = reproduce_cifar10.parse([data_dir, *SETS, f"--sets={sets}"])
+        normal = cifar10.read_normal(settings)
+        return normal, cifar10.read_ood(settings, normal)
+
+    (normal, development), (test_normal, test) = images_of("development"), images_of("test")
+    assert set(development) == {"noise", "blurred", "gray", "scenes"}
+    assert set(test) == {"wall", "cup", "scenes"}
+    for one, other in (
+        (development["scenes"], test["scenes"]),
+        (normal.fresh, test_normal.fresh),
+        (normal.calibration, test_normal.fresh),
+    ):
+        assert not {image.tobytes() for image in one} & {image.tobytes() for image in other}
+    assert len(normal.fresh_labels) == len(normal.fresh)
+    assert (development["gray"][..., 0] == development["gray"][..., 2]).all()
+    assert development["blurred"].std() < normal.fresh.std()
+
+
+def test_neighbors_tell_classes(detector_file, data_dir, capsys):
+    nearest_neighbors.main(
+        [data_dir, *SETS, "--width=8", "--bank_images=50", f"--detector={detector_file}"]
+    )
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["features"] for row in rows] == ["pixels", "untrained", "detector"]
+    assert all(0 <= row["knn"] <= 1 for row in rows)
+
+
 def test_a_run_is_recorded_once(data_dir, tmp_path, capsys):
     arguments = [data_dir, f"--output_dir={tmp_path}", *TINY, "--baseline=pixels"]
     baselines_cifar10.main(arguments)
     printed = json.loads(capsys.readouterr().out)
     found = record(tmp_path, "pixels-0")
-    assert set(found["ood"]) == {"wall", "cup", "scenes", "noise"}
+    assert set(found["ood"]) == {"noise", "blurred", "gray", "scenes"}
     aurocs = [row["auroc"] for row in found["ood"].values()]
     assert printed["mean"] == pytest.approx(np.mean(aurocs), abs=1e-3)
     (tmp_path / "pixels-0.json").write_text("{}")
@@ -132,22 +192,6 @@ def test_each_network_gives_one_feature_for_each_image(network):
     assert len(features.shape) == 2
 
 
-def test_minutes_are_told_in_steps():
-    settings = cifar10.parser("").parse_args(["--minutes=0.0001", "--batch_size=8"])
-
-    def make_model(steps):
-        model = keras.Sequential([keras.layers.Flatten(), keras.layers.Dense(4)])
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        model.compile(cifar10.optimizer(settings, steps), loss)
-        return model
-
-    batches = cifar10.training_batches(settings, tiles("grass", 16, SIDE))
-    model, training = cifar10.fit(settings, make_model, batches.map(baselines_cifar10.rotated))
-    assert training["steps"] == cifar10.EPOCHS == int(model.optimizer.iterations)
-    assert training["images"] == 8 * cifar10.EPOCHS
-    assert len(training["history"]["loss"]) == cifar10.EPOCHS
-
-
 def test_a_rotation_is_told_by_its_quarter_turns():
     images = tiles("coffee", 4, SIDE)
     turned, turns = baselines_cifar10.rotated(images)
@@ -164,12 +208,34 @@ def test_tables_have_a_row_for_each_strategy(capsys, tmp_path):
     make_results.main([f"--results={RESULTS}", f"--figure={figure}"])
     printed = capsys.readouterr().out
     pixels = record(RESULTS, "pixels-0")["ood"]
-    cells = [f"{row['auroc']:.3f}" for row in pixels.values()]
-    mean = np.mean([row["auroc"] for row in pixels.values()])
+    tested = ("cifar100", "dtd32", "gtsrb32", "mnist")
+    cells = [f"{pixels[name]['auroc']:.3f}" for name in tested]
+    mean = np.mean([pixels[name]["auroc"] for name in tested])
     assert f"| pixels | 1 | 0 | {' | '.join(cells)} | {mean:.3f} |" in printed
-    assert "| auxiliary:rot90 | 3 |" in printed
+    assert "| auxiliary:rot90 | 3 | 52,224 to 96,384 |" in printed
     assert printed.count("\n| auxiliary:rot90 |") == 2  # AUROCs and sensitivities
     assert figure.stat().st_size
+
+    # What negatives add, seed by seed, with Student's interval.
+    def mean_of(name):
+        sets = [record(RESULTS, f"{name}-{seed}")["ood"] for seed in range(3)]
+        return [np.mean([one[key]["auroc"] for key in tested]) for one in sets]
+
+    test = stats.ttest_rel(mean_of("auxiliary-rot90"), mean_of("none"))
+    low, high = test.confidence_interval(0.95)
+    assert f"| the test sets | {(low + high) / 2:+.3f} ± {(high - low) / 2:.3f} |" in printed
+
+
+def test_settings_are_chosen_on_development_sets_among_runs_that_did_not_collapse(tmp_path, capsys):
+    for name, auroc, entropy in (("a", 0.6, 0.5), ("b", 0.9, 0.99), ("c", 0.7, 0.5)):
+        flags = {"strategy": "none", "learning_rate": 0.002, "teacher_temperature": 0.01}
+        ood = {"noise": {"auroc": auroc}, "gray": {"auroc": auroc - 0.1}}
+        found = {"flags": flags, "ood": ood, "history": {"mean_output_entropy": [0.1, entropy]}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    make_results.main([f"--results={tmp_path}", "--choose"])
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split(" | ")[3] for row in rows] == ["0.850", "0.650", "0.550"]
+    assert [row.split(" | ")[-1].strip(" |") for row in rows] == ["collapsed", "chosen", ""]
 
 
 def test_an_interval_over_seeds_is_that_of_student():
@@ -224,11 +290,11 @@ def test_a_bank_is_compressed_and_calibrated_again(detector_file, data_dir, tmp_
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     small = keras.models.load_model(path)
     assert small.bank.shape[0] == 10
-    assert small.calibration_scores.shape[0] == 40
+    assert small.calibration_scores.shape[0] == 20
     assert printed["bytes"] == path.stat().st_size
     fresh = sddns_tf.data.load_arrays(
         "tfds:lawn", split="test", data_dir=data_dir.partition("=")[2]
-    )[1::2]
+    )[1:40:2]
     flagged = small.predict(fresh, verbose=0)["is_ood"].mean()
     assert printed["fresh_flagged"] == pytest.approx(flagged)
 

@@ -1,9 +1,20 @@
 """Sensitivity on a detector whose scores are known."""
 
+import itertools
+
 import numpy as np
 import pytest
+from scipy import stats
 
-from sddns_tf.sensitivity import PROBES, bar_chart, rank_correlation, sensitivity
+from sddns_tf.sensitivity import (
+    PROBES,
+    bar_chart,
+    compare,
+    permutation_test,
+    rank_correlation,
+    sensitivity,
+    untouched,
+)
 
 
 class TopIsBright:
@@ -55,7 +66,8 @@ def test_rank_correlation_is_that_of_ranks():
     value, low, high = rank_correlation(sensitivities, aurocs)
     assert value == pytest.approx(0.7)
     assert -1 <= low < value < high <= 1
-    assert rank_correlation([1, 2, 3], [3, 2, 1], resamples=50) == (-1.0, -1.0, -1.0)
+    exact = rank_correlation([1, 2, 3], [3, 2, 1], resamples=50)
+    assert exact == pytest.approx((-1.0, -1.0, -1.0))
     for wrong in ([1, 2], [1, 1, 1]):
         with pytest.raises(ValueError, match="at least 3 strategies that differ"):
             rank_correlation(wrong, list(range(len(wrong))))
@@ -68,3 +80,79 @@ def test_bar_chart_puts_the_highest_on_top():
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
     assert sorted(bar.get_width() for bar in axes.patches) == [0.6, 0.7, 0.8, 0.9]
+
+
+def test_probes_that_resemble_what_is_trained_on_are_left_out():
+    assert untouched([None, "rot90"]) == ("perm4", "perm16", "pixel_perm", "cut_paste")
+    assert untouched(["pixel_perm"]) == ("rot90", "rot360", "cut_paste")
+    assert untouched(["identity", None]) == PROBES
+    assert untouched(["rot360", "perm4", "cut_paste"]) == ()
+
+    def mine(images, seed):
+        del seed
+        return images
+
+    assert untouched([mine], ("rot90", mine)) == ("rot90",)
+
+
+def runs(*values):
+    return [{"perm4": value, "perm16": value, "rot90": 1.0} for value in values]
+
+
+def test_strategies_are_compared_by_the_same_probes_and_seeds():
+    none, rotated = [0.50, 0.53, 0.47], [0.60, 0.64, 0.58]
+    found = compare({"none": runs(*none), "rot": runs(*rotated)}, ["perm4", "perm16"])
+    assert found.means == pytest.approx({"rot": np.mean(rotated), "none": np.mean(none)})
+    interval = stats.ttest_rel(rotated, none).confidence_interval(0.95)
+    assert found.differences["none"][1:] == pytest.approx(tuple(interval))
+    assert (found.chosen, found.doubts) == ("rot", [])
+
+    # Of three strategies there are three pairs, so each interval is wider.
+    other = [0.40, 0.41, 0.39]
+    found = compare(
+        {"none": runs(*none), "rot": runs(*rotated), "other": runs(*other)}, ["perm4", "perm16"]
+    )
+    interval = stats.ttest_rel(rotated, none).confidence_interval(1 - 0.05 / 3)
+    assert found.differences["none"][1:] == pytest.approx(tuple(interval))
+
+
+def test_thin_evidence_chooses_nothing():
+    found = {"none": runs(0.5, 0.7, 0.5), "rot": runs(0.7, 0.6, 0.6)}
+    assert compare(found, ["perm4", "perm16"]).chosen is None
+    sure = {"none": runs(0.5, 0.5), "rot": runs(0.7, 0.701)}
+    assert compare(sure, ["perm4", "perm16"]).chosen == "rot"
+    (doubt,) = compare(sure, ["perm4"]).doubts
+    assert "only one probe, perm4" in doubt
+    once = compare({"none": runs(0.5), "rot": runs(0.9)}, ["perm4", "perm16"])
+    assert (once.chosen, once.differences) == (None, {})
+    with pytest.raises(ValueError, match="two strategies or more"):
+        compare({"none": runs(0.5, 0.5), "rot": runs(0.7)}, ["perm4"])
+    with pytest.raises(ValueError, match=r"measured with, \['perm16', 'perm4', 'rot90'\]"):
+        compare(sure, ["rot360"])
+
+
+def test_the_best_of_many_definitions_is_tested_as_the_best_of_many():
+    generator = np.random.default_rng(0)
+    definitions = {str(index): generator.normal(size=5) for index in range(4)}
+    definitions["partial"] = np.array([0.1, np.nan, 0.4, 0.3, 0.2])
+    aurocs = generator.normal(size=5)
+
+    def best(order):
+        order = np.asarray(order)
+        return max(
+            stats.spearmanr(values[np.isfinite(values)], order[np.isfinite(values)]).statistic
+            for values in definitions.values()
+        )
+
+    # Every order of five strategies, by hand.
+    at_least = [best(order) >= best(aurocs) - 1e-9 for order in itertools.permutations(aurocs)]
+    name, value, p_value = permutation_test(definitions, aurocs)
+    assert value == pytest.approx(best(aurocs))
+    assert p_value == pytest.approx(np.mean(at_least))
+    alone = permutation_test({name: definitions[name]}, aurocs)
+    assert alone[:2] == (name, pytest.approx(value))
+    assert alone[2] < p_value  # four others tried make it less remarkable
+    with pytest.raises(ValueError, match="tell 3 of 5"):
+        permutation_test({"flat": np.ones(5)}, aurocs)
+    with pytest.raises(ValueError, match="tell 3 of 5"):
+        permutation_test({"short": [1.0, 2.0]}, aurocs)

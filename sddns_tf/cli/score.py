@@ -28,6 +28,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from sddns_tf.cli import overlays
 from sddns_tf.cli.console import Parser, positive_int, require, say
 from sddns_tf.cli.errors import UsageError, user_input
 from sddns_tf.cli.scorers import Scorer, open_model
@@ -58,6 +59,12 @@ def parser() -> Parser:
         choices=("csv", "jsonl"),
         help="Default: jsonl if the name of --output ends in .jsonl, otherwise csv.",
     )
+    group.add_argument(
+        "--maps",
+        metavar="FOLDER",
+        help="Folder to write overlays of anomaly maps to, the one of PATH as FOLDER/PATH.png. "
+        "Needs a local detector.",
+    )
     group = parser.group("speed")
     group.add_argument(
         "--batch_size",
@@ -81,12 +88,13 @@ def main(argv: list[str]) -> int:
     require(options, "model", "images")
     paths = image_paths(options.images)
     scorer = open_model(options.model, options.threads)
+    write_map = overlays.writer(scorer, options.maps) if options.maps else None
     kind = options.format or ("jsonl" if str(options.output).endswith(".jsonl") else "csv")
     counts = {"images": 0, "flagged": 0, "failed": 0}
     with opened_output(options.output) as output:
         write = row_writer(output, kind)
         last_told = started = time.monotonic()
-        for rows in scored(scorer, paths, options.batch_size):
+        for rows in scored(scorer, paths, options.batch_size, write_map):
             for row in rows:
                 write(row)
                 counts["images"] += 1
@@ -161,13 +169,16 @@ def _in_folder(folder: pathlib.Path) -> Iterator[str]:
         say(f"Skipped {len(others)} files that are not images, such as {others[0]}")
 
 
-def scored(scorer: Scorer, paths: Iterator[str], batch_size: int) -> Iterator[list[dict[str, Any]]]:
+def scored(
+    scorer: Scorer, paths: Iterator[str], batch_size: int, write_map: Callable | None = None
+) -> Iterator[list[dict[str, Any]]]:
     """Yield the rows of one batch after another, in the order of the paths.
 
     Args:
         scorer: `Scorer`.
         paths: Iterator of strings.
         batch_size: Images per batch.
+        write_map: What `overlays.writer` returns, or None.
 
     Yields:
         List of dictionaries with the keys `FIELDS`.
@@ -184,8 +195,10 @@ def scored(scorer: Scorer, paths: Iterator[str], batch_size: int) -> Iterator[li
                     by_size.setdefault(image.shape, []).append((row, image))
             for alike in by_size.values():
                 found = scorer.answer(np.stack([image for _, image in alike]))
-                for number, (row, _) in enumerate(alike):
+                for number, (row, image) in enumerate(alike):
                     row.update({name: found[name][number].item() for name in ANSWERS})
+                    if write_map is not None:
+                        write_map(row["path"], image, found["anomaly_map"][number])
             yield rows
 
 
@@ -216,13 +229,9 @@ def _fitted(image: np.ndarray, height: int, width: int, resize: str) -> np.ndarr
     """Return an image resized as `image_ops.fit` does it, without TensorFlow."""
     from PIL import Image
 
-    rows, columns = image.shape[:2]
     if resize == "crop":
-        new_rows = min(rows, max(1, columns * height // width))
-        new_columns = min(columns, max(1, rows * width // height))
-        top, left = (rows - new_rows) // 2, (columns - new_columns) // 2
         # Crop first, so that pixels outside the crop do not bleed in at the edges.
-        image = np.ascontiguousarray(image[top : top + new_rows, left : left + new_columns])
+        image = overlays.cropped(image, height, width)
     picture = Image.fromarray(image)
     return np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
 

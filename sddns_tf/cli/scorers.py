@@ -5,6 +5,7 @@ A `.tflite` file is loaded without TensorFlow and Keras, as on a device.
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 from collections.abc import Callable
@@ -16,6 +17,20 @@ from sddns_tf.cli import quiet
 from sddns_tf.cli.errors import UsageError, name_of, user_input
 
 
+class MapScale(NamedTuple):
+    """What a picture of an anomaly map is drawn against.
+
+    Attributes:
+        threshold: Score above which a place is flagged.
+        lowest: Score of what is in the bank.
+        crop_to: Height and width to whose aspect ratio the detector crops images, or None.
+    """
+
+    threshold: float
+    lowest: float
+    crop_to: tuple[int, int] | None = None
+
+
 class Scorer(NamedTuple):
     """A detector loaded from a file.
 
@@ -23,11 +38,13 @@ class Scorer(NamedTuple):
         answer: Function from uint8 images `(N, H, W, 3)` to a dictionary of arrays `(N,)`.
         size: Height and width of the images that it takes, or None for any size.
         resize: How to resize an image to that size: `"squash"` or `"crop"`.
+        map_scale: `MapScale` of a local detector, otherwise None.
     """
 
     answer: Callable
     size: tuple[int, int] | None = None
     resize: str = "squash"
+    map_scale: MapScale | None = None
 
 
 def open_model(path: str | pathlib.Path, threads: int | None = None) -> Scorer:
@@ -131,7 +148,10 @@ def _tflite(path: pathlib.Path, threads: int | None) -> Scorer:
             parts.append({k: v[: len(part)] for k, v in runner(images=full).items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    return Scorer(answer, (height, width), description.get("resize", "squash"))
+    scale = None
+    if description.get("map_size"):
+        scale = MapScale(description["threshold"], description["lowest_score"])
+    return Scorer(answer, (height, width), description.get("resize", "squash"), scale)
 
 
 def _saved_model(folder: pathlib.Path) -> Scorer:
@@ -145,8 +165,19 @@ def _saved_model(folder: pathlib.Path) -> Scorer:
             f"--model must be a SavedModel that sddns export wrote. Received: {folder} ({error})"
         ) from error
     return Scorer(
-        lambda images: {k: v.numpy() for k, v in signature(images=tf.constant(images)).items()}
+        lambda images: {k: v.numpy() for k, v in signature(images=tf.constant(images)).items()},
+        map_scale=_described_scale(folder / "assets.extra" / "metadata.json"),
     )
+
+
+def _described_scale(path: pathlib.Path) -> MapScale | None:
+    """Return the scale that the description of a SavedModel states, if it has maps."""
+    about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not about.get("map_size"):
+        return None
+    crops = about["configuration"]["extractor"]["config"]["resize"] == "crop"
+    crop_to = tuple(about["resolution"]) if crops else None
+    return MapScale(about["threshold"], about["lowest_score"], crop_to)
 
 
 def _keras(path: pathlib.Path) -> Scorer:
@@ -159,4 +190,12 @@ def _keras(path: pathlib.Path) -> Scorer:
     # Traced once for all sizes: a trace per size would make memory grow.
     spec = tf.TensorSpec([None, None, None, 3], tf.uint8)
     call = tf.function(lambda images: detector(images), input_signature=[spec], autograph=False)
-    return Scorer(lambda images: {name: value.numpy() for name, value in call(images).items()})
+    scale, extractor = None, detector.extractor
+    if detector.is_local:
+        size = extractor.resolution or extractor.image_size
+        crop_to = size if extractor.resize == "crop" else None
+        scale = MapScale(detector.threshold, detector.lowest_score, crop_to)
+    return Scorer(
+        lambda images: {name: value.numpy() for name, value in call(images).items()},
+        map_scale=scale,
+    )

@@ -1,19 +1,24 @@
 r"""Choose the shift without labels and without OOD data: train one model per strategy.
 
     sddns sensitivity --recipe=cpu_small --data_dir=TFDS --epochs=1 \
-        --strategies=rot90:auxiliary,perm4:auxiliary,pixel_perm:auxiliary --output_dir=shifts
+        --strategies=none,rot90:auxiliary,rot360:auxiliary --output_dir=shifts
 
 A strategy is SHIFT:SOURCE, or none for no negatives. All other options are those of `sddns train`
-and apply to every strategy. Each model is scored on its held-out images and on the same images
-transformed by shifts that it was not trained on. The mean AUROC between the two is the sensitivity
-of the strategy, and the strategy with the highest sensitivity is chosen.
+and apply to every strategy. Each is trained --runs times, with seeds that all strategies share.
+Each model is scored on its held-out images and on the same images transformed by the probes, which
+are the shifts that no strategy trains on, nor on another of their family (rotations; permutations).
+The AUROC between the two, mean over probes and runs, is the sensitivity of the strategy.
 
-With --ood and --test the choice can be checked: the table then also has the true AUROCs, and
-Spearman's correlation of the two with a bootstrap interval over strategies.
+A strategy is chosen only if it leads by more than chance, by at least two probes. Otherwise the
+command says why not, and the table is only an order.
+
+With --ood and --test the choice can be checked: the table then also has the true AUROCs. Below it
+is how well the best of all probes and their mean ranks the strategies, and the chance of the best
+of so many doing so in a random order.
 
 Prints the table as Markdown. Writes results.json and sensitivity.png to --output_dir, and a folder
-for each strategy with the files of `sddns train` and sensitivity.json. If the command was stopped,
-run it again: strategies that are done are not trained again.
+for each run, STRATEGY/SEED, with the files of `sddns train` and sensitivity.json. If the command
+was stopped, run it again: what is done is not trained again.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ import importlib.util
 import json
 import pathlib
 from argparse import Namespace
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,9 +40,7 @@ from sddns_tf.cli.errors import UsageError
 if TYPE_CHECKING:
     from sddns_tf.cli.training import Place
 
-STRATEGIES = ",".join(
-    f"{shift}:auxiliary" for shift in ("rot90", "rot360", "perm4", "perm16", "pixel_perm")
-)
+STRATEGIES = "none,rot90:in_distribution,rot90:auxiliary,rot90:both"
 _SOURCES = ("in_distribution", "auxiliary", "both")
 
 
@@ -58,7 +62,14 @@ def parser() -> Parser:
         default=STRATEGIES,
         help=f"Strategies to compare, each SHIFT:SOURCE or none. Default: {STRATEGIES}.",
     )
-    group.add_argument("--epochs", metavar="N", type=positive_int, help="Epochs per strategy.")
+    group.add_argument(
+        "--runs",
+        metavar="N",
+        type=positive_int,
+        default=3,
+        help="Runs of each strategy, with seeds from --seed on. One run chooses nothing.",
+    )
+    group.add_argument("--epochs", metavar="N", type=positive_int, help="Epochs per run.")
     group.add_argument("--output_dir", metavar="FOLDER", help="Folder to write to.")
     group = parser.group("check of the choice")
     group.add_argument(
@@ -109,20 +120,43 @@ def strategies(text: str) -> dict[str, tuple[str, str]]:
                 f"SHIFT one of {train.SHIFTS[:-1]} and SOURCE one of {_SOURCES}. Received: {text}"
             )
         found[name] = shift, source or "in_distribution"
+    if len(found) < 2:
+        raise UsageError(f"--strategies must name two or more to compare. Received: {text}")
     return found
 
 
-def configuration_of(options: Namespace, shift: str, source: str) -> dict[str, Any]:
-    """Return the resolved configuration of one strategy."""
+def probes_of(asked: dict[str, tuple[str, str]]) -> tuple[str, ...]:
+    """Return the names of the probes by which strategies can be compared.
+
+    Raises:
+        UsageError: If there are none.
+    """
+    from sddns_tf import sensitivity
+
+    left = sensitivity.untouched(shift for shift, _ in asked.values() if shift != "none")
+    probes = tuple(probe for probe in sensitivity.PROBES if probe in left)
+    if not probes:
+        raise UsageError(
+            f"--strategies must leave one of {sensitivity.PROBES} that none trains on, nor on one "
+            f"of its family, {sensitivity.FAMILIES}. Received: {','.join(asked)}"
+        )
+    return probes
+
+
+def configuration_of(options: Namespace, shift: str, source: str, run: int) -> dict[str, Any]:
+    """Return the resolved configuration of one run of one strategy."""
     from sddns_tf.cli import configuration
 
     config = train.configuration_of(options)
     negatives = None if shift == "none" else {"shift": shift, "source": source}
-    return configuration.resolve(config, [("negatives", negatives)])
+    settings = [("negatives", negatives), ("seed", config["seed"] + run)]
+    return configuration.resolve(config, settings)
 
 
-def measure(name: str, config: dict[str, Any], place: Place, options: Namespace) -> dict[str, Any]:
-    """Train and score one strategy, or read the results if that was done earlier."""
+def measure(
+    config: dict[str, Any], place: Place, options: Namespace, probes: tuple[str, ...]
+) -> dict[str, Any]:
+    """Train and score one run, or read the results if that was done earlier."""
     import keras
 
     from sddns_tf import sensitivity
@@ -130,21 +164,21 @@ def measure(name: str, config: dict[str, Any], place: Place, options: Namespace)
 
     path = pathlib.Path(place.output_dir) / "sensitivity.json"
     asked = {"ood": options.ood, "test": options.test, "probe_images": options.probe_images}
+    asked["probes"] = list(probes)
     if path.exists() and place.resume:
         training.check_same_run(config, place.output_dir)
         before = json.loads(path.read_text(encoding="utf-8"))
         if before["asked"] == asked:
-            say(f"Strategy {name} was done earlier")
+            say("It was done earlier")
             return before
     path.unlink(missing_ok=True)
     detector, images = training.train(config, place)
-    negatives = config["negatives"]
     found = {
         "asked": asked,
         "sensitivity": sensitivity.sensitivity(
             detector,
             images.calibration[: options.probe_images],
-            trained_on=negatives and negatives["shift"],
+            probes=probes,
             seed=config["seed"],
         ),
         "auroc": true_aurocs(detector, options),
@@ -177,53 +211,84 @@ def true_aurocs(detector: Any, options: Namespace) -> dict[str, float]:
     }
 
 
-def summary(found: dict[str, Any]) -> dict[str, Any]:
-    """Return the contents of results.json: the choice, the sensitivities and their check."""
+def summary(found: dict[str, list[dict[str, Any]]], probes: tuple[str, ...]) -> dict[str, Any]:
+    """Return the contents of results.json: the choice or the doubts, and the check of the ranks."""
     from sddns_tf import sensitivity
 
-    means = {name: one["sensitivity"]["mean"] for name, one in found.items()}
+    measured = {name: [run["sensitivity"] for run in runs] for name, runs in found.items()}
+    compared = sensitivity.compare(measured, probes)
     aurocs = {
-        name: float(np.mean(list(one["auroc"].values())))
-        for name, one in found.items()
-        if one["auroc"]
+        name: mean_over(runs, lambda run: np.mean(list(run["auroc"].values())))
+        for name, runs in found.items()
+        if runs[0]["auroc"]
     }
-    correlation = None
-    if len(aurocs) > 2:
-        values = sensitivity.rank_correlation(
-            list(means.values()), [aurocs[name] for name in means]
-        )
-        correlation = dict(zip(("value", "low", "high"), values, strict=True))
     return {
-        "chosen": max(means, key=lambda name: means[name]),
-        "sensitivity": means,
+        "chosen": compared.chosen,
+        "doubts": compared.doubts,
+        "probes": list(probes),
+        "sensitivity": compared.means,
+        "differences": compared.differences,
         "mean_auroc": aurocs,
-        "spearman": correlation,
+        "ranking": ranking(measured, aurocs) if len(aurocs) > 2 else None,
         "strategies": found,
     }
 
 
+def ranking(measured: dict[str, list[dict[str, float]]], aurocs: dict[str, float]) -> Any:
+    """Return how well the best probe ranks strategies, or None if no probe tells them apart."""
+    from sddns_tf import sensitivity
+
+    definitions = {
+        probe: [mean_over(runs, lambda run, probe=probe: run[probe]) for runs in measured.values()]
+        for probe in next(iter(measured.values()))[0]
+    }
+    tell_apart = {probe: values for probe, values in definitions.items() if np.ptp(values) > 0}
+    if not tell_apart:
+        return None
+    best, value, p_value = sensitivity.permutation_test(
+        tell_apart, [aurocs[name] for name in measured]
+    )
+    return {"best": best, "spearman": value, "p_value": p_value, "definitions": len(definitions)}
+
+
+def mean_over(runs: list[Any], value: Callable) -> float:
+    """Return the mean of a value over runs."""
+    return float(np.mean([value(run) for run in runs]))
+
+
 def table(results: dict[str, Any]) -> str:
     """Return the summary as Markdown, the most sensitive strategy first."""
-    names = sorted(results["sensitivity"], key=results["sensitivity"].get, reverse=True)
-    sets = list(next(iter(results["strategies"].values()))["auroc"])
-    head = ["strategy", "sensitivity", *(["mean AUROC"] if sets else []), *sets]
+    strategies = results["strategies"]
+    sets = list(next(iter(strategies.values()))[0]["auroc"])
+    head = ["strategy", "runs", "sensitivity", *results["probes"]]
+    head += ["mean AUROC", *sets] if sets else []
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    for name in names:
-        true = results["strategies"][name]["auroc"]
-        values = [results["sensitivity"][name]]
-        values += [results["mean_auroc"][name], *true.values()] if sets else []
-        lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
-    lines += ["", f"Chosen: {results['chosen']}"]
-    if correlation := results["spearman"]:
-        lines.append(
-            f"Spearman's correlation of sensitivity and mean AUROC: {correlation['value']:.2f} "
-            f"(95 % interval over strategies {correlation['low']:.2f} to {correlation['high']:.2f})"
-        )
+    for name, value in results["sensitivity"].items():
+        runs = strategies[name]
+        values = [value]
+        values += [mean_over(runs, lambda r, p=p: r["sensitivity"][p]) for p in results["probes"]]
+        values += [results["mean_auroc"][name]] if sets else []
+        values += [mean_over(runs, lambda r, s=s: r["auroc"][s]) for s in sets]
+        cells = " | ".join(f"{value:.3f}" for value in values)
+        lines.append(f"| {name} | {len(runs)} | {cells} |")
+    first = next(iter(results["sensitivity"]))
+    lines += [""]
+    lines += [
+        f"{first} minus {other}: {mean:+.3f} ({low:+.3f} to {high:+.3f})"
+        for other, (mean, low, high) in results["differences"].items()
+    ]
+    lines += [f"Chosen: {results['chosen']}"] if results["chosen"] else []
+    if check := results["ranking"]:
+        lines += [
+            f"Best of {check['definitions']} rankings of the mean AUROC: {check['best']}, "
+            f"Spearman's correlation {check['spearman']:.2f}; in a random order the best reaches "
+            f"that with a chance of {check['p_value']:.2f}"
+        ]
     return "\n".join(lines)
 
 
 def main(argv: list[str]) -> None:
-    """Train and score each strategy, then choose one."""
+    """Train and score each strategy, then choose one or say why none is chosen."""
     options = parser().parse_args(argv)
     asked = strategies(options.strategies)
     if options.ood and not options.test:
@@ -234,17 +299,22 @@ def main(argv: list[str]) -> None:
     from sddns_tf import plots, sensitivity
     from sddns_tf.cli import training
 
-    place = train.place_of(options)
-    configs = {name: configuration_of(options, *strategy) for name, strategy in asked.items()}
-    for config in configs.values():
+    place, probes = train.place_of(options), probes_of(asked)
+    runs = {
+        (name, number): configuration_of(options, *strategy, number)
+        for name, strategy in asked.items()
+        for number in range(options.runs)
+    }
+    for config in runs.values():
         training.check(config)  # before anything slow
     output_dir = pathlib.Path(place.output_dir).expanduser()
-    found: dict[str, Any] = {}
-    for name, config in configs.items():
-        say(f"Strategy {name} ({len(found) + 1} of {len(configs)})")
-        own = place._replace(output_dir=str(output_dir / name.replace(":", "-")))
-        found[name] = measure(name, config, own, options)
-    results = summary(found)
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in asked}
+    for done, ((name, _), config) in enumerate(runs.items(), 1):
+        say(f"Strategy {name}, seed {config['seed']} ({done} of {len(runs)})")
+        folder = output_dir / name.replace(":", "-") / str(config["seed"])
+        own = place._replace(output_dir=str(folder))
+        found[name].append(measure(config, own, options, probes))
+    results = summary(found, probes)
     files.write_json(output_dir / "results.json", results)
     if importlib.util.find_spec("matplotlib"):
         figure = sensitivity.bar_chart(results["sensitivity"], results["mean_auroc"])
@@ -252,3 +322,8 @@ def main(argv: list[str]) -> None:
     else:
         say("Skipping sensitivity.png, which needs matplotlib: pip install sddns_tf[plots]")
     print(table(results))
+    if results["doubts"]:
+        say(f"WARNING: No strategy is chosen: {'; '.join(results['doubts'])}")
+    check = results["ranking"]
+    if check and check["p_value"] > 0.05:
+        say("WARNING: These sensitivities do not show that they rank the true AUROCs")

@@ -52,7 +52,7 @@ SHORT_FOR = {
     "seed": "seed",
     "precision": "precision",
 }
-SHIFTS = ("rot90", "rot360", "perm4", "perm16", "pixel_perm", "identity", "none")
+SHIFTS = ("rot90", "rot360", "perm4", "perm16", "pixel_perm", "cut_paste", "identity", "none")
 
 
 def parser() -> Parser:

@@ -4,9 +4,14 @@ The folder `--data_dir` holds prepared TFDS data sets. Among the default ones, `
 (textures and traffic signs at 32 px) and `imagenet_aux` (a 32 px ImageNet subset with the splits
 train and validation) are not public; prepare your own. The file `--auxiliary_exclude` lists classes
 of the auxiliary set that CIFAR-10 has too; they are left out.
+
+Whatever is chosen is chosen on `--sets=development`: noise, blurred and gray CIFAR-10, and half of
+the auxiliary validation images. `--sets=test` are other data sets, the other half, and fresh
+CIFAR-10 images that development does not use: see docs/results/protocol.md.
 """
 
 import argparse
+import csv
 import json
 import pathlib
 import sys
@@ -15,23 +20,28 @@ from typing import NamedTuple
 
 import keras
 import numpy as np
+from scipy.ndimage import gaussian_filter
 
 import sddns_tf
-from sddns_tf import data, files, metrics, schedules, sensitivity
+from sddns_tf import data, features, files, metrics, schedules, sensitivity
+from sddns_tf.callbacks import training_state
 from sddns_tf.cli import sources
 from sddns_tf.validation import check_int
 
 SIDE = 32
 EPOCHS = 4  # entries in the log of a run
+CHECKPOINT_STEPS = 100
 PATHS = ("data_dir", "auxiliary_exclude", "output_dir")  # not recorded as settings of a run
 
 
 class Normal(NamedTuple):
-    """CIFAR-10's images, uint8 `(N, 32, 32, 3)`."""
+    """CIFAR-10's images, uint8 `(N, 32, 32, 3)`, and labels for the accuracy of neighbors."""
 
     training: np.ndarray
     calibration: np.ndarray
     fresh: np.ndarray
+    training_labels: np.ndarray | None = None
+    fresh_labels: np.ndarray | None = None
 
 
 def parser(description):
@@ -43,11 +53,11 @@ def parser(description):
     add("--data_dir", help="folder of prepared TFDS data sets; default: $TFDS_DATA_DIR")
     add("--in_distribution", default="cifar10", help="TFDS data set of normal images")
     add("--ood", default="cifar100,dtd32,gtsrb32,mnist", help="TFDS data sets, separated by commas")
-    add("--auxiliary", default="imagenet_aux", help="TFDS data set; its validation split is OOD")
+    add("--auxiliary", default="imagenet_aux", help="TFDS data set with train and validation")
     add("--auxiliary_exclude", metavar="FILE", help="names of auxiliary classes to leave out")
     add("--seed", type=int, default=0, help="seed of weights, order, views and negatives")
-    add("--minutes", type=float, default=7.0, help="training time, approximately")
-    add("--steps", type=int, help="training steps, instead of minutes")
+    add("--steps", type=int, default=2400, help="training steps, a multiple of 4")
+    add("--sets", default="development", choices=["development", "test"], help="sets to measure on")
     add("--output_dir", default="results", help="folder to write results to")
     add("--network", default="convolutional", choices=["convolutional", "convnet", "vit"])
     add("--width", type=int, default=64, help="channels of the first stage, or width of a vit")
@@ -61,7 +71,7 @@ def parser(description):
 # --- Images -------------------------------------------------------------------------------------
 
 
-def read(settings, name, split, exclude=()):
+def read(settings, name, split, exclude=(), with_labels=False):
     """Return images of a TFDS data set at the size of CIFAR-10."""
     return data.load_arrays(
         f"tfds:{name}",
@@ -69,28 +79,40 @@ def read(settings, name, split, exclude=()):
         data_dir=settings.data_dir,
         image_size=SIDE,
         exclude_labels=exclude,
+        with_labels=with_labels,
     )
 
 
 def read_held_out(settings):
-    """Split the first 5,000 test images alternately into calibration and fresh images."""
-    test = read(settings, settings.in_distribution, "test")[:5000]
-    return test[::2], test[1::2]
+    """Split the first half of the test images alternately into calibration and fresh images."""
+    test = read(settings, settings.in_distribution, "test")
+    return test[: len(test) // 2 : 2], test[1 : len(test) // 2 : 2]
 
 
 def read_normal(settings):
-    """Return all training images and the held-out ones."""
-    return Normal(read(settings, settings.in_distribution, "train"), *read_held_out(settings))
+    """Return training, calibration and fresh images; fresh ones for a test are the second half."""
+    training, training_labels = read(settings, settings.in_distribution, "train", with_labels=True)
+    test, labels = read(settings, settings.in_distribution, "test", with_labels=True)
+    half = len(test) // 2
+    fresh = slice(half, None) if settings.sets == "test" else slice(1, half, 2)
+    return Normal(training, test[:half:2], test[fresh], training_labels, labels[fresh])
 
 
-def read_ood(settings):
-    """Return the images of each OOD set by name."""
-    names = settings.ood.split(",")
-    ood = {name: read(settings, name, "test")[: settings.ood_images] for name in names}
+def read_ood(settings, normal):
+    """Return the images of each set of `--sets` by name."""
     excluded = excluded_classes(settings)
-    ood[settings.auxiliary] = read(settings, settings.auxiliary, "validation", excluded)
-    noise = np.random.default_rng(0).integers(0, 256, (1000, SIDE, SIDE, 3)).astype(np.uint8)
-    return {**ood, "noise": noise[: settings.ood_images]}
+    auxiliary = read(settings, settings.auxiliary, "validation", excluded)
+    if settings.sets == "test":
+        names = settings.ood.split(",")
+        ood = {name: read(settings, name, "test")[: settings.ood_images] for name in names}
+        return {**ood, settings.auxiliary: auxiliary[1::2]}
+    fresh = normal.fresh[: settings.ood_images].astype(np.float32)
+    gray = np.repeat(fresh @ np.float32([[0.299], [0.587], [0.114]]), 3, axis=-1)
+    blurred = gaussian_filter(fresh, (0, 2, 2, 0))
+    noise = np.random.default_rng(0).integers(0, 256, (1000, SIDE, SIDE, 3))
+    made = {"noise": noise[: settings.ood_images], "blurred": blurred, "gray": gray}
+    ood = {name: np.round(images).astype(np.uint8) for name, images in made.items()}
+    return {**ood, settings.auxiliary: auxiliary[::2]}
 
 
 def excluded_classes(settings):
@@ -99,14 +121,14 @@ def excluded_classes(settings):
     return sources.read_class_names(name) if name else []
 
 
-def training_batches(settings, images, auxiliary=None):
+def training_batches(settings, images, auxiliary=None, first_batch=0):
     """Return endless batches of images, with auxiliary images if they are given."""
-    options = {"batch_size": settings.batch_size, "shuffle": True, "drop_remainder": True}
+    options = {"batch_size": settings.batch_size, "shuffle": True, "first_batch": first_batch}
     batches = data.load(images, seed=settings.seed, **options)
     if auxiliary is not None:
         auxiliary = data.load(auxiliary, seed=settings.seed + 1, **options)
         batches = data.with_auxiliary(batches, auxiliary)
-    return batches.repeat()
+    return batches
 
 
 # --- Training -----------------------------------------------------------------------------------
@@ -153,52 +175,54 @@ def optimizer(settings, steps):
     return keras.optimizers.AdamW(learning_rate, weight_decay=0.04)
 
 
-def fit(settings, make_model, batches, callbacks=()):
-    """Train a model for a number of minutes or steps.
+def fit(settings, name, make_model, batches_from, callbacks=(), resume=True):
+    """Train a model for `--steps`, going on where an earlier run of that name was stopped.
 
     Args:
         settings: Parsed arguments of `parser`.
-        make_model: Function from a number of steps to the compiled model.
-        batches: Endless dataset.
+        name: Name of the run. `NAME.csv`, the log, and `NAME-state/` are written beside its record.
+        make_model: Function without arguments that returns the compiled model.
+        batches_from: Function from the number of the first batch to an endless dataset.
         callbacks: Keras callbacks.
+        resume: Whether to keep states. It takes a `SelfDistillation`.
 
     Returns:
         The model, and a dictionary about its training for the record.
     """
-    if settings.steps:
-        check_int("steps", settings.steps, low=EPOCHS)
+    check_int("steps", settings.steps, low=EPOCHS)
+    folder = pathlib.Path(settings.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / f"{name}.csv"
     keras.utils.set_random_seed(settings.seed)
-    steps = settings.steps or max(
-        EPOCHS, int(60 * settings.minutes / seconds_per_step(make_model(1000), batches))
-    )
-    keras.utils.set_random_seed(settings.seed)
-    model = make_model(steps)
+    model, step, callbacks = make_model(), 0, list(callbacks)
+    if resume:
+        checkpoint = sddns_tf.callbacks.Checkpoint(folder / f"{name}-state", CHECKPOINT_STEPS)
+        step = checkpoint.restore(model)
+        callbacks.append(checkpoint)
+    if not step:
+        log.unlink(missing_ok=True)
+    callbacks.append(keras.callbacks.CSVLogger(log, append=True))
     start = time.perf_counter()
-    history = model.fit(
-        batches,
-        steps_per_epoch=steps // EPOCHS,
-        epochs=EPOCHS,
-        callbacks=list(callbacks),
-        shuffle=False,  # the data set is shuffled already
-        verbose=2,
-    ).history
+    parts = training_state.parts_left(step, settings.steps // EPOCHS, EPOCHS)
+    for first_batch, part in parts:
+        batches = batches_from(first_batch)  # shuffled already
+        model.fit(batches, callbacks=callbacks, shuffle=False, verbose=2, **part)
     steps = int(model.optimizer.iterations)
     return model, {
         "steps": steps,
         "images": steps * settings.batch_size,
         "seconds": time.perf_counter() - start,
-        "history": {key: [float(x) for x in values] for key, values in history.items()},
+        "resumed_at": step,
+        "history": read_log(log),
     }
 
 
-def seconds_per_step(model, batches):
-    """Return the time of a step, measured on a throw-away model, to turn minutes into steps."""
-    times = []
-    clock = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda batch, logs: times.append(time.perf_counter())
-    )
-    model.fit(batches, steps_per_epoch=23, callbacks=[clock], verbose=0)
-    return float(np.median(np.diff(times[2:])))
+def read_log(path):
+    """Return the columns of a log of Keras, which writes NA for validation where there is none."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    columns = [key for key, value in rows[0].items() if key != "epoch" and value != "NA"]
+    return {key: [float(row[key]) for row in rows] for key in columns}
 
 
 # --- Measurements -------------------------------------------------------------------------------
@@ -215,19 +239,50 @@ def detector_of(settings, network, normal):
     )
 
 
-def evaluate(detector, fresh, ood, trained_on=None):
-    """Return AUROC, FPR at 95 % and share flagged for each OOD set, and the sensitivities."""
-    normal = detector.predict(fresh, verbose=0)
+def evaluate(detector, normal, ood, features_of, trained_on=None):
+    """Return what a detector reaches.
+
+    Args:
+        detector: `Detector`, or anything with its `predict`.
+        normal: `Normal`.
+        ood: Images of each set by name.
+        features_of: Function from images to features `(N, D)`.
+        trained_on: Shift of the negatives, or None.
+
+    Returns:
+        Dictionary: AUROC, FPR at 95 % and share flagged for each set, the sensitivities, the share
+        of fresh images flagged, and the accuracy of the 20 nearest images of the bank.
+    """
+    fresh = detector.predict(normal.fresh, verbose=0)
     table = {}
     for name, images in ood.items():
         other = detector.predict(images, verbose=0)
-        row = metrics.ood_metrics(normal["ood_score"], other["ood_score"])
+        row = metrics.ood_metrics(fresh["ood_score"], other["ood_score"])
         table[name] = {**row, "flagged": float(np.mean(other["is_ood"]))}
     return {
         "ood": table,
-        "sensitivity": sensitivity.sensitivity(detector, fresh[:1000], trained_on=trained_on),
-        "fresh_flagged": float(np.mean(normal["is_ood"])),
+        "sensitivity": sensitivity.sensitivity(
+            detector, normal.fresh[:1000], trained_on=trained_on
+        ),
+        "fresh_flagged": float(np.mean(fresh["is_ood"])),
+        "knn": nearest_neighbor_accuracy(normal, features_of),
     }
+
+
+def nearest_neighbor_accuracy(normal, features_of, bank_images=10_000):
+    """Return how often the 20 nearest training images tell the class of a fresh one."""
+    bank = normal.training[:bank_images]
+    return metrics.knn_accuracy(
+        features_of(bank),
+        normal.training_labels[: len(bank)],
+        features_of(normal.fresh),
+        normal.fresh_labels,
+    )
+
+
+def features_with(extractor):
+    """Return a function from images to the features of an extractor."""
+    return lambda images: features.extract_features(extractor, images, verbose=0)
 
 
 def record_run(settings, name, measure):

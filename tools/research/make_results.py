@@ -2,10 +2,15 @@ r"""Make the tables and the figure of the runs of `reproduce_cifar10` and `basel
 
     python -m tools.research.make_results --results=docs/results --figure=docs/images/results.svg
 
-Prints Markdown tables. The first has the AUROC of each strategy against each OOD set, the mean
-AUROC and the mean FPR at 95 %. For several seeds it shows the mean with its 95 % interval
-(Student's t). The others have the sensitivities, and the rank correlation of each probe, and of
-their mean, with the mean AUROC.
+Prints Markdown tables of the runs in a folder: AUROCs; differences from training without negatives,
+paired by seed; sensitivities, and how well they rank strategies. Means are over the test sets
+alone: sets that are synthetic (noise) or of the negatives' own source (validation images of the
+auxiliary set) stand beside them and are in no mean. The rank correlations are printed with these
+sets too, to show what hangs on them. For several seeds there is a 95 % interval (Student's t).
+
+    python -m tools.research.make_results --results=runs/tuning --choose
+
+prints instead, for runs on the development sets, which settings each strategy gets.
 """
 
 import argparse
@@ -18,6 +23,9 @@ from scipy import stats
 
 from sddns_tf import plots, sensitivity
 from tools.research.reproduce_cifar10 import STRATEGIES
+
+TUNED = ("learning_rate", "teacher_temperature")
+SOUND = (0.05, 0.95)  # entropy of the mean output over a uniform one's: neither one point nor all
 
 
 def read_runs(folder):
@@ -40,66 +48,207 @@ def with_interval(values):
     """Return the mean over seeds, with half of the width of its 95 % interval, as text."""
     if len(values) < 2:
         return f"{np.mean(values):.3f}"
-    half = stats.t.interval(0.95, len(values) - 1)[1] * stats.sem(values)
-    return f"{np.mean(values):.3f} ± {half:.3f}"
+    return f"{np.mean(values):.3f} ± {half_width(values):.3f}"
 
 
-def mean_of(record, metric):
-    """Return the mean of a metric over the OOD sets of one run."""
-    return sum(row[metric] for row in record["ood"].values()) / len(record["ood"])
+def half_width(values):
+    """Return half of the width of the 95 % interval of a mean."""
+    return stats.t.interval(0.95, len(values) - 1)[1] * stats.sem(values)
+
+
+def sets_of(runs):
+    """Return the names of the sets that means are over, and of those that stand alone."""
+    first = next(iter(runs.values()))[0]
+    tested = first["flags"].get("ood", "cifar100,dtd32,gtsrb32,mnist").split(",")
+    return tested, [name for name in first["ood"] if name not in tested]
+
+
+def mean_of(record, metric, sets):
+    """Return the mean of a metric over OOD sets of one run."""
+    return float(np.mean([record["ood"][name][metric] for name in sets]))
+
+
+def by_auroc(runs):
+    """Return the names of strategies, the highest mean AUROC first."""
+    tested, _ = sets_of(runs)
+    means = {
+        name: np.mean([mean_of(r, "auroc", tested) for r in each]) for name, each in runs.items()
+    }
+    return sorted(means, key=means.get, reverse=True)
 
 
 def print_ood_table(runs):
-    """Print the AUROC of each strategy against each OOD set."""
-    names = list(next(iter(runs.values()))[0]["ood"])
-    print("| | seeds | images | " + " | ".join(names) + " | mean AUROC | mean FPR95 |")
-    print("|---|---|---|" + "---|" * (len(names) + 2))
-    means = {name: sum(mean_of(r, "auroc") for r in rs) / len(rs) for name, rs in runs.items()}
-    order = sorted(means, key=means.get, reverse=True)
-    for strategy in order:
+    """Print the AUROC of each strategy against each set, and what else tells about a run."""
+    tested, alone = sets_of(runs)
+    means = ["mean AUROC", "mean FPR95"]
+    head = ["", "seeds", "images", *tested, *means, *(f"*{name}*" for name in alone)]
+    if "knn" in next(iter(runs.values()))[0]:
+        head += ["k-NN", "probe rot90", "positive loss", "negative loss"]
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for strategy in by_auroc(runs):
         records = runs[strategy]
-        cells = [with_interval([r["ood"][name]["auroc"] for r in records]) for name in names]
-        cells += [with_interval([mean_of(r, key) for r in records]) for key in ("auroc", "fpr95")]
-        images = round(sum(r["images"] for r in records) / len(records))
-        print(f"| {strategy} | {len(records)} | {images:,} | " + " | ".join(cells) + " |")
+        aurocs = {
+            name: with_interval([r["ood"][name]["auroc"] for r in records])
+            for name in (*tested, *alone)
+        }
+        cells = [strategy, str(len(records)), image_counts(records), *map(aurocs.get, tested)]
+        cells += [
+            with_interval([mean_of(r, metric, tested) for r in records])
+            for metric in ("auroc", "fpr95")
+        ]
+        cells += map(aurocs.get, alone)
+        if "k-NN" in head:
+            cells += [with_interval([r["knn"] for r in records])]
+            cells += [mean_if_there([r["sensitivity"].get("rot90") for r in records])]
+            for loss in ("positive_loss", "negative_loss"):
+                cells += [mean_if_there([r["history"].get(loss, [None])[-1] for r in records])]
+        print(f"| {' | '.join(cells)} |")
+
+
+def mean_if_there(values):
+    """Return the mean as text, or nothing where a value is missing."""
+    return "" if None in values else f"{np.mean(values):.3f}"
+
+
+def image_counts(records):
+    """Return the number of training images, or from where to where it varies over seeds."""
+    counts = sorted({record["images"] for record in records})
+    return " to ".join(f"{count:,}" for count in (counts[0], counts[-1])[: len(counts)])
+
+
+def differences(runs, strategy, sets, baseline="none"):
+    """Return a strategy's mean AUROC minus the baseline's for each seed that both have."""
+    by_seed = [
+        {r["flags"]["seed"]: mean_of(r, "auroc", sets) for r in runs[name]}
+        for name in (strategy, baseline)
+    ]
+    seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
+    return [by_seed[0][seed] - by_seed[1][seed] for seed in seeds]
+
+
+def print_differences(runs):
+    """Print what each strategy of several seeds gains over training without negatives."""
+    tested, alone = sets_of(runs)
+    several = [name for name in by_auroc(runs) if name != "none" and len(runs[name]) > 1]
+    if "none" not in runs or not several:
+        return
+    print("\nMinus no negatives, paired by seed:\n")
+    print(f"| AUROC over | {' | '.join(several)} |\n|---|{'---|' * len(several)}")
+    rows = {"the test sets": tested, **{name: [name] for name in (*tested, *alone)}}
+    for count in range(1, len(alone) + 1):
+        rows[f"the test sets and {' and '.join(alone[:count])}"] = [*tested, *alone[:count]]
+    for title, sets in rows.items():
+        cells = [signed(differences(runs, name, sets)) for name in several]
+        print(f"| {title} | {' | '.join(cells)} |")
+
+
+def signed(values):
+    """Return a mean difference with its interval, as text."""
+    return f"{np.mean(values):+.3f} ± {half_width(values):.3f}"
 
 
 def print_sensitivities(runs):
-    """Print the sensitivity of each strategy to each probe, and the rank correlations."""
-    print("\n| | " + " | ".join([*sensitivity.PROBES, "mean"]) + " |")
-    print("|---|" + "---|" * (len(sensitivity.PROBES) + 1))
+    """Print the sensitivity of each strategy to each probe, and how well they rank."""
+    probes = [name for name in (*sensitivity.PROBES, "mean") if measured(runs, name)]
+    print(f"\n| | {' | '.join(probes)} |\n|---|{'---|' * len(probes)}")
     for strategy, records in runs.items():
         cells = []
-        for probe in (*sensitivity.PROBES, "mean"):
+        for probe in probes:
             values = [r["sensitivity"][probe] for r in records if probe in r["sensitivity"]]
             cells.append(with_interval(values) if values else "")
-        print(f"| {strategy} | " + " | ".join(cells) + " |")
-    strategies = [r for name, r in runs.items() if name in STRATEGIES]
-    print("\n| sensitivity to | strategies | rank correlation with mean AUROC |\n|---|---|---|")
-    for probe in (*sensitivity.PROBES, "mean"):
-        pairs = [
+        print(f"| {strategy} | {' | '.join(cells)} |")
+    print_rankings({name: runs[name] for name in runs if name in STRATEGIES}, probes)
+
+
+def measured(runs, probe):
+    """Return the names of strategies all of whose runs have a probe."""
+    return [name for name, each in runs.items() if all(probe in r["sensitivity"] for r in each)]
+
+
+def print_rankings(runs, probes):
+    """Print the rank correlation of each probe with the mean AUROC over more and more sets."""
+    probes = [probe for probe in probes if len(measured(runs, probe)) > 2]
+    if not probes:
+        return
+    tested, alone = sets_of(runs)
+    unions = {"test sets": tested}
+    for count in range(1, len(alone) + 1):
+        unions[f"and {' and '.join(alone[:count])}"] = [*tested, *alone[:count]]
+    values = {
+        probe: np.array(
+            [np.mean([r["sensitivity"].get(probe, np.nan) for r in each]) for each in runs.values()]
+        )
+        for probe in probes
+    }
+    aurocs = {
+        title: np.array(
+            [np.mean([mean_of(r, "auroc", sets) for r in each]) for each in runs.values()]
+        )
+        for title, sets in unions.items()
+    }
+    print("\nSpearman's correlation with the mean AUROC over")
+    print(
+        f"\n| sensitivity to | strategies | {' | '.join(unions)} |\n|---|---|{'---|' * len(unions)}"
+    )
+    for probe in probes:
+        known = np.isfinite(values[probe])
+        cells = []
+        for title in unions:
+            pair = values[probe][known], aurocs[title][known]
+            value, low, high = sensitivity.rank_correlation(*pair)
+            cells.append(f"{value:.2f} ({low:.2f} to {high:.2f})")
+        print(f"| {probe} | {known.sum()} | {' | '.join(cells)} |")
+    print(
+        f"\nChance that the best of these {len(probes)} ranks as well in a random order:", end=" "
+    )
+    found = {title: sensitivity.permutation_test(values, one) for title, one in aurocs.items()}
+    print("; ".join(f"{title}: {best}, {p:.3f}" for title, (best, _, p) in found.items()))
+    single = {
+        title: sensitivity.permutation_test({best: values[best]}, aurocs[title])[2]
+        for title, (best, _, _) in found.items()
+    }
+    print(f"That this one does: {'; '.join(f'{title}: {p:.4f}' for title, p in single.items())}")
+
+
+def print_choice(runs):
+    """Print each strategy's settings with their mean AUROC over the development sets."""
+    head = ["strategy", *TUNED, "mean AUROC", "output entropy", ""]
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for strategy, records in runs.items():
+        rows = [
             (
-                np.mean([r["sensitivity"][probe] for r in records]),
-                np.mean([mean_of(r, "auroc") for r in records]),
+                [f"{record['flags'][name]:g}" for name in TUNED],
+                mean_of(record, "auroc", record["ood"]),
+                record["history"]["mean_output_entropy"][-1],
             )
-            for records in strategies
-            if all(probe in r["sensitivity"] for r in records)
+            for record in records
         ]
-        if len(pairs) >= 3:
-            value, low, high = sensitivity.rank_correlation(*zip(*pairs, strict=True))
-            print(f"| {probe} | {len(pairs)} | {value:.2f} ({low:.2f} to {high:.2f}) |")
+        sound = [row for row in rows if SOUND[0] < row[2] < SOUND[1]]
+        best = max(sound, key=lambda row: row[1], default=None)
+        for row in sorted(rows, key=lambda row: -row[1]):
+            settings, auroc, entropy = row
+            mark = "chosen" if row is best else "collapsed" if row not in sound else ""
+            cells = [strategy, *settings, f"{auroc:.3f}", f"{entropy:.3f}", mark]
+            print(f"| {' | '.join(cells)} |")
 
 
 def draw(runs, path):
-    """Draw a bar chart of the mean AUROC of each strategy."""
-    means = {
-        name: sum(mean_of(r, "auroc") for r in records) / len(records)
-        for name, records in runs.items()
-    }
-    names = sorted(means, key=means.get)
-    figure, axes = plt.subplots(figsize=(6, 0.4 * len(names) + 1))
-    axes.barh(names, [means[name] for name in names])
-    axes.set(xlim=(0.4, 1.0), xlabel="mean AUROC over the OOD sets")
+    """Draw the mean AUROC of each strategy over the test sets, with intervals and single runs."""
+    tested, _ = sets_of(runs)
+    names = by_auroc(runs)[::-1]
+    figure, axes = plt.subplots(figsize=(6, 0.35 * len(names) + 1))
+    for place, name in enumerate(names):
+        values = [mean_of(record, "auroc", tested) for record in runs[name]]
+        if len(values) > 1:
+            axes.errorbar(
+                np.mean(values), place, xerr=half_width(values), color=plots.BLUE, capsize=3
+            )
+        axes.plot(values, [place] * len(values), ".", color=plots.VERMILION)
+    axes.set(yticks=range(len(names)), yticklabels=names)
+    axes.set_xlabel(
+        f"mean AUROC over {', '.join(tested)}\n(single runs, and 95 % intervals of their mean)"
+    )
+    axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     plots.save(figure, pathlib.Path(path))
 
@@ -108,10 +257,15 @@ def main(argv=None):
     """Print the tables, and draw the figure if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", default="results", help="folder of JSON files")
-    parser.add_argument("--figure", help="bar chart of the mean AUROCs to write (.png, .svg)")
+    parser.add_argument("--figure", help="figure of the mean AUROCs to write (.png, .svg)")
+    parser.add_argument("--choose", action="store_true", help="choose settings instead")
     settings = parser.parse_args(argv)
     runs = read_runs(settings.results)
+    if settings.choose:
+        print_choice(runs)
+        return
     print_ood_table(runs)
+    print_differences(runs)
     print_sensitivities(runs)
     if settings.figure:
         draw(runs, settings.figure)

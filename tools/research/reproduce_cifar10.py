@@ -1,20 +1,19 @@
-r"""Do one run of the comparison in docs/results.md: CIFAR-10 as normal, one strategy, one seed.
+r"""Do one run of docs/results/protocol.md: CIFAR-10 as normal, one strategy, one seed.
 
     python -m tools.research.reproduce_cifar10 --data_dir=TFDS --auxiliary_exclude=FILE \
-        --strategy=auxiliary:rot90 --seed=0 --minutes=7 --output_dir=results
+        --strategy=auxiliary:rot90 --seed=0 --steps=2400 --sets=test --output_dir=results
 
-Trains for about this many minutes, whatever the strategy. Writes to the folder
-`auxiliary-rot90-0.json` (AUROC and FPR at 95 % for six OOD sets, sensitivities, settings and
-duration) and the detector `auxiliary-rot90-0.keras`. A run whose file exists is not repeated.
-`cifar10.py` describes the data sets; `make_results` makes the tables of all runs in a folder.
+Trains for that many steps, whatever the strategy. Writes to the folder `auxiliary-rot90-0.json`
+(AUROC and FPR at 95 % for each set, sensitivities, accuracy of nearest neighbors, settings, losses
+and duration) and the detector `auxiliary-rot90-0.keras`. A run that was stopped goes on when it is
+started again; one whose record exists is not repeated. `cifar10.py` describes the data sets;
+`make_results` makes the tables of all runs in a folder.
 """
 
 import pathlib
 
-import keras
-
 import sddns_tf
-from sddns_tf import metrics, schedules
+from sddns_tf import schedules
 from tools.research import cifar10
 
 STRATEGIES = (
@@ -48,9 +47,9 @@ def parse(argv):
     return settings
 
 
-def make_model(settings, steps):
+def make_model(settings):
     """Return the compiled model."""
-    weight = settings.negative_weight
+    steps, weight = settings.steps, settings.negative_weight
     if settings.negative_ramp:
         ramp, start = int(settings.negative_ramp * steps), int(0.05 * steps)
         weight = schedules.Linear(0.0, weight, max(ramp, 1), start)
@@ -75,31 +74,10 @@ def make_model(settings, steps):
     return model
 
 
-def auroc_by_network(settings, model, normal, ood):
-    """Return the AUROC against each OOD set if other parts of the model give the features."""
-    networks = {
-        "student backbone": model.student_backbone,
-        "teacher head": keras.Sequential([model.teacher_backbone, model.teacher_head]),
-        "student head": keras.Sequential([model.student_backbone, model.student_head]),
-    }
-    table = {}
-    for name, network in networks.items():
-        detector = cifar10.detector_of(settings, network, normal)
-        scores = detector.predict(normal.fresh, verbose=0)["ood_score"]
-        table[name] = {
-            key: metrics.ood_metrics(scores, detector.predict(one, verbose=0)["ood_score"])["auroc"]
-            for key, one in ood.items()
-        }
-    return table
-
-
 def main(argv=None):
-    """Do one run, unless its file exists."""
+    """Do one run, unless its record exists."""
     settings = parse(argv)
     name = settings.name or f"{settings.strategy.replace(':', '-')}-{settings.seed}"
-
-    folder = pathlib.Path(settings.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
 
     def measure():
         normal, auxiliary = cifar10.read_normal(settings), None
@@ -108,20 +86,21 @@ def main(argv=None):
             auxiliary = cifar10.read(settings, settings.auxiliary, "train", excluded)
         model, training = cifar10.fit(
             settings,
-            lambda steps: make_model(settings, steps),
-            cifar10.training_batches(settings, normal.training, auxiliary),
+            name,
+            lambda: make_model(settings),
+            lambda first: cifar10.training_batches(settings, normal.training, auxiliary, first),
             [sddns_tf.callbacks.CollapseMonitor()],
         )
         detector = cifar10.detector_of(settings, model.teacher_backbone, normal)
-        detector.save(folder / f"{name}.keras")
-        ood = cifar10.read_ood(settings)
+        detector.save(pathlib.Path(settings.output_dir) / f"{name}.keras")
         trained_on = settings.shift if settings.shift not in ("", "identity") else None
+        features_of = cifar10.features_with(detector.extractor)
+        ood = cifar10.read_ood(settings, normal)
         return {
             "flags": cifar10.flags_of(settings),
             **training,
             "parameters": model.teacher_backbone.count_params(),
-            **cifar10.evaluate(detector, normal.fresh, ood, trained_on),
-            "auroc_by_network": auroc_by_network(settings, model, normal, ood),
+            **cifar10.evaluate(detector, normal, ood, features_of, trained_on),
         }
 
     cifar10.record_run(settings, name, measure)
