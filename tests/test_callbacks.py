@@ -7,13 +7,13 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tiny import Brightness, conv
 
 from sddns_tf import image_ops, metrics, shifts
 from sddns_tf.callbacks import Checkpoint, CollapseMonitor, OODProbe
 from sddns_tf.heads import ProjectionHead
 from sddns_tf.self_distillation import SelfDistillation
-from sddns_tf.views import MultiCrop, Negatives
-from sddns_tf.vit import VisionTransformer
+from sddns_tf.views import Negatives
 
 LN_K = float(np.log(64))
 HEALTHY = {
@@ -115,8 +115,8 @@ def images():
 def make_model(**kwargs):
     keras.utils.set_random_seed(1)
     return SelfDistillation(
-        VisionTransformer(16, patch_size=8, hidden_dim=16, depth=1, num_heads=2),
-        MultiCrop(16, local_views=0),
+        conv(),
+        Brightness(16),
         head=ProjectionHead(32, hidden_dim=32, bottleneck_dim=8),
         **kwargs,
     )
