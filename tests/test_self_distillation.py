@@ -569,9 +569,9 @@ def test_keras_cv_backbone_and_augmentation_plug_in(images):
     backbone = keras.Sequential(
         [
             keras_cv.models.ResNetV2Backbone(
-                stackwise_filters=[8, 16],
-                stackwise_blocks=[1, 1],
-                stackwise_strides=[1, 2],
+                stackwise_filters=[8],
+                stackwise_blocks=[2],
+                stackwise_strides=[2],
                 include_rescaling=False,
                 input_shape=(None, None, 3),
             ),
