@@ -18,7 +18,7 @@ def model():
         backbone=sddns_tf.VisionTransformer(
             8, 4, hidden_dim=16, depth=2, num_heads=2, drop_path_rate=0.1
         ),
-        views=sddns_tf.MultiCrop(8, local_views=1, local_size=4),
+        views=sddns_tf.MultiCrop(8, local_views=0),  # `test_views` compiles local ones
         negatives=sddns_tf.Negatives("perm4", source="both"),
         head=sddns_tf.ProjectionHead(num_prototypes=32, hidden_dim=16, bottleneck_dim=8),
         weight_decay=0.04,
