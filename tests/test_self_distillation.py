@@ -540,7 +540,7 @@ def test_backbones_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"takes only inputs of shape \(None, 16, 16, 3\)"):
         tiny_model(backbone=fixed)
     with pytest.raises(ValueError, match="does not take views of 4 px"):
-        tiny_model(views=MultiCrop(16, local_size=4))
+        tiny_model(backbone=tiny_vit(), views=MultiCrop(16, local_size=4))
     with pytest.raises(ValueError, match=r"must be a keras\.Model"):
         tiny_model(backbone=lambda x: x)
 
