@@ -3,6 +3,10 @@
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # There is a worker for each core: more threads in each would wait for one another.
+    os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -14,10 +18,19 @@ settings.register_profile("sddns_tf", deadline=None, derandomize=True)
 settings.load_profile("sddns_tf")
 
 
+# Files that take longest go first, so that no worker is left alone with one at the end.
+LONGEST = (
+    "test_commands_in_text", "test_cli_devices", "test_research", "test_self_distillation",
+    "test_scale", "test_reliability", "test_examples_gallery", "test_edge", "test_validation",
+    "test_benchmark", "test_cli_train", "test_code_in_text", "test_cli_score", "test_callbacks",
+    "test_detector", "test_serving", "test_cli_evaluate", "test_local", "test_views",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
-    """Files with long tests go first, so that no worker is left alone with one at the end."""
-    long = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in long)
+    """Order files by `LONGEST`, the others as they come."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 def _crops(photograph, count, size, seed):

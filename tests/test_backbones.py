@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tiny import Brightness
 
 import sddns_tf
 from sddns_tf import backbones, image_ops
@@ -104,22 +105,32 @@ def test_every_application_has_its_preprocessing():
         assert callable(module.preprocess_input), name
 
 
-def test_an_application_makes_a_local_detector_and_trains():
+IMAGES_64 = np.random.default_rng(1).integers(0, 256, (24, 64, 64, 3), np.uint8)
+
+
+def test_an_application_makes_a_local_detector():
     backbone = backbones.application("MobileNetV3Small", weights=None)
-    images = np.random.default_rng(1).integers(0, 256, (24, 64, 64, 3), np.uint8)
+    detector = sddns_tf.Detector.from_images(
+        backbone, IMAGES_64[:12], IMAGES_64[12:], 0.2, layers="auto", verbose=0
+    )
+    assert detector.predict(IMAGES_64, verbose=0)["anomaly_map"].shape == (24, 8, 8)
+
+
+@pytest.mark.slow  # A step of a whole network; `test_self_distillation` trains its first blocks.
+def test_an_application_trains():
+    backbone = backbones.application("MobileNetV3Small", weights=None)
     model = sddns_tf.SelfDistillation(
         backbone,
-        sddns_tf.MultiCrop(64, local_views=0),
+        Brightness(64),
         sddns_tf.Negatives("rot90", source="in_distribution"),
         sddns_tf.ProjectionHead(32, hidden_dim=16, bottleneck_dim=8),
     )
     model.compile(keras.optimizers.AdamW(1e-4))
-    history = model.fit(tf.data.Dataset.from_tensors(images[:4]), epochs=1, verbose=0)
+    before = model.student_backbone.get_weights()
+    history = model.fit(tf.data.Dataset.from_tensors(IMAGES_64[:4]), epochs=1, verbose=0)
     assert np.isfinite(history.history["loss"]).all()
-    detector = sddns_tf.Detector.from_images(
-        model.teacher_backbone, images[:12], images[12:], 0.2, layers="auto", verbose=0
-    )
-    assert detector.predict(images, verbose=0)["anomaly_map"].shape == (24, 8, 8)
+    after = model.student_backbone.get_weights()
+    assert any((a != b).any() for a, b in zip(before, after, strict=True))
 
 
 def test_dino_has_the_converted_weights(tmp_path):

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tiny import Brightness, conv
 
 from sddns_tf import image_ops, metrics, shifts
 from sddns_tf.callbacks import Checkpoint, CollapseMonitor, OODProbe
@@ -112,11 +113,11 @@ def images():
     return ramp.astype(np.uint8)
 
 
-def make_model(**kwargs):
+def make_model(backbone=conv, views=None, **kwargs):
     keras.utils.set_random_seed(1)
     return SelfDistillation(
-        VisionTransformer(16, patch_size=8, hidden_dim=16, depth=1, num_heads=2),
-        MultiCrop(16, local_views=0),
+        backbone(),
+        views or Brightness(16),
         head=ProjectionHead(32, hidden_dim=32, bottleneck_dim=8),
         **kwargs,
     )
@@ -134,7 +135,10 @@ def test_uniform_collapse_of_a_real_run_is_caught(images):
 
 def test_uniform_collapse_by_negatives_of_a_real_run_is_caught(images):
     """Negatives that are the images themselves leave the student nothing to say."""
+    size = {"patch_size": 8, "hidden_dim": 16, "depth": 1, "num_heads": 2}
     model = make_model(
+        backbone=lambda: VisionTransformer(16, **size),
+        views=MultiCrop(16, local_views=0),
         negatives=Negatives(lambda batch, seed: batch, source="in_distribution"),
         negative_weight=20.0,
     )

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import sddns_tf
+from sddns_tf.cli import train
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(sddns_tf.__file__).parents[1]
@@ -22,6 +23,10 @@ OPTIONS = (
     "--set=head.hidden_dim=16", "--set=head.bottleneck_dim=8", "--batch_size=16",
     "--set=optimizer.type=SGD", "--calibration_share=0.2", "--checkpoint_every=1",
 )  # fmt: skip
+
+
+def data_of(image_sets):
+    return f"--data=npz:{image_sets}/grass.npz", f"--auxiliary=npz:{image_sets}/coffee.npz"
 
 
 @pytest.fixture
@@ -34,8 +39,7 @@ def start(image_sets):
         process = subprocess.Popen(
             [
                 sys.executable, "-m", "sddns_tf", "train",
-                f"--data=npz:{image_sets}/grass.npz", f"--auxiliary=npz:{image_sets}/coffee.npz",
-                f"--output_dir={output_dir}", *OPTIONS, *arguments,
+                *data_of(image_sets), f"--output_dir={output_dir}", *OPTIONS, *arguments,
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -78,25 +82,33 @@ def wait_for_step(folder, process, step, seconds=300):
         time.sleep(0.02)
 
 
-def test_two_devices_of_one_machine_equal_one(start, tmp_path):
-    length = ("--epochs=2", "--steps_per_epoch=2")
-    out, errors = finish(start(tmp_path / "two", "--logical_devices=2", *length))
-    assert "detector.keras" in out
-    assert "Traceback" not in errors and "absl::InitializeLog" not in errors
-    finish(start(tmp_path / "one", "--strategy=none", *length))
-    assert_equal_runs(tmp_path / "one", tmp_path / "two", 1e-4)
+LENGTH = ("--epochs=4", "--steps_per_epoch=3")
+TWO_DEVICES = ("--logical_devices=2", *LENGTH)
 
 
-def test_two_devices_killed_and_resumed_end_as_an_unbroken_run(start, tmp_path):
-    length = ("--epochs=4", "--steps_per_epoch=3", "--logical_devices=2")
-    process = start(tmp_path / "run", *length)
+@pytest.fixture(scope="module")
+def one_device(image_sets, tmp_path_factory):
+    """Folder of a run on one device that nothing stops, in this process."""
+    folder = tmp_path_factory.mktemp("one_device")
+    train.main(
+        [*data_of(image_sets), f"--output_dir={folder}", "--strategy=none", *OPTIONS, *LENGTH]
+    )
+    return folder
+
+
+def test_two_devices_killed_and_resumed_end_as_an_unbroken_run(start, one_device, tmp_path):
+    """And as one device does."""
+    process = start(tmp_path / "run", *TWO_DEVICES)
     wait_for_step(tmp_path / "run", process, 4)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    _, errors = finish(start(tmp_path / "run", *length))
+    _, errors = finish(start(tmp_path / "run", *TWO_DEVICES))
     assert "from step 0" not in errors and "from step" in errors
-    finish(start(tmp_path / "unbroken", *length))
+    out, errors = finish(start(tmp_path / "unbroken", *TWO_DEVICES))
+    assert "detector.keras" in out
+    assert "Traceback" not in errors and "absl::InitializeLog" not in errors
     assert_equal_runs(tmp_path / "unbroken", tmp_path / "run", 0)
+    assert_equal_runs(one_device, tmp_path / "unbroken", 1e-4)
     log = (tmp_path / "run" / "log.csv").read_text().splitlines()
     assert len(log) >= 5
 
@@ -117,16 +129,14 @@ def workers(start, folder, *arguments):
     return started
 
 
-def test_two_processes_killed_and_resumed_equal_one(start, tmp_path):
-    length = ("--epochs=4", "--steps_per_epoch=3")
-    first, second = workers(start, tmp_path / "two", *length)
+def test_two_processes_killed_and_resumed_equal_one(start, one_device, tmp_path):
+    first, second = workers(start, tmp_path / "two", *LENGTH)
     wait_for_step(tmp_path / "two", first, 2)
     for process in (first, second):
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (tmp_path / "two" / "detector.keras").exists()
-    for process in workers(start, tmp_path / "two", *length):
+    for process in workers(start, tmp_path / "two", *LENGTH):
         finish(process)
-    finish(start(tmp_path / "one", "--strategy=none", *length))
-    assert_equal_runs(tmp_path / "one", tmp_path / "two", 1e-4)
+    assert_equal_runs(one_device, tmp_path / "two", 1e-4)
     assert (tmp_path / "two" / "detector.keras").is_file()

@@ -131,6 +131,7 @@ def test_a_process_says_nothing_of_tensorflow(trained):
     assert json.loads(result.stdout)["bank_rows"] == 96
 
 
+@pytest.mark.slow
 def test_a_mistake_ends_a_process_with_one_line(tmp_path):
     result = apart("train", "--data=npz:x.npz", f"--output_dir={tmp_path}", "--set=views.hu=1")
     assert result.returncode == 1

@@ -310,9 +310,15 @@ def wide_photographs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["detector.keras", "parts.tflite", "exports/1"])
+@pytest.mark.parametrize(
+    "kind",
+    ["detector.keras", "parts.tflite", pytest.param("exports/1", marks=pytest.mark.slow)],
+)
 def test_after_a_training_on_crops_fresh_images_are_cropped(kind, cropped, wide_photographs):
     """Fresh images of what was trained on: at most about the share that was asked for."""
+    if kind == "exports/1":
+        exported = keras.saving.load_model(cropped / "detector.keras")
+        export.saved_model(exported, cropped / "exports")
     done = score(f"--model={cropped / kind}", f"--images=folder:{wide_photographs / 'fresh'}")
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader(io.StringIO(done.stdout)))
@@ -330,7 +336,7 @@ def test_after_a_training_on_crops_fresh_images_are_cropped(kind, cropped, wide_
 
 @pytest.fixture(scope="module")
 def cropped(wide_photographs, tmp_path_factory):
-    """A training with `--resize=crop` on wide photographs, and its exports."""
+    """A training with `--resize=crop` on wide photographs, and a `.tflite` file of it."""
     folder = tmp_path_factory.mktemp("cropped")
     code = main(
         [
@@ -354,7 +360,6 @@ def cropped(wide_photographs, tmp_path_factory):
     assert code == 0
     detector = keras.saving.load_model(folder / "detector.keras")
     export.tflite(detector, folder / "parts.tflite")
-    export.saved_model(detector, folder / "exports")
     return folder
 
 

@@ -158,6 +158,7 @@ def test_the_texts_show_code():
 
 SMALLER = (
     ("sddns_tf.vit_small(", "sddns_tf.VisionTransformer(hidden_dim=16, depth=1, num_heads=2, "),
+    ("local_views=4", "local_views=0"),
     ("epochs=100", "epochs=1"),
     ("range(50_000)", "range(50)"),
     ("batch_size=64", "batch_size=32"),

@@ -274,7 +274,7 @@ def test_sets_of_images_are_those_of_tfds_or_described():
 TINY = (
     "--image_size=32",
     "--set=backbone.stages=[8, 16]",
-    "--set=views.local_views=1",
+    "--set=views.local_views=0",
     "--set=head.num_prototypes=16",
     "--set=head.hidden_dim=16",
     "--set=head.bottleneck_dim=8",
@@ -401,10 +401,23 @@ def is_slow(command):
     return own_program(command.words) in TRAINING or needs_exports(command)
 
 
+def kinds_of_options(command):
+    """Program and options, each with the kind of source that it names."""
+    words = [re.sub(r"=((?:folder|npz|tfds|mvtec):)?.*", r"=\1", w) for w in command.words]
+    return own_program(command.words), frozenset(words)
+
+
+def is_part_of_another(command):
+    """Whether a command that trains or exports has options that are all among a longer one's."""
+    program, options = kinds_of_options(command)
+    longer = [kinds_of_options(other) for other in COMMANDS if runs_here(other)]
+    return program in TRAINING and any(program == p and options < more for p, more in longer)
+
+
 RUN = [
     pytest.param(command, id=str(command), marks=[pytest.mark.slow] if is_slow(command) else [])
     for command in COMMANDS
-    if runs_here(command)
+    if runs_here(command) and not is_part_of_another(command)
 ]
 
 
@@ -426,6 +439,15 @@ def test_a_command_runs(command, toy, request, monkeypatch, capsys):
         else:
             module.main(arguments)
     assert capsys.readouterr().out
+
+
+def test_a_command_is_left_out_where_a_longer_one_runs():
+    run = [parameter.values[0] for parameter in RUN]
+    for command in filter(runs_here, COMMANDS):
+        assert command in run or any(
+            kinds_of_options(command)[1] < kinds_of_options(other)[1] for other in run
+        )
+    assert {"sddns train", "sddns export"} <= {own_program(c.words) for c in run}
 
 
 def test_the_toy_folder_is_asked_for_nothing_that_texts_do_not_name():

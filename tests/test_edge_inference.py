@@ -60,6 +60,7 @@ def run(python, *arguments):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow  # pip makes an environment.
 def test_a_device_decides_as_the_detector(device, detector, model, normal, auxiliary, tmp_path):
     images = [*normal[20:24], *auxiliary[::8, :32, :32]]
     paths = [tmp_path / f"{number}.png" for number in range(len(images))]

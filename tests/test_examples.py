@@ -1,7 +1,5 @@
 """The examples run as a user runs them: as programs, from a folder of their own."""
 
-import contextlib
-import importlib.util
 import os
 import pathlib
 import subprocess
@@ -10,14 +8,13 @@ import sys
 import keras
 import numpy as np
 import pytest
-from absl import flags
+from scripts import example
 from toy_sets import tiles, write_tfds
 
 import sddns_tf
 from sddns_tf import data, metrics
 
 ROOT = pathlib.Path(sddns_tf.__file__).parents[1]
-EXAMPLES = ROOT / "examples"
 SIDE = 32
 
 
@@ -39,24 +36,10 @@ def run(*command, cwd):
     )
 
 
-@contextlib.contextmanager
-def example(name):
-    """A script as a module; the flags that it defines go at the end of the block."""
-    others = set(flags.FLAGS)
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    try:
-        yield module
-    finally:
-        for flag in set(flags.FLAGS) - others:
-            delattr(flags.FLAGS, flag)
-        flags.FLAGS.unparse_flags()
-
-
 # --- cifar10.py ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_cifar10_trains_and_its_detector_is_that_of_its_table(tmp_path, capsys):
     pytest.importorskip("tensorflow_datasets")
     grass = tiles("grass", 140, SIDE)

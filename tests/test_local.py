@@ -319,8 +319,16 @@ def test_streams_of_any_batches_give_one_detector(detector):
     assert again.threshold == pytest.approx(detector.threshold, abs=1e-2)
 
 
+@pytest.fixture(scope="module")
+def everywhere():
+    """A detector that ignores no place."""
+    return Detector.from_images(
+        convnet(), bricks(60, 0), bricks(59, 1), layers=("eight",), bank_size=200, verbose=0
+    )
+
+
 @pytest.mark.parametrize("kind", ["array", "image", "file"])
-def test_ignored_places_count_for_nothing(kind, tmp_path):
+def test_ignored_places_count_for_nothing(kind, everywhere, tmp_path):
     mask = np.zeros((8, 8), bool)
     mask[0:7, 2:8] = True  # as far as the damage is seen
     if kind != "array":
@@ -343,9 +351,6 @@ def test_ignored_places_count_for_nothing(kind, tmp_path):
     check_promise(one, answers)
     assert (answers["anomaly_map"][:, 0:7, 2:8] == np.float32(one.lowest_score)).all()
     np.testing.assert_array_equal(*np.split(answers["is_ood"], 2))
-    everywhere = Detector.from_images(
-        convnet(), bricks(60, 0), bricks(59, 1), layers=("eight",), bank_size=200, verbose=0
-    )
     assert everywhere.predict(images, verbose=0)["is_ood"][30:].all()
 
 
@@ -368,10 +373,7 @@ def test_false_alarms_are_accepted_as_normal():
     np.testing.assert_array_equal(copy(alarms)["ood_score"], one(alarms)["ood_score"])
 
 
-def test_half_precision_gives_the_map_of_single_precision():
-    expected = Detector.from_images(
-        convnet(), bricks(60, 0), bricks(59, 1), layers="auto", bank_size=300, verbose=0
-    )
+def test_half_precision_gives_the_map_of_single_precision(detector):
     for policy in ("mixed_float16", "mixed_bfloat16"):
         half = Detector.from_images(
             convnet(dtype=policy),
@@ -384,7 +386,7 @@ def test_half_precision_gives_the_map_of_single_precision():
         answers = half.predict(damaged(4, 3), verbose=0)
         check_promise(half, answers)
         assert answers["anomaly_map"].dtype == np.float32
-        maps = expected.predict(damaged(4, 3), verbose=0)["anomaly_map"]
+        maps = detector.predict(damaged(4, 3), verbose=0)["anomaly_map"]
         assert np.corrcoef(answers["anomaly_map"].ravel(), maps.ravel())[0, 1] > 0.98
 
 

@@ -235,7 +235,7 @@ def test_score_histograms_of_one_value(value):
 
 
 @pytest.mark.parametrize("plot", [plots.score_histograms, plots.roc_curves])
-@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize("count", [1, 8])
 def test_long_names_stay_readable(plot, count):
     sets = {name: normal_scores(i, seed=i) for i, name in enumerate(LONG_NAMES[:count])}
     figure = plot(normal_scores(0), sets)
@@ -341,7 +341,7 @@ def test_contact_sheet_cuts_long_titles():
     assert_readable(figure)
 
 
-@pytest.mark.parametrize("count", [1, 2, 9, 40])
+@pytest.mark.parametrize("count", [1, 9, 21])
 def test_contact_sheets_of_any_length_stay_readable(count):
     title = "A title of the sheet that is longer than one image is wide"
     images, titles = photographs(count, 16, 16), ["two lines of a long title"] * count
@@ -392,7 +392,7 @@ def test_most_and_least_anomalous_show_both_ends_in_order():
     assert least.axes[0].get_window_extent().y0 > most.axes[0].get_window_extent().y1
 
 
-@pytest.mark.parametrize(("total", "each"), [(2, 1), (5, 2), (16, 8), (40, 8)])
+@pytest.mark.parametrize(("total", "each"), [(2, 1), (5, 2), (20, 8)])
 def test_no_image_is_at_both_ends(total, each):
     scores = np.arange(total, dtype="float32")
     figure = plots.most_and_least_anomalous(photographs(total, 8, 8), scores)
@@ -501,7 +501,7 @@ def whole_history(epochs):
     }
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 7, 100, 1000])
+@pytest.mark.parametrize("epochs", [1, 7, 1000])
 def test_training_curves_draw_every_number(epochs):
     history = whole_history(epochs)
     figure = plots.training_curves(history)

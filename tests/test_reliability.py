@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from tiny import Brightness, conv
 
 import sddns_tf
 from sddns_tf import image_ops
@@ -22,20 +23,18 @@ HERE = pathlib.Path(__file__).parent
 STEPS_PER_EPOCH, EPOCHS, BATCH = 7, 3, 4
 
 
-def make_model(drop_path_rate=0.1, learning_rate=None, **kwargs):
+def make_model(dropout=0.1, learning_rate=None, **kwargs):
     keras.utils.set_random_seed(0)
     schedules = sddns_tf.schedules
     arguments = {
-        "views": sddns_tf.MultiCrop(8, local_views=0),
+        "views": Brightness(8),
         "negatives": sddns_tf.Negatives("rot90", source="in_distribution"),
         "negative_weight": schedules.Linear(0.0, 1.0, end_step=20),
         "teacher_momentum": schedules.Linear(0.9, 1.0, end_step=21),
         **kwargs,
     }
     model = sddns_tf.SelfDistillation(
-        sddns_tf.VisionTransformer(
-            8, 4, hidden_dim=8, depth=1, num_heads=2, drop_path_rate=drop_path_rate
-        ),
+        conv(8, dropout),
         head=sddns_tf.ProjectionHead(16, hidden_dim=8, bottleneck_dim=4),
         **arguments,
     )
@@ -152,6 +151,7 @@ def test_a_run_killed_at_any_moment_ends_as_an_unbroken_one(tmp_path, unbroken):
         np.testing.assert_array_equal(old, ended[name])
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_with_0(tmp_path, unbroken):
     folder, result = tmp_path / "run", tmp_path / "result.npz"
     process = start(folder, result)
@@ -296,7 +296,7 @@ def test_a_damaged_state_is_passed_over(tmp_path, damage, caplog):
 
 def test_a_state_of_another_model_is_refused(tmp_path):
     checkpoint.save(make_model(), tmp_path)
-    other = make_model(drop_path_rate=0.0)
+    other = make_model(dropout=0.0)
     other.compile(keras.optimizers.SGD(0.1))
     with pytest.raises(ValueError, match=r"step-00000000\.npz must be the training state of"):
         checkpoint.restore(other, tmp_path)
@@ -405,7 +405,7 @@ def provoke(steps, monitor, callbacks=(), **kwargs):
     tint = np.random.default_rng(0).uniform(0.2, 1, (32, 1, 1, 3))
     images = (images[..., np.newaxis] * tint).astype(np.uint8)
     model = make_model(
-        drop_path_rate=0.0, learning_rate=5e-3, negatives=None, teacher_momentum=0.9, **kwargs
+        dropout=0.0, learning_rate=5e-3, negatives=None, teacher_momentum=0.9, **kwargs
     )
     batches = tf.data.Dataset.from_tensor_slices(images).batch(32, drop_remainder=True).repeat()
     model.fit(batches, epochs=steps, steps_per_epoch=1, callbacks=[*callbacks, monitor], verbose=0)
@@ -446,9 +446,7 @@ def test_features_of_mixed_precision_are_those_of_float32(policy, photos):
     sizes = {"hidden_dim": 32, "depth": 3, "num_heads": 2}
     mixed = sddns_tf.VisionTransformer(16, 4, dtype=policy, **sizes)
     head = sddns_tf.ProjectionHead(32, hidden_dim=32, bottleneck_dim=16, dtype=policy)
-    model = sddns_tf.SelfDistillation(
-        mixed, sddns_tf.MultiCrop(16, local_views=0), head=head, teacher_momentum=0.5
-    )
+    model = sddns_tf.SelfDistillation(mixed, Brightness(16), head=head, teacher_momentum=0.5)
     optimizer = keras.optimizers.Adam(1e-3)
     if policy == "mixed_float16":
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)

@@ -263,6 +263,7 @@ def test_the_score_is_varied_one_setting_at_a_time(detector_file, data_dir, caps
     assert rows[-1][1] == rows[0][1]  # 0.04 is what the first row has too
 
 
+@pytest.mark.slow
 def test_exports_are_compared_with_the_detector(detector_file, data_dir, tmp_path, capsys):
     pytest.importorskip("ai_edge_litert")
     compare_exports.main(

@@ -73,6 +73,7 @@ def test_importing_the_package_imports_neither_tensorflow_nor_keras():
     assert result.stdout.strip() == "set()", result.stderr[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["import sddns_tf, keras", "import keras, sddns_tf"])
 def test_importing_the_package_is_enough_for_keras_to_know_its_classes(order):
     code = f"""

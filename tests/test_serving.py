@@ -134,6 +134,7 @@ np.savez("answers.npz", **answers)
     assert decisions == {True, False}
 
 
+@pytest.mark.slow
 def test_the_command_line_shows_and_runs_it(grass_detector, served, grass_and_person, tmp_path):
     images = grass_and_person(2, 3)
     np.save(tmp_path / "images.npy", images)

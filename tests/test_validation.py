@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
+from tiny import Brightness, conv
 
 import sddns_tf
 from sddns_tf import bank, calibration, callbacks, data, export, heads, losses, schedules, vit
@@ -304,8 +305,8 @@ MESSAGE = "must hold values in 0-255|must be |must have one size|At least one im
 @pytest.fixture(scope="module")
 def model():
     model = sddns_tf.SelfDistillation(
-        sddns_tf.VisionTransformer(8, 4, hidden_dim=8, depth=1, num_heads=2),
-        sddns_tf.MultiCrop(8, local_views=0),
+        conv(8),
+        Brightness(8),
         head=sddns_tf.ProjectionHead(8, hidden_dim=8, bottleneck_dim=4),
     )
     model.compile("sgd")
@@ -379,8 +380,8 @@ def test_auxiliary_images_come_as_arrays_generators_and_datasets():
         return images
 
     model = sddns_tf.SelfDistillation(
-        sddns_tf.VisionTransformer(8, 4, hidden_dim=8, depth=1, num_heads=2),
-        sddns_tf.MultiCrop(8, local_views=0, color_jitter=0.0, solarize=(0.0,) * 3),
+        conv(8),
+        Brightness(8, darkest=1.0),
         sddns_tf.Negatives(shift, "auxiliary"),
         head=sddns_tf.ProjectionHead(8, hidden_dim=8, bottleneck_dim=4),
     )
@@ -468,8 +469,8 @@ def test_datasets_are_checked_on_several_replicas():
     strategy = tf.distribute.OneDeviceStrategy("CPU:0")
     with strategy.scope():
         model = sddns_tf.SelfDistillation(
-            sddns_tf.VisionTransformer(8, 4, hidden_dim=8, depth=1, num_heads=2),
-            sddns_tf.MultiCrop(8, local_views=0),
+            conv(8),
+            Brightness(8),
             head=sddns_tf.ProjectionHead(8, hidden_dim=8, bottleneck_dim=4),
         )
         model.compile("sgd")
