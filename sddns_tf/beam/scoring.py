@@ -18,6 +18,10 @@ from apache_beam.ml.inference.base import KeyedModelHandler, ModelHandler, RunIn
 from sddns_tf.beam.reading import File, Unreadable
 from sddns_tf.validation import check_int
 
+_DECODED_ALIKE = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
+# Exif, eXIf or exif, and XMP's Orientation: without these nothing turns a photograph.
+_MAY_BE_TURNED = (b"xif", b"XIf", b"rientation")
+
 
 class Answer(NamedTuple):
     """What a detector says of one image file.
@@ -147,9 +151,7 @@ def as_served(file: bytes) -> bytes:
     Returns:
         The same file, or a PNG of its pixels.
     """
-    is_common = file.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"))
-    # "Exif", "eXIf" or XMP's "Orientation": without these nothing turns a photograph.
-    if is_common and b"xif" not in file and b"rientation" not in file:
+    if file.startswith(_DECODED_ALIKE) and not any(mark in file for mark in _MAY_BE_TURNED):
         return file
     from PIL import Image
 
