@@ -17,7 +17,7 @@ from sddns_tf.beam.evaluation import (
     Thresholds,
     sketched_metrics,
 )
-from sddns_tf.beam.job import ScoringJob, Totals
+from sddns_tf.beam.job import ScoringJob, Totals, WorkerLostError
 from sddns_tf.beam.reading import ReadFiles, Unreadable
 from sddns_tf.beam.scoring import Answer, SavedModelHandler, Score
 
@@ -38,5 +38,6 @@ __all__ = [
     "Thresholds",
     "Totals",
     "Unreadable",
+    "WorkerLostError",
     "sketched_metrics",
 ]

@@ -7,10 +7,14 @@ have no file yet; whatever a lost worker was at is done again and replaces what 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +23,9 @@ from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import MetricsFilter
 from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
 from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.portability.api import beam_provision_api_pb2
+from apache_beam.runners.portability.fn_api_runner import fn_runner
+from apache_beam.runners.portability.portable_runner import JobServiceHandle
 from apache_beam.runners.runner import create_runner
 
 from sddns_tf.beam.reading import File, is_container, matching, read
@@ -26,9 +33,12 @@ from sddns_tf.beam.scoring import SavedModelHandler
 from sddns_tf.beam.writing import FORMATS, Item, WriteShards, replacing
 from sddns_tf.validation import check_choice, check_int
 
-# Beam's direct runner may hand a job to Prism, a program that it downloads, which knows nothing of
-# `--direct_num_workers`. This is the part of it that runs here.
-_DIRECT = {"DirectRunner": "FnApiRunner"}
+# Workers tell every step otherwise, on the terminal of who started the job.
+_QUIET = "--default_sdk_harness_log_level=ERROR"
+
+
+class WorkerLostError(Exception):
+    """A worker process of the direct runner ended before its work did."""
 
 
 class Totals(NamedTuple):
@@ -103,20 +113,30 @@ class ScoringJob:
         self._handler = SavedModelHandler(
             model, min_batch_size=batch_size, max_batch_size=batch_size, threads=threads
         )
-        self._runner, self._options = create_runner(_DIRECT.get(runner, runner)), list(options)
+        self._options = PipelineOptions([_QUIET, *options])
+        is_direct = runner.lower() in ("direct", "directrunner")
+        self._runner = _direct_runner(self._options) if is_direct else create_runner(runner)
         pattern = images if isinstance(images, str) else None
         images = matching(images) if isinstance(images, str) else list(images)
         job = {"model": _fingerprint(model), "format": format, "images": pattern or _digest(images)}
         self._shards = _planned(self._output, job, images, images_per_shard)
 
     def run(self) -> Totals:
-        """Score what is missing, and wait for it."""
+        """Score what is missing, and wait for it.
+
+        Returns:
+            `Totals`.
+
+        Raises:
+            WorkerLostError: If a process of the direct runner was killed. Shards that are done stay
+                done; make the same job again and run it.
+        """
         scores, errors = (FileSystems.join(self._output, name) for name in ("scores", "errors"))
         done = _names_in(scores)
         missing = [shard for shard in self._shards if shard not in done]
         counts = dict.fromkeys(("images", "flagged", "failed"), 0)
         if missing:
-            pipeline = beam.Pipeline(self._runner, PipelineOptions(self._options))
+            pipeline = beam.Pipeline(self._runner, self._options)
             _ = (
                 pipeline
                 | "Shards" >> beam.Create(missing)
@@ -125,8 +145,9 @@ class ScoringJob:
                 | "Score" >> RunInference(KeyedModelHandler(self._handler))
                 | "Write" >> beam.ParDo(WriteShards(scores, errors, self._format))
             )
-            result = pipeline.run()
-            result.wait_until_finish()
+            with _ending_with_a_lost_worker():
+                result = pipeline.run()
+                result.wait_until_finish()
             counts |= _counted(result)
         before = len(self._shards) - len(missing)
         return Totals(
@@ -135,6 +156,55 @@ class ScoringJob:
             done_before=before,
             with_errors=len(_names_in(errors)),
         )
+
+
+def _direct_runner(options: PipelineOptions) -> Any:
+    """Return what Beam's `DirectRunner` is without Prism.
+
+    Prism is a program that `DirectRunner` downloads where it can, and which knows nothing of
+    `--direct_num_workers`.
+    """
+    encoded = JobServiceHandle.encode_pipeline_options(options.get_all_options())
+    information = beam_provision_api_pb2.ProvisionInfo(pipeline_options=encoded)
+    return fn_runner.FnApiRunner(provision_info=fn_runner.ExtendedProvisionInfo(information))
+
+
+@contextlib.contextmanager
+def _ending_with_a_lost_worker() -> Iterator[None]:
+    """End the run where Beam's direct runner would wait forever for a process that was killed.
+
+    Beam notices it in a thread that it calls `run_worker`, and tells nobody.
+    """
+    lost: list[Any] = []
+    main = threading.main_thread()
+    if threading.current_thread() is not main:  # Only the main thread can be woken.
+        yield
+        return
+    hook, interrupted = threading.excepthook, signal.getsignal(signal.SIGINT)
+
+    def told(args: Any) -> None:
+        if args.thread is None or args.thread.name != "run_worker":
+            if not lost:  # Afterwards all of Beam's threads complain.
+                hook(args)
+            return
+        lost.append(args.exc_value)
+        logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
+        if len(lost) == 1:
+            signal.pthread_kill(main.ident, signal.SIGINT)
+
+    def woken(number: int, frame: Any) -> None:
+        if lost:
+            raise WorkerLostError(f"{lost[0]}. Shards that are done stay: run the same again")
+        if callable(interrupted):
+            interrupted(number, frame)
+
+    threading.excepthook = told
+    signal.signal(signal.SIGINT, woken)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, interrupted)
+        threading.excepthook = hook
 
 
 def _planned(

@@ -7,6 +7,7 @@ import pathlib
 import shlex
 from argparse import Namespace
 
+from sddns_tf.cli import quiet
 from sddns_tf.cli.console import require, say
 from sddns_tf.cli.errors import UsageError, user_input
 from sddns_tf.cli.score import image_paths, summary
@@ -36,6 +37,7 @@ def run(options: Namespace, kind: str) -> int:
     images = options.images
     if images == "-" or images.startswith(("folder:", "list:")):
         images = image_paths(images)
+    quiet.import_tensorflow()
     logging.getLogger().setLevel(logging.ERROR)  # Beam warns of parts that are not installed.
     with user_input("runner", ImportError):
         from sddns_tf import beam
@@ -51,7 +53,8 @@ def run(options: Namespace, kind: str) -> int:
             runner=options.runner,
             options=shlex.split(options.runner_options),
         )
-    totals = job.run()
+    with user_input(kinds=beam.WorkerLostError):
+        totals = job.run()
     say(f"{totals.shards} shards, {totals.done_before} of them done before")
     say(summary(totals.images, totals.flagged, totals.failed))
     return 2 if totals.with_errors else 0
