@@ -5,6 +5,10 @@ import csv
 import io
 import os
 import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -268,3 +272,60 @@ def test_what_cannot_be_done_is_said_in_one_line(arguments, message, served, pho
     assert message in told.splitlines()[-1]
     assert "Traceback" not in told
     assert not list(tmp_path.iterdir())
+
+
+def workers_of(parent):
+    """Processes in which Beam's workers of a process run, by Linux' list of processes."""
+    parents, lines = {}, {}
+    for place in pathlib.Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            number = int(place.name)
+            parents[number] = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+            lines[number] = (place / "cmdline").read_bytes()
+    shells = {number for number, of in parents.items() if of == parent}
+    below = [number for number, of in parents.items() if of in shells] + list(shells)
+    return [
+        number
+        for number in below
+        if b"sdk_worker_main" in lines.get(number, b"") and b"-c" not in lines[number].split(b"\0")
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="reads /proc")
+def test_a_killed_worker_loses_and_doubles_nothing(served, images, tmp_path, grass_detector):
+    files = [png(image) for image in images]
+    place = tmp_path / "records"
+    place.mkdir()
+    for number in range(20):
+        write_records(place / f"{number:02}.tfrecord", files * 10)
+    arguments = [f"--model={served}", f"--images={place}/*", f"--output={tmp_path}/out"]
+    arguments += ["--runner=DirectRunner", "--format=parquet", "--threads=1"]
+    several = "--direct_num_workers=2 --direct_running_mode=multi_processing"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sddns_tf", "score", *arguments, f"--runner_options={several}"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        scores = tmp_path / "out" / "scores"
+        while not list(scores.glob("part-*")):
+            assert process.poll() is None, process.communicate()[1][-4000:]
+            time.sleep(0.05)
+        os.kill(workers_of(process.pid)[0], signal.SIGKILL)
+        _, told = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert "Shards that are done stay" in told.splitlines()[-1]
+    done = len(list(scores.glob("part-*")))
+    assert 1 <= done < 20
+    code, told = score(*arguments)
+    assert code == 0, told
+    assert f"20 shards, {done} of them done before" in told
+    found = rows_of(scores)
+    expected = grass_detector.predict(images, verbose=0)["p_value"]
+    assert found.keys() == {f"{place}/{n:02}.tfrecord#{i}" for n in range(20) for i in range(400)}
+    for key, row in found.items():
+        assert row["p_value"] == expected[int(key.rpartition("#")[2]) % 40]

@@ -12,9 +12,9 @@ Where one process is not enough, Apache Beam scores in shards, also TFRecord and
 image files. OUTPUT then is a folder: rows in OUTPUT/scores, those with an error in OUTPUT/errors.
 The same command again does the shards that are missing after a failure.
 
-    sddns score --model=exports/parts/1 --images='/camera/*.png' --output=scores.parquet \
-        --runner=DirectRunner --runner_options='--direct_num_workers=4 \
-        --direct_running_mode=multi_processing' --threads=1
+    sddns score --model=exports/parts/1 --images='camera/*.png' --output=scores.parquet \
+        --runner=DirectRunner --threads=1 \
+        --runner_options='--direct_num_workers=4 --direct_running_mode=multi_processing'
 
 The exit code is 0 if all images were scored, 2 if some were not, and 1 if nothing could be done.
 """
@@ -58,7 +58,7 @@ def parser() -> Parser:
         "--images",
         metavar="PATHS",
         help="folder:PATH (with its subfolders), list:FILE (one path per line) or - (such a list "
-        "on stdin). With --runner also a pattern, such as '/camera/*.png' or gs://bucket/**, of "
+        "on stdin). With --runner also a pattern, such as 'camera/*.png' or gs://bucket/**, of "
         "images, TFRecord or Parquet files.",
     )
     group.add_argument(

@@ -2,9 +2,9 @@
 
     python -m tools.research.score_growth --counts=10000,100000 --json=growth.json
 
-Images are PNG files of 32 px in TFRecord files of 2,500, scored by a tiny detector, so that what is
-around the network shows: 0.4 MFLOP an image and a bank of 1,000 rows. Each run is a process of its own, timed as a whole. The partner is a plain loop on one
-core: a `tf.data` pipeline, the SavedModel's `serving_bytes`, rows to a CSV file.
+Images are PNG files of 32 px in TFRecord files of 2,500. The network is tiny, so that what is
+around it shows. Each run is a process of its own, timed as a whole. The partner is a plain loop on
+one core: a `tf.data` pipeline, the SavedModel's `serving_bytes`, rows to a CSV file.
 """
 
 import argparse
