@@ -55,7 +55,7 @@ def merged(shards, method):
 @pytest.mark.parametrize("method", ["kmeans", "kcenter"])
 def test_scores_of_ten_merged_shards_are_within_the_bound(method, features, probes):
     bank = merged(np.split(features, 10), method)
-    assert bank.features.shape[0] <= SIZE and bank.count == len(features)
+    assert bank.features.shape[0] <= SIZE and bank.total == len(features)
     np.testing.assert_allclose(np.linalg.norm(bank.features, axis=1), 1.0, rtol=1e-5)
     assert bank.weights.sum() == pytest.approx(1.0, rel=1e-5)
     # No feature lies farther from the nearest center than the largest radius says.
@@ -105,7 +105,7 @@ def test_a_combine_fn_gives_a_bank_for_a_detector(features):
 
 
 def _check_bank(bank):
-    assert isinstance(bank, Bank) and bank.count == 600 and len(bank.features) == SIZE
+    assert isinstance(bank, Bank) and bank.total == 600 and len(bank.features) == SIZE
 
 
 def test_weights_stand_for_repeated_features():
@@ -151,7 +151,7 @@ def test_from_files_to_a_detector(normal, tmp_path):
         bank = found.features | beam.Values() | beam.CombineGlobally(CompressFeatures(100))
         bank | beam.Map(lambda bank: np.savez(found_at, **bank._asdict()))
     bank = np.load(found_at)
-    assert bank["count"] == 13
+    assert bank["total"] == 13
     expected = extract_features(extractor, normal[:12], verbose=0)
     nearest = np.linalg.norm(expected[:, None] - bank["features"][None], axis=-1).min(axis=1)
     assert nearest.max() < 1e-5

@@ -97,10 +97,10 @@ def test_drift_of_groups_is_the_two_sample_test():
         for name, rank in ranks.items():
             expected = ks_2samp(rank, np.arange(1, size + 2)).statistic
             assert found[name].distance == pytest.approx(expected, abs=1e-9)
-            assert found[name].count == len(rank)
+            assert found[name].total == len(rank)
         assert not found["monday"].has_drifted and found["tuesday"].has_drifted
         # At the limit the chance is the one that was chosen.
-        limit, count = found["monday"].limit, found["monday"].count
+        limit, count = found["monday"].limit, found["monday"].total
         x = limit / math.sqrt(1 / count + 1 / size)
         chance = 2 * sum((-1) ** (j - 1) * math.exp(-2 * j * j * x * x) for j in range(1, 50))
         assert chance == pytest.approx(0.001, rel=1e-6)

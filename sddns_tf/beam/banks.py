@@ -29,13 +29,13 @@ class Bank(NamedTuple):
         features: Centers, float32 `(M, D)` of L2 norm 1.
         weights: Float32 `(M,)`: each center's share of the features. They sum to 1.
         radius: Float32 `(M,)`: largest distance of a center from a feature that it stands for.
-        count: Number of features that were compressed.
+        total: Number of features that were compressed.
     """
 
     features: np.ndarray
     weights: np.ndarray
     radius: np.ndarray
-    count: int
+    total: int
 
     def score_error(self, temperature: float = 0.04) -> float:
         """Tell how far a score may be from that of the whole bank, whatever the image.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import apache_beam as beam
 import numpy as np
@@ -146,7 +146,7 @@ def sketched_metrics(normal: ScoreSketch, other: ScoreSketch) -> dict[str, tuple
     (edges, counts), (other_edges, other_counts) = normal.histogram(), other.histogram()
     total, other_total = counts.sum(), other_counts.sum()
 
-    def share_below(at: np.ndarray, side: str) -> np.ndarray:
+    def share_below(at: np.ndarray, side: Literal["left", "right"]) -> np.ndarray:
         """Share of normal scores in bins before those, or up to those."""
         before = np.searchsorted(edges, at, side)
         return np.concatenate([[0], np.cumsum(counts)])[before] / total
@@ -238,13 +238,13 @@ class Drift(NamedTuple):
     """How far p-values of a group are from those of normal images.
 
     Attributes:
-        count: Number of p-values.
+        total: Number of p-values.
         distance: Largest distance between the two distribution functions (Kolmogorov-Smirnov).
         limit: What the distance exceeds by chance, with the chosen probability.
         has_drifted: Whether it exceeds the limit.
     """
 
-    count: int
+    total: int
     distance: float
     limit: float
     has_drifted: bool

@@ -176,8 +176,8 @@ def _ending_with_a_lost_worker() -> Iterator[None]:
     Beam notices it in a thread that it calls `run_worker`, and tells nobody.
     """
     lost: list[Any] = []
-    main = threading.main_thread()
-    if threading.current_thread() is not main:  # Only the main thread can be woken.
+    main = threading.get_ident()
+    if main != threading.main_thread().ident:  # Only the main thread can be woken.
         yield
         return
     hook, interrupted = threading.excepthook, signal.getsignal(signal.SIGINT)
@@ -190,7 +190,7 @@ def _ending_with_a_lost_worker() -> Iterator[None]:
         lost.append(args.exc_value)
         logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
         if len(lost) == 1:
-            signal.pthread_kill(main.ident, signal.SIGINT)
+            signal.pthread_kill(main, signal.SIGINT)
 
     def woken(number: int, frame: Any) -> None:
         if lost:
@@ -244,13 +244,12 @@ def _read_shard(shard: str, output: str) -> Iterator[tuple[Item, File]]:
     """Yield the files of a shard, the last one marked."""
     with FileSystems.open(FileSystems.join(output, "plan", f"{shard}.json")) as file:
         paths = json.load(file)
-    before = None
-    for index, (path, contents) in enumerate(read(paths)):
-        if before is not None:
-            yield before
-        before = Item(shard, index, False, path), contents
-    item, contents = before
-    yield item._replace(is_last=True), contents
+    found = read(paths)
+    file, place = next(found), 0  # There is at least one, or an error in its place.
+    for place, following in enumerate(found, 1):
+        yield Item(shard, place - 1, False, file[0]), file[1]
+        file = following
+    yield Item(shard, place, True, file[0]), file[1]
 
 
 def _name(number: int) -> str:

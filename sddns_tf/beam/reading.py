@@ -133,7 +133,7 @@ def _records(path: str) -> Iterator[tuple[str, bytes]]:
             yield f"{path}#{number}", record
 
 
-def _rows(path: str) -> Iterator[tuple[str, bytes]]:
+def _rows(path: str) -> Iterator[tuple[str, File]]:
     import pyarrow
     import pyarrow.parquet
 

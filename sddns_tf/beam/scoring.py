@@ -97,8 +97,12 @@ class SavedModelHandler(ModelHandler[File, Answer, Any]):
             List of `Answer`, in the order of the batch.
         """
         del inference_args
-        answers = iter(_answers(model, [as_served(file) for file in batch if _is_read(file)]))
-        return [next(answers) if _is_read(file) else Answer(error=str(file)) for file in batch]
+        read = [as_served(file) for file in batch if not isinstance(file, Unreadable)]
+        answers = iter(_answers(model, read))
+        return [
+            Answer(error=str(file)) if isinstance(file, Unreadable) else next(answers)
+            for file in batch
+        ]
 
     def get_num_bytes(self, batch: Sequence[File]) -> int:
         """Return the size of a batch, for Beam's metrics."""
@@ -166,10 +170,6 @@ def as_served(file: bytes) -> bytes:
         return png.getvalue()
     except Exception:  # Damaged: the served graph says what is wrong with it.
         return file
-
-
-def _is_read(file: File) -> bool:
-    return not isinstance(file, Unreadable)
 
 
 def _answers(model: Any, files: list[bytes]) -> list[Answer]:

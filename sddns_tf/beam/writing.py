@@ -29,13 +29,13 @@ class Item(NamedTuple):
 
     Attributes:
         shard: Name of its shard.
-        index: Its place in the shard.
+        place: Its place in the shard.
         is_last: Whether it is the shard's last one.
         path: Key of the file.
     """
 
     shard: str
-    index: int
+    place: int
     is_last: bool
     path: str
 
@@ -66,11 +66,11 @@ class WriteShards(beam.DoFn):
 
     def process(self, element: tuple[Item, Answer]) -> Iterator[str]:
         """Take the answer for one file; yield the shard's name if that completed it."""
-        shard, index, is_last, _ = element[0]
+        shard, place, is_last, _ = element[0]
         rows = self._rows.setdefault(shard, [])
         rows.append(element)
         if is_last:
-            self._sizes[shard] = index + 1
+            self._sizes[shard] = place + 1
         if len(rows) == self._sizes.get(shard):
             self._write(shard, sorted(self._rows.pop(shard)))
             yield shard
