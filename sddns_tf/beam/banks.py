@@ -224,8 +224,6 @@ class ExtractorHandler(ModelHandler[File, Any, Any]):
         import keras
         import tensorflow as tf
 
-        import sddns_tf  # noqa: F401  (registers the classes)
-
         model = keras.saving.load_model(self._path, compile=False)
         extractor = getattr(model, "extractor", model)
         if extractor.map_size is not None:
