@@ -167,7 +167,12 @@ def _over_blocks(block, combine, rows, block_size):
 
 
 def compress(
-    features: Array, size: int, method: str = "kmeans", seed: int = 0
+    features: Array,
+    size: int,
+    method: str = "kmeans",
+    seed: int = 0,
+    *,
+    weights: Array | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compress a bank to a smaller one that scores like the whole one.
 
@@ -178,16 +183,18 @@ def compress(
             members. `"kcenter"` is the greedy k-center coreset: some of the features themselves,
             each the one farthest from those before it.
         seed: Int; equal seeds give equal banks.
+        weights: Positive weights `(M,)` of the features, such as those of a compressed bank, or
+            None for equal ones. Which features `"kcenter"` takes does not depend on them.
 
     Returns:
         Centers, float32 `(M', D)` of L2 norm 1 with `M' <= size` (a center without members is
         left out), and their weights, float32 `(M',)`: each center's share of the features, which
         sum to 1 and make the mean over the centers stand for the mean over the features. With
-        `size >= M` they are the features themselves, weighted equally.
+        `size >= M` they are the features themselves, weighted as they were.
 
     Raises:
-        ValueError: If the features are not a finite matrix, `size` is not positive or `method` is
-            unknown.
+        ValueError: If the features are not a finite matrix, `size` is not positive, `method` is
+            unknown or `weights` are not M positive numbers.
 
     References:
         Dhillon and Modha, "Concept decompositions for large sparse text data using clustering",
@@ -202,14 +209,22 @@ def compress(
     check_int("seed", seed, low=0, high=2**32 - 1)
     methods = {"kmeans": _kmeans_centers, "kcenter": _kcenter_centers}
     check_choice("method", method, sorted(methods))
+    shares = np.ones(len(features)) if weights is None else np.asarray(weights, np.float64)
+    if shares.shape != (len(features),) or not ((shares > 0) & np.isfinite(shares)).all():
+        raise ValueError(
+            f"`weights` must be {len(features)} positive numbers. Received: shape={shares.shape}, "
+            f"smallest {shares.min(initial=np.inf):.3g}"
+        )
+    shares = shares / shares.sum()
     if size >= len(features):
-        return features, np.full(len(features), 1.0 / len(features), np.float32)
+        return features, shares.astype(np.float32)
     from sklearn.metrics import pairwise_distances_argmin
 
-    centers = methods[method](features, size, seed)
-    members = np.bincount(pairwise_distances_argmin(features, centers), minlength=len(centers))
+    centers = methods[method](features, size, seed, weights)
+    nearest = pairwise_distances_argmin(features, centers)
+    members = np.bincount(nearest, shares, minlength=len(centers))
     kept = members > 0
-    return centers[kept], (members[kept] / len(features)).astype(np.float32)
+    return centers[kept], members[kept].astype(np.float32)
 
 
 def _finite_matrix(name, values):
@@ -222,19 +237,20 @@ def _finite_matrix(name, values):
     return values
 
 
-def _kmeans_centers(features, size, seed):
+def _kmeans_centers(features, size, seed, weights):
     from sklearn.cluster import KMeans, MiniBatchKMeans
 
     if len(features) * size <= _FULL_KMEANS_DISTANCES:
         clusters = KMeans(size, random_state=seed)
     else:
         clusters = MiniBatchKMeans(size, random_state=seed, batch_size=max(4096, 2 * size))
-    centers = clusters.fit(features).cluster_centers_.astype(np.float32)
+    centers = clusters.fit(features, sample_weight=weights).cluster_centers_.astype(np.float32)
     # Members that cancel out leave no direction; such a center stays near zero, not undefined.
     return centers / np.maximum(np.linalg.norm(centers, axis=1, keepdims=True), 1e-6)
 
 
-def _kcenter_centers(features, size, seed):
+def _kcenter_centers(features, size, seed, weights):
+    del weights  # The farthest feature is the farthest, however few are there.
     return features[_farthest_first(features, size, seed)]
 
 

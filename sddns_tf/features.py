@@ -13,6 +13,7 @@ import tensorflow as tf
 from sddns_tf import image_ops, local
 from sddns_tf.image_sources import image_source
 from sddns_tf.networks import check_names, copy_of
+from sddns_tf.replicas import local_devices, on_all_devices
 from sddns_tf.types import Array
 from sddns_tf.validation import (
     check_choice,
@@ -210,8 +211,13 @@ class FeatureExtractor(keras.Model):
 
     @functools.cached_property
     def compiled_call(self) -> Callable:
-        """The call as one compiled function, traced once for each size of image."""
-        return tf.function(self.__call__, jit_compile=self.jit_compile, reduce_retracing=True)
+        """The call as one compiled function, traced once for each size of image.
+
+        An extractor made in the scope of a `MirroredStrategy` uses all its devices, and takes
+        batches whose size is a multiple of their number.
+        """
+        call = tf.function(self.__call__, jit_compile=self.jit_compile, reduce_retracing=True)
+        return on_all_devices(call, self.distribute_strategy)
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor arguments."""
@@ -256,6 +262,7 @@ def extract_features(
 
     The compiled forward belongs to the extractor: keep the extractor to extract again (after
     more training, say) without tracing again. The last batch is filled up, so that one trace does.
+    An extractor made in the scope of a `tf.distribute.MirroredStrategy` uses all of its devices.
 
     Args:
         extractor: A `FeatureExtractor`, or a backbone that knows its input size.
@@ -314,10 +321,11 @@ def stream_features(
     check_int("batch_size", batch_size)
     batches, steps = _batches(image_source(images, name), batch_size)
     progress = keras.utils.Progbar(steps, verbose=int(steps != 1) if verbose == "auto" else verbose)
+    devices = local_devices(extractor.distribute_strategy)
     done = full = 0
     for batch in batches:
         count = len(batch)
-        full = max(full, count)
+        full = max(full, -(-count // devices) * devices)
         if count < full:
             filling = np.zeros((full - count, *batch.shape[1:]), batch.dtype)
             batch = np.concatenate([batch, filling])

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -188,3 +188,47 @@ def uniform(shape: Any, seed: int, **kwargs) -> tf.Tensor:
         first, total = part.first * views, part.total * views
     everyone = tf.random.stateless_uniform([*outer, total], seed, **kwargs)
     return everyone[..., first : first + count]
+
+
+def local_devices(strategy: tf.distribute.Strategy) -> int:
+    """Return how many devices of this process a strategy spreads a batch over.
+
+    Workers of a cluster count as one: each of them has the whole set of images before it.
+
+    Args:
+        strategy: Such as `model.distribute_strategy`.
+
+    Returns:
+        Int.
+    """
+    mirrored = isinstance(strategy, tf.distribute.MirroredStrategy)
+    return strategy.num_replicas_in_sync if mirrored else 1
+
+
+def on_all_devices(function: Callable, strategy: tf.distribute.Strategy) -> Callable:
+    """Let each device of this process compute an equal part of a batch.
+
+    Args:
+        function: Function from a tensor `(B, ...)` to another, row by row. Its variables were made
+            in the scope of the strategy.
+        strategy: Such as `model.distribute_strategy`.
+
+    Returns:
+        The same as a function of batches whose size is a multiple of `local_devices`.
+    """
+    devices = local_devices(strategy)
+    if devices == 1:
+        return function
+
+    @tf.function(autograph=False, reduce_retracing=True)
+    def run(parts: Any) -> Any:
+        return strategy.run(function, args=(parts,))
+
+    def on_all(batch: tf.Tensor) -> tf.Tensor:
+        parts = tf.split(batch, devices)
+        values = strategy.experimental_distribute_values_from_function(
+            lambda context: parts[context.replica_id_in_sync_group]
+        )
+        return tf.concat(strategy.experimental_local_results(run(values)), axis=0)
+
+    return on_all

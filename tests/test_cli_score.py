@@ -82,11 +82,11 @@ def score(*arguments, stdin=""):
     return Done(code, out.getvalue(), errors.getvalue())
 
 
-def score_without_tensorflow(*arguments):
+def score_without_tensorflow(*arguments, missing=("tensorflow", "keras")):
     """The command in a process in which TensorFlow and Keras cannot be imported."""
-    program = """
+    program = f"""
 import sys
-sys.modules.update(dict.fromkeys(("tensorflow", "keras")))
+sys.modules.update(dict.fromkeys({missing}))
 from sddns_tf.cli.main import run
 sys.argv[0] = "sddns"
 sys.argv.insert(1, "score")
@@ -197,6 +197,20 @@ def test_what_cannot_be_done_is_said_in_one_line(arguments, message, models, tmp
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_runner_without_beam_says_what_to_install(tmp_path):
+    (tmp_path / "saved_model.pb").touch()
+    done = score_without_tensorflow(
+        f"--model={tmp_path}",
+        f"--images={tmp_path}/*",
+        f"--output={tmp_path / 'out'}",
+        "--runner=DirectRunner",
+        missing=("tensorflow", "keras", "apache_beam"),
+    )
+    assert done.returncode == 1
+    needed = 'sddns_tf.beam needs Apache Beam: pip install "sddns_tf[beam]"'
+    assert done.stderr.splitlines() == [f"sddns score: --runner: {needed}"]
 
 
 def test_memory_does_not_grow_with_the_number_of_images(models, normal, tmp_path):

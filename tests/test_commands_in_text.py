@@ -298,8 +298,10 @@ TOY = {
 RUN_HERE = ("sddns ", "examples/edge_inference.py", "examples/folder_of_parts.py")
 # test_cli_devices runs several machines, test_dino_weights the conversion, which needs PyTorch,
 # test_local_exports maps on a device, which need the file of a local detector, test_local_commands
-# MVTec AD's layout.
-RUN_ELSEWHERE = ("--strategy=multi_worker", "convert-dino", "--maps=overlays", "mvtec:")
+# MVTec AD's layout, test_beam Apache Beam.
+RUN_ELSEWHERE = (
+    "--strategy=multi_worker", "convert-dino", "--maps=overlays", "mvtec:", "--runner=",
+)  # fmt: skip
 
 
 def runs_here(command):

@@ -110,7 +110,10 @@ def test_only_public_names_are_shown():
         _ = sddns_tf.nothing
 
 
-OPTIONAL = ("matplotlib", "sklearn", "tensorflow_datasets", "keras_cv", "torch", "skimage")
+OPTIONAL = (
+    "matplotlib", "sklearn", "tensorflow_datasets", "keras_cv", "torch", "skimage", "pyarrow",
+    "apache_beam",
+)  # fmt: skip
 
 
 def test_the_package_can_be_imported_where_these_libraries_cannot():
@@ -120,11 +123,18 @@ import sys
 sys.modules.update(dict.fromkeys({OPTIONAL}))
 import importlib, pkgutil, sddns_tf
 for module in pkgutil.walk_packages(sddns_tf.__path__, "sddns_tf."):
-    if not module.name.endswith("__main__"):
+    # All of `sddns_tf.beam` is made of Beam's classes.
+    if not module.name.endswith("__main__") and not module.name.startswith("sddns_tf.beam"):
         importlib.import_module(module.name)
+try:
+    import sddns_tf.beam
+except ImportError as error:
+    print(error)
 """
     result = run(code)
     assert result.returncode == 0, result.stderr[-2000:]
+    needed = 'sddns_tf.beam needs Apache Beam: pip install "sddns_tf[beam]"'
+    assert result.stdout.splitlines() == [needed]
 
 
 def assert_says_what_to_do(result, backend):

@@ -22,7 +22,7 @@ LEVELS = (
     ("building",),
     ("self_distillation", "detector"),
     ("evaluation", "plots"),
-    ("callbacks", "report", "sensitivity", "export"),
+    ("callbacks", "report", "sensitivity", "export", "beam"),
     ("_registration",),
     ("cli",),
     ("__main__",),

@@ -8,6 +8,14 @@ error. A file that cannot be read gets an error instead of a score; the others a
 Memory use does not depend on the number of files. A .tflite file is run without TensorFlow. Rows
 are written to OUTPUT.partial, which is renamed to OUTPUT at the end.
 
+Where one process is not enough, Apache Beam scores in shards, also TFRecord and Parquet files of
+image files. OUTPUT then is a folder: rows in OUTPUT/scores, those with an error in OUTPUT/errors.
+The same command again does the shards that are missing after a failure.
+
+    sddns score --model=exports/parts/1 --images='camera/*.png' --output=scores.parquet \
+        --runner=DirectRunner --threads=1 \
+        --runner_options='--direct_num_workers=4 --direct_running_mode=multi_processing'
+
 The exit code is 0 if all images were scored, 2 if some were not, and 1 if nothing could be done.
 """
 
@@ -51,13 +59,19 @@ def parser() -> Parser:
         "--images",
         metavar="PATHS",
         help="folder:PATH (with its subfolders), list:FILE (one path per line) or - (such a list "
-        "on stdin).",
+        "on stdin). With --runner also a pattern, such as 'camera/*.png' or gs://bucket/**, of "
+        "images, TFRecord or Parquet files.",
     )
-    group.add_argument("--output", metavar="FILE", help="File to write to. Default: stdout.")
+    group.add_argument(
+        "--output",
+        metavar="FILE",
+        help="File to write to. Default: stdout. With --runner a folder.",
+    )
     group.add_argument(
         "--format",
-        choices=("csv", "jsonl"),
-        help="Default: jsonl if the name of --output ends in .jsonl, otherwise csv.",
+        choices=("csv", "jsonl", "parquet"),
+        help="Default: jsonl or parquet if the name of --output ends so, otherwise csv. parquet "
+        "is for --runner, jsonl is not.",
     )
     group.add_argument(
         "--maps",
@@ -77,7 +91,27 @@ def parser() -> Parser:
         "--threads",
         metavar="N",
         type=positive_int,
-        help="CPU cores to use for a .tflite file. Default: all.",
+        help="CPU cores to use for a .tflite file, or with --runner in each process. Default: all.",
+    )
+    group = parser.group("more than one process: Apache Beam, pip install 'sddns_tf[beam]'")
+    group.add_argument(
+        "--runner",
+        metavar="NAME",
+        help="DirectRunner (this machine), FlinkRunner, SparkRunner, DataflowRunner. The model "
+        "then is the folder of a SavedModel.",
+    )
+    group.add_argument(
+        "--runner_options",
+        metavar="TEXT",
+        default="",
+        help="Options of Beam and the runner, in one string.",
+    )
+    group.add_argument(
+        "--images_per_shard",
+        metavar="N",
+        type=positive_int,
+        default=4096,
+        help="Images that are written together. A TFRecord or Parquet file is a shard of its own.",
     )
     return parser
 
@@ -86,10 +120,18 @@ def main(argv: list[str]) -> int:
     """Score the images that the options name."""
     options = parser().parse_args(argv)
     require(options, "model", "images")
+    kind = options.format or format_of(options.output)
+    if options.runner:
+        if options.maps:
+            raise UsageError(f"--maps goes without --runner. Received: {options.maps}")
+        from sddns_tf.cli import score_in_shards
+
+        return score_in_shards.run(options, kind)
+    if kind == "parquet":
+        raise UsageError("--format must be csv or jsonl without --runner. Received: parquet")
     paths = image_paths(options.images)
     scorer = open_model(options.model, options.threads)
     write_map = overlays.writer(scorer, options.maps) if options.maps else None
-    kind = options.format or ("jsonl" if str(options.output).endswith(".jsonl") else "csv")
     counts = {"images": 0, "flagged": 0, "failed": 0}
     with opened_output(options.output) as output:
         write = row_writer(output, kind)
@@ -105,11 +147,19 @@ def main(argv: list[str]) -> int:
                 last_told = time.monotonic()
                 rate = counts["images"] / (last_told - started)
                 say(f"{counts['images']} images, {rate:.1f}/s")
-    say(
-        f"{counts['images']} images, {counts['flagged']} of them out of distribution, "
-        f"{counts['failed']} not scored"
-    )
+    say(summary(**counts))
     return 2 if counts["failed"] else 0
+
+
+def format_of(output: str | None) -> str:
+    """Return the format of rows that the name of an output means."""
+    ending = pathlib.Path(output or "").suffix
+    return ending[1:] if ending in (".jsonl", ".parquet") else "csv"
+
+
+def summary(images: int, flagged: int, failed: int) -> str:
+    """Return the last line that a run says."""
+    return f"{images} images, {flagged} of them out of distribution, {failed} not scored"
 
 
 def image_paths(text: str) -> Iterator[str]:

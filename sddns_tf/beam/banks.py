@@ -1,0 +1,303 @@
+"""Banks from any number of images on any number of machines: a coreset of coresets.
+
+Features are compressed as they come, and compressed banks are merged in pairs of equal rank, as the
+digits of a binary counter are carried: of n features, none is compressed more than about
+log2(n / rows at once) times. Each center keeps how far the features that it stands for may lie
+from it, so that the error of a score is bounded without the whole bank.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import apache_beam as beam
+import numpy as np
+from apache_beam.ml.inference.base import KeyedModelHandler, ModelHandler, RunInference
+
+from sddns_tf import bank, pictures
+from sddns_tf.beam.reading import File, Unreadable
+from sddns_tf.types import Array
+from sddns_tf.validation import check_choice, check_int, check_number
+
+
+class Bank(NamedTuple):
+    """A compressed bank.
+
+    Attributes:
+        features: Centers, float32 `(M, D)` of L2 norm 1.
+        weights: Float32 `(M,)`: each center's share of the features. They sum to 1.
+        radius: Float32 `(M,)`: largest distance of a center from a feature that it stands for.
+        total: Number of features that were compressed.
+    """
+
+    features: np.ndarray
+    weights: np.ndarray
+    radius: np.ndarray
+    total: int
+
+    def score_error(self, temperature: float = 0.04) -> float:
+        """Tell how far a score may be from that of the whole bank, whatever the image.
+
+        A feature f of norm 1 has `|f b - f c| <= |b - c|`, so each term of the score changes by a
+        factor between `exp(-r / temperature)` and `exp(r / temperature)`, r the largest radius,
+        and so does their mean. This is the worst case: docs/scaling.md has differences that were
+        measured, some forty times smaller.
+
+        Args:
+            temperature: Positive float, of the score.
+
+        Returns:
+            Float, the largest radius over the temperature. It holds for scores over the whole bank
+            and not for those over the `k` nearest rows.
+        """
+        check_number("temperature", temperature, above=0.0)
+        return float(self.radius.max()) / temperature
+
+
+class BankSketch:
+    """A bank that is compressed while features come, and merged with others.
+
+    Args:
+        size: Largest number of centers in the end; on the way it keeps twice as many for each
+            doubling of the number of features.
+        method: `"kmeans"` or `"kcenter"`: see `bank.compress`.
+        seed: Int, of the compression.
+
+    Example:
+    >>> sketch = BankSketch(size=1000)
+    >>> for features in stream_features(extractor, images):
+    ...     sketch.add(features)
+    >>> bank = sketch.bank()
+    >>> detector = Detector.from_features(
+    ...     extractor, bank.features, calibration_features, bank_weights=bank.weights
+    ... )
+
+    References:
+        Har-Peled and Mazumdar, "On coresets for k-means and k-median clustering", 2004, section 7
+        (a coreset of a union of coresets); Bentley and Saxe, "Decomposable searching problems",
+        1980 (carrying).
+    """
+
+    def __init__(self, size: int, method: str = "kmeans", seed: int = 0) -> None:
+        check_int("size", size)
+        check_choice("method", method, ("kcenter", "kmeans"))
+        check_int("seed", seed, low=0)
+        self._size, self._method, self._seed = size, method, seed
+        self._pending: list[np.ndarray] = []
+        self._pending_rows = 0
+        self._levels: dict[int, _Part] = {}
+
+    @property
+    def rows_at_once(self) -> int:
+        """Number of features that are compressed together."""
+        return 8 * self._size
+
+    def add(self, features: Array) -> None:
+        """Take features.
+
+        Args:
+            features: L2-normalized, float `(D,)` or `(N, D)`.
+        """
+        rows = np.atleast_2d(np.asarray(features, np.float32))
+        self._pending.append(rows)
+        self._pending_rows += len(rows)
+        while self._pending_rows >= self.rows_at_once:
+            rows = np.concatenate(self._pending)
+            self._carry(0, self._compressed(_raw(rows[: self.rows_at_once]), 2 * self._size))
+            self._pending = [rows[self.rows_at_once :]]
+            self._pending_rows = len(self._pending[0])
+
+    def merge(self, other: BankSketch) -> None:
+        """Take what another sketch of the same arguments holds."""
+        for rows in other._pending:
+            if len(rows):
+                self.add(rows)
+        for level, part in other._levels.items():
+            self._carry(level, part)
+
+    def bank(self) -> Bank:
+        """Return the bank of what was taken so far.
+
+        Raises:
+            ValueError: If that is nothing.
+        """
+        parts = [*self._levels.values(), *(_raw(rows) for rows in self._pending if len(rows))]
+        if not parts:
+            raise ValueError("A bank needs at least one feature. Received: none")
+        whole = self._compressed(_union(parts), self._size)
+        total = whole.counts.sum()
+        weights = (whole.counts / total).astype(np.float32)
+        return Bank(whole.centers, weights, whole.radius, int(total))
+
+    def _carry(self, level: int, part: _Part) -> None:
+        while level in self._levels:
+            part = self._compressed(_union([self._levels.pop(level), part]), 2 * self._size)
+            level += 1
+        self._levels[level] = part
+
+    def _compressed(self, part: _Part, size: int) -> _Part:
+        if len(part.centers) <= size:
+            return part
+        from sklearn.metrics import pairwise_distances_argmin_min
+
+        centers, _ = bank.compress(
+            part.centers, size, self._method, self._seed, weights=part.counts
+        )
+        nearest, distance = pairwise_distances_argmin_min(part.centers, centers)
+        radius = np.zeros(len(centers), np.float32)
+        np.maximum.at(radius, nearest, (part.radius + distance).astype(np.float32))
+        return _Part(centers, np.bincount(nearest, part.counts, len(centers)), radius)
+
+
+class _Part(NamedTuple):
+    """Centers with how many features each stands for, and how far these may lie from it."""
+
+    centers: np.ndarray
+    counts: np.ndarray
+    radius: np.ndarray
+
+
+def _raw(rows: np.ndarray) -> _Part:
+    return _Part(rows, np.ones(len(rows)), np.zeros(len(rows), np.float32))
+
+
+def _union(parts: list[_Part]) -> _Part:
+    return _Part(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+
+class CompressFeatures(beam.CombineFn):
+    """`BankSketch` as a combination of features: one by one or in batches, on many machines.
+
+    Args:
+        size: As for `BankSketch`.
+        method: Likewise.
+        seed: Likewise.
+
+    Example:
+    >>> found = files | ExtractFeatures("extractor.keras")
+    >>> bank = found.features | beam.Values() | beam.CombineGlobally(CompressFeatures(1000))
+    """
+
+    def __init__(self, size: int, method: str = "kmeans", seed: int = 0) -> None:
+        super().__init__()
+        self._arguments = size, method, seed
+        self.create_accumulator()  # Checks them.
+
+    def create_accumulator(self) -> BankSketch:
+        """Return an empty sketch."""
+        return BankSketch(*self._arguments)
+
+    def add_input(self, sketch: BankSketch, features: Array) -> BankSketch:
+        """Take features `(D,)` or `(N, D)`."""
+        sketch.add(features)
+        return sketch
+
+    def merge_accumulators(self, sketches: Iterable[BankSketch]) -> BankSketch:
+        """Merge sketches."""
+        merged = self.create_accumulator()
+        for sketch in sketches:
+            merged.merge(sketch)
+        return merged
+
+    def extract_output(self, sketch: BankSketch) -> Bank:
+        """Return the bank."""
+        return sketch.bank()
+
+
+class ExtractorHandler(ModelHandler[File, Any, Any]):
+    """Loads a `FeatureExtractor` once in each process and extracts features of image files.
+
+    Args:
+        path: `.keras` file of a `FeatureExtractor`, or of a `Detector`, whose extractor is taken.
+        max_batch_size: Most files in a batch.
+    """
+
+    def __init__(self, path: str | os.PathLike, max_batch_size: int = 64) -> None:
+        check_int("max_batch_size", max_batch_size)
+        super().__init__(max_batch_size=max_batch_size)
+        self._path = os.fspath(path)
+
+    def load_model(self) -> Any:
+        """Return the extractor as one function for images of all sizes."""
+        import keras
+        import tensorflow as tf
+
+        model = keras.saving.load_model(self._path, compile=False)
+        extractor = getattr(model, "extractor", model)
+        if extractor.map_size is not None:
+            raise ValueError(
+                "A bank of places is not made here: the extractor must give one feature vector per "
+                f"image. Received: {self._path}, which has layers {extractor.layer_names}"
+            )
+        spec = tf.TensorSpec([None, None, None, 3], tf.uint8)
+        return tf.function(lambda x: extractor(x), input_signature=[spec], autograph=False)
+
+    def run_inference(
+        self, batch: Sequence[File], model: Any, inference_args: dict[str, Any] | None = None
+    ) -> Iterable[Any]:
+        """Return features `(D,)`, or `Unreadable`, for each file of a batch."""
+        del inference_args
+        images = [_pixels(file) for file in batch]
+        found: list[Any] = list(images)
+        sizes = {image.shape for image in images if isinstance(image, np.ndarray)}
+        for size in sizes:
+            alike = [i for i, image in enumerate(images) if getattr(image, "shape", None) == size]
+            for i, row in zip(alike, model(np.stack([images[i] for i in alike])), strict=True):
+                found[i] = row.numpy()
+        return found
+
+    def get_num_bytes(self, batch: Sequence[File]) -> int:
+        """Return the size of a batch, for Beam's metrics."""
+        return sum(map(len, batch))
+
+
+class ExtractFeatures(beam.PTransform):
+    """Keys and image files to keys and features, with dead letters apart.
+
+    Args:
+        path: `.keras` file of a `FeatureExtractor` or a `Detector`, on a file system that workers
+            see.
+        max_batch_size: Most files in a batch.
+
+    Returns:
+        Two collections: `.features`, pairs of a key and float32 `(D,)`, and `.errors`, pairs of a
+        key and `Unreadable`, which is a string.
+
+    Example:
+    >>> found = pipeline | beam.Create(["photos/**"]) | ReadFiles() | ExtractFeatures("e.keras")
+    """
+
+    def __init__(self, path: str | os.PathLike, max_batch_size: int = 64) -> None:
+        super().__init__()
+        self._handler = ExtractorHandler(path, max_batch_size)
+
+    def expand(self, files: Any) -> Any:
+        """Map pairs of a key and bytes or `Unreadable`."""
+        found = files | RunInference(KeyedModelHandler(self._handler))
+        return found | "Dead letters" >> beam.ParDo(_DeadLetters()).with_outputs(
+            "errors", main="features"
+        )
+
+
+class _DeadLetters(beam.DoFn):
+    def process(self, element: tuple[Any, Any]) -> Iterator[Any]:
+        features = element[1]
+        if isinstance(features, Unreadable):
+            yield beam.pvalue.TaggedOutput("errors", element)
+        elif not np.isfinite(features).all():
+            reason = Unreadable("the backbone gives features that are not finite")
+            yield beam.pvalue.TaggedOutput("errors", (element[0], reason))
+        else:
+            yield element
+
+
+def _pixels(file: File) -> Any:
+    """Return uint8 `(H, W, 3)`, or why not."""
+    if isinstance(file, Unreadable):
+        return file
+    try:
+        return pictures.decode(file)
+    except Exception as error:  # A damaged file can make a decoder raise anything.
+        return Unreadable(f"{type(error).__name__}: {error}".replace("\n", " "))
