@@ -1,0 +1,316 @@
+"""Solar cells: real photographs of sound and broken ones, and how well the broken ones are found.
+
+    pip install -e ".[inspection]"
+    python examples/solar_cells.py
+
+The data set elpv-dataset, a package on PyPI, holds 2,624 electroluminescence photographs of solar
+cells, graded by experts: 1,508 show sound cells, 715 broken ones; the 401 in between are left out.
+There are two types of cell, monocrystalline and polycrystalline. Of the sound cells of a type 60 %
+are for training and the bank, 20 % calibrate, and 20 % are fresh; the broken ones are only tested.
+
+Prints for each type, and for both types in one detector, how well each of `--networks` does:
+
+- `brightness`: the mean of a photograph, nothing learned.
+- `pixels`: the nearest training photograph at 64 px, nothing learned.
+- `frozen`: EfficientNet-lite0, trained on ImageNet and used as it is.
+- `fine_tuned`: the same, trained further on the cells by self-distillation with negatives.
+- `scratch`: a small network, trained on the cells alone in the same way.
+
+The first three are the default and take some ten minutes on two CPU cores; the other two train,
+for five to ten minutes a type each. The last three compare places of a photograph with places of
+sound cells, and so can say where: `--output_dir` gets a report that shows the maps, a `.keras` and
+a `.tflite` file of each. `results.json` holds all figures, and what it holds is not run again.
+
+The detector of both types has one bank. It flags at most the promised share of sound cells on
+average; calibrated for each type apart (`Detector.calibrated_on`), it promises that for each type.
+"""
+
+from sddns_tf.cli import quiet
+
+quiet.import_tensorflow()  # without its own messages
+
+import json
+import pathlib
+import time
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import scipy.stats
+from absl import app, flags, logging
+
+import sddns_tf
+from sddns_tf import calibration as calibrations
+from sddns_tf import files, image_ops, metrics, schedules
+from sddns_tf.cli import convert_efficientnet_lite
+
+FLAGS = flags.FLAGS
+flags.DEFINE_list("types", "mono,poly,both", "Types of cell.")
+flags.DEFINE_list("networks", "brightness,pixels,frozen", "What to compare; see above.")
+flags.DEFINE_string("output_dir", "solar_output", "Folder to write to.")
+flags.DEFINE_integer("split_seed", 0, "Seed of the split and of everything else that is random.")
+flags.DEFINE_integer("train_images", None, "Train on so many sound cells of a type, not on all.")
+flags.DEFINE_integer("limit", None, "Read so many photographs of a kind, to try the script.")
+flags.DEFINE_integer("steps", None, "Training steps, to try the script.", lower_bound=10)
+flags.DEFINE_float("false_positive_rate", 0.05, "Largest share of sound cells to flag.", 0.0, 1.0)
+
+TYPES = ("mono", "poly")
+SIZE = 224
+BATCH_SIZE = 32
+BANK_SIZE = 10_000
+
+
+class Cells(NamedTuple):
+    """Photographs of a type of cell, uint8 `(N, 224, 224, 3)`."""
+
+    train: np.ndarray
+    calibration: np.ndarray
+    fresh: np.ndarray
+    broken: np.ndarray
+
+
+def read_cells(kind):
+    """Return the split of the cells of a type, or of both."""
+    import elpv_dataset.utils
+
+    if kind == "both":
+        parts = zip(*(read_cells(one) for one in TYPES), strict=True)
+        return Cells(*map(np.concatenate, parts))
+    photographs, grades, types = elpv_dataset.utils.load_dataset()
+
+    def chosen(grade):
+        found = photographs[(types == kind) & (grades == grade)][: FLAGS.limit, :, :, np.newaxis]
+        parts = np.array_split(np.repeat(found, 3, axis=-1), max(1, len(found) // 100))
+        resized = np.concatenate([image_ops.resize(part, SIZE, SIZE) for part in parts])
+        return np.round(resized).astype(np.uint8)
+
+    sound, broken = chosen(0.0), chosen(1.0)
+    order = np.random.default_rng(FLAGS.split_seed).permutation(len(sound))
+    train, calibration, fresh = np.split(order, [int(0.6 * len(order)), int(0.8 * len(order))])
+    return Cells(sound[train[: FLAGS.train_images]], sound[calibration], sound[fresh], broken)
+
+
+# --- Networks ----------------------------------------------------------------------------------
+
+
+def pretrained_network():
+    """Return EfficientNet-lite0 with ImageNet's weights, which are converted once."""
+    weights = pathlib.Path(FLAGS.output_dir) / "lite0.weights.h5"
+    if not weights.exists():
+        convert_efficientnet_lite.convert(str(weights))
+    return sddns_tf.backbones.efficientnet_lite0(str(weights))
+
+
+def small_network():
+    """Return a small convolutional network; damage is local, and photographs are few."""
+    layers = keras.layers
+    images = keras.Input((None, None, 3))
+    x = layers.Conv2D(32, 4, strides=2, padding="same")(images)
+    for stride, width in ((2, 32), (4, 64), (8, 96)):
+        y = layers.DepthwiseConv2D(5, padding="same")(x)
+        y = layers.LayerNormalization(epsilon=1e-6)(y)
+        y = layers.Dense(64, activation="gelu")(y)
+        x = layers.Add(name=f"stride{stride}")([x, layers.Dense(x.shape[-1])(y)])
+        x = layers.Conv2D(width, 2, strides=2)(layers.LayerNormalization(epsilon=1e-6)(x))
+    # The spread of a channel over the image reveals what is in one place only; its mean does not.
+    spread = keras.ops.sqrt(keras.ops.var(x, axis=(1, 2)) + 1e-4)
+    return keras.Model(images, layers.Concatenate()([layers.GlobalAveragePooling2D()(x), spread]))
+
+
+def trained(network, images, views, shift, steps, rate, **options):
+    """Return the teacher of a self-distillation with negatives made of the images themselves."""
+    steps = FLAGS.steps or steps
+    model = sddns_tf.SelfDistillation(
+        backbone=network,
+        views=views,
+        negatives=sddns_tf.Negatives(shift, source="in_distribution"),
+        head=sddns_tf.ProjectionHead(
+            num_prototypes=512, hidden_dim=256, bottleneck_dim=64, norm_last_layer=False
+        ),
+        negative_weight=schedules.Linear(0.0, 0.5, int(0.4 * steps), int(0.1 * steps)),
+        seed=FLAGS.split_seed,
+        **options,
+    )
+    schedule = schedules.WarmupCosine(rate, 0.01 * rate, steps, warmup_steps=steps // 10)
+    model.compile(keras.optimizers.AdamW(schedule, weight_decay=0.04))
+    batches = sddns_tf.data.load(images, batch_size=BATCH_SIZE, shuffle=True, drop_remainder=True)
+    model.fit(
+        batches.repeat(),
+        steps_per_epoch=steps // 5,
+        epochs=5,
+        callbacks=[sddns_tf.callbacks.CollapseMonitor()],
+        shuffle=False,  # the data set is shuffled already
+        verbose=2,
+    )
+    return model.teacher_backbone
+
+
+def fine_tuned(images):
+    """Return the pretrained network, trained further for a few steps at a low rate."""
+    network = pretrained_network()
+    for layer in network.layers:
+        # Statistics of a million photographs are better than those of some hundred.
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.trainable = False
+    views = sddns_tf.MultiCrop(
+        128, local_views=0, global_area=(0.3, 1.0), color_jitter=0.3, grayscale=0
+    )
+    return trained(network, images, views, "cut_paste", 100, 1e-4, teacher_momentum=0.99)
+
+
+def from_scratch(images):
+    """Return a small network that has seen nothing but sound cells."""
+    # Camera and light do not change, so views are nearly whole images without color jitter.
+    views = sddns_tf.MultiCrop(
+        64, local_views=2, global_area=(0.6, 1.0), color_jitter=0, grayscale=0
+    )
+    options = {"teacher_temperature": 0.05, "teacher_momentum": 0.98}
+    return trained(small_network(), images, views, "perm16", 250, 2e-3, **options)
+
+
+# For each network: how to make it, the size at which it sees images, and the layers compared.
+NETWORKS = {
+    "frozen": (lambda images: pretrained_network(), SIZE, "block_10"),
+    "fine_tuned": (fine_tuned, SIZE, "block_10"),
+    "scratch": (from_scratch, 128, ("stride2", "stride4", "stride8")),
+}
+
+
+# --- Scores ------------------------------------------------------------------------------------
+
+
+def brightness(cells):
+    """Return scores of calibration, fresh and broken cells: how dark they are."""
+    return [-images.mean(axis=(1, 2, 3)) for images in cells[1:]]
+
+
+def pixels(cells):
+    """Return scores likewise: the distance to the nearest training photograph."""
+
+    def vectors(images):
+        small = [image_ops.resize(part, 64, 64) for part in np.array_split(images, 10)]
+        return np.concatenate(small)[..., 0].reshape(len(images), -1)
+
+    bank = vectors(cells.train)
+    return [
+        np.array([np.square(bank - one).sum(axis=1).min() for one in vectors(images)])
+        for images in cells[1:]
+    ]
+
+
+def detector_of(name, cells):
+    """Return a detector with places of a network's inner maps."""
+    make, size, layers = NETWORKS[name]
+    return sddns_tf.Detector.from_images(
+        make(cells.train),
+        bank_images=cells.train,
+        calibration_images=cells.calibration,
+        false_positive_rate=FLAGS.false_positive_rate,
+        image_size=size,
+        layers=layers,
+        bank_size=BANK_SIZE,
+        seed=FLAGS.split_seed,
+        verbose=0,
+    )
+
+
+def write(detector, name, kind, cells):
+    """Write the report and the files of a detector, and return its scores."""
+    folder = pathlib.Path(FLAGS.output_dir) / f"{kind}_{name}"
+    folder.mkdir(exist_ok=True)
+    evaluation = sddns_tf.evaluation.evaluate(
+        detector, cells.fresh, {"broken": cells.broken}, verbose=0
+    )
+    sddns_tf.report.write(folder / "report.html", evaluation, detector, f"Solar cells: {kind}")
+    detector.save(folder / "detector.keras")
+    sddns_tf.export.tflite(
+        detector,
+        folder / "detector.tflite",
+        representative_images=cells.train[:50],
+        calibration_images=cells.calibration,
+        bank_size=BANK_SIZE,
+        batch_size=1,
+        verbose=0,
+    )
+    return [
+        detector.calibration_scores.numpy(),
+        *(evaluation.answers[name]["ood_score"] for name in (sddns_tf.evaluation.FRESH, "broken")),
+    ]
+
+
+def row(calibration, fresh, broken):
+    """Return the figures of one line of the table."""
+    rank = calibrations.largest_flagged_rank(len(calibration), FLAGS.false_positive_rate)
+    threshold = np.sort(calibration)[len(calibration) - rank]
+    flagged = int(np.count_nonzero(fresh > threshold))
+    interval = scipy.stats.binomtest(flagged, len(fresh)).proportion_ci(method="wilson")
+    return {
+        "auroc": float(metrics.ood_metrics(fresh, broken)["auroc"]),
+        "fresh_flagged": flagged / len(fresh),
+        "fresh_interval": [interval.low, interval.high],
+        "broken_flagged": float(np.mean(broken > threshold)),
+        "images": [len(calibration), len(fresh), len(broken)],
+    }
+
+
+def measured(name, kind):
+    """Return the figures of a network on a type of cell, and of the types apart for both."""
+    keras.utils.set_random_seed(FLAGS.split_seed)
+    cells, start = read_cells(kind), time.process_time()
+    if name not in NETWORKS:
+        return {kind: row(*{"brightness": brightness, "pixels": pixels}[name](cells))}
+    detector = detector_of(name, cells)
+    seconds = round(time.process_time() - start)
+    found = {kind: {**row(*write(detector, name, kind, cells)), "cpu_seconds": seconds}}
+    for one in TYPES if kind == "both" else ():
+        apart = read_cells(one)
+        group = detector.calibrated_on(apart.calibration, verbose=0)
+        scores = [
+            detector.predict(images, verbose=0)["ood_score"]
+            for images in (apart.fresh, apart.broken)
+        ]
+        found[f"both: {one}"] = row(detector.calibration_scores.numpy(), *scores)
+        found[f"both: {one}, calibrated apart"] = row(group.calibration_scores.numpy(), *scores)
+    return found
+
+
+def print_table(results):
+    """Print all figures in Markdown."""
+    print("| cells | network | AUROC | fresh sound cells flagged (95 %) | broken cells flagged |")
+    print("|---|---|--:|--:|--:|")
+    for name, by_kind in results.items():
+        for kind, one in by_kind.items():
+            low, high = one["fresh_interval"]
+            print(
+                f"| {kind} | {name} | {one['auroc']:.3f} | {one['fresh_flagged']:.1%} "
+                f"({low:.1%} to {high:.1%}) | {one['broken_flagged']:.1%} |"
+            )
+
+
+def main(argv):
+    """Run what is missing, and print the table."""
+    del argv
+    logging.set_verbosity(logging.ERROR)
+    known = ("brightness", "pixels", *NETWORKS)
+    for flag, given, allowed in (
+        ("types", FLAGS.types, (*TYPES, "both")),
+        ("networks", FLAGS.networks, known),
+    ):
+        if not set(given) <= set(allowed):
+            raise app.UsageError(f"--{flag} must be of {', '.join(allowed)}. Received: {given}")
+    path = pathlib.Path(FLAGS.output_dir) / "results.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(path.read_text()) if path.exists() else {}
+    for kind in FLAGS.types:
+        for name in FLAGS.networks:
+            if kind in results.get(name, {}):
+                continue
+            print(f"{kind}: {name} ...", flush=True)
+            results.setdefault(name, {}).update(measured(name, kind))
+            files.write_json(path, results)
+    print_table(results)
+    print(f"Wrote reports and detectors to {path.parent.resolve()}")
+
+
+if __name__ == "__main__":
+    app.run(main)
