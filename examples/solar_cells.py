@@ -29,6 +29,7 @@ from sddns_tf.cli import quiet
 
 quiet.import_tensorflow()  # without its own messages
 
+import functools
 import json
 import pathlib
 import time
@@ -69,6 +70,7 @@ class Cells(NamedTuple):
     broken: np.ndarray
 
 
+@functools.cache
 def read_cells(kind):
     """Return the split of the cells of a type, or of both."""
     import elpv_dataset.utils

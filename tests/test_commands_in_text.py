@@ -296,11 +296,11 @@ TOY = {
 # Examples, benchmarks and experiments have tests of their own, which run them: test_examples,
 # test_examples_gallery, test_serving_client, test_benchmark, test_research, test_rooms.
 RUN_HERE = ("sddns ", "examples/edge_inference.py", "examples/folder_of_parts.py")
-# test_cli_devices runs several machines, test_dino_weights the conversion, which needs PyTorch,
+# test_cli_devices runs several machines, test_dino_weights and test_backbones conversions, which need PyTorch,
 # test_local_exports maps on a device, which need the file of a local detector, test_local_commands
 # MVTec AD's layout, test_beam Apache Beam.
 RUN_ELSEWHERE = (
-    "--strategy=multi_worker", "convert-dino", "--maps=overlays", "mvtec:", "--runner=",
+    "--strategy=multi_worker", "convert-", "--maps=overlays", "mvtec:", "--runner=",
 )  # fmt: skip
 
 
@@ -454,7 +454,7 @@ def test_a_command_is_left_out_where_a_longer_one_runs():
 
 def test_the_toy_folder_is_asked_for_nothing_that_texts_do_not_name():
     assert {own_program(c.words) for c in COMMANDS if runs_here(c)} >= {
-        f"sddns {name}" for name in cli.COMMANDS if name != "convert-dino"
+        f"sddns {name}" for name in cli.COMMANDS if not name.startswith("convert-")
     }
 
 

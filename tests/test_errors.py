@@ -120,6 +120,10 @@ def test_an_error_without_it_would_be_found(tmp_path):
             ["convert-dino", "--checkpoint={here}/no.pth", "--output=x.weights.h5"],
             "--checkpoint must be an existing file. Received: {here}/no.pth",
         ),
+        (
+            ["convert-efficientnet-lite", "--output=x.h5"],
+            "--output must end in .weights.h5. Received: x.h5",
+        ),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
