@@ -45,6 +45,7 @@ def host_only(types):
     return {name for name in types if any(part in name for part in HOST_ONLY)}
 
 
+@pytest.mark.slow  # Parts of it are compiled in `test_views`, `test_shifts`, `test_vit`.
 def test_the_whole_step_compiles(model):
     step = tf.function(model.train_step, jit_compile=True, autograph=False)
     before = model.student_backbone.get_weights()
