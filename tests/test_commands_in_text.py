@@ -296,9 +296,9 @@ TOY = {
 # Examples, benchmarks and experiments have tests of their own, which run them: test_examples,
 # test_examples_gallery, test_serving_client, test_benchmark, test_research, test_rooms.
 RUN_HERE = ("sddns ", "examples/edge_inference.py", "examples/folder_of_parts.py")
-# test_cli_devices runs several machines, test_dino_weights and test_backbones conversions, which need PyTorch,
-# test_local_exports maps on a device, which need the file of a local detector, test_local_commands
-# MVTec AD's layout, test_beam Apache Beam.
+# test_cli_devices runs several machines; test_dino_weights and test_backbones conversions, which
+# need PyTorch; test_local_exports maps on a device, which need the file of a local detector;
+# test_local_commands MVTec AD's layout; test_beam Apache Beam.
 RUN_ELSEWHERE = (
     "--strategy=multi_worker", "convert-", "--maps=overlays", "mvtec:", "--runner=",
 )  # fmt: skip
