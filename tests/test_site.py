@@ -67,7 +67,10 @@ def test_the_reference_has_every_public_name(name):
 
 
 def test_the_reference_names_what_there_is():
+    has_beam = importlib.util.find_spec("apache_beam") is not None
     for path in re.findall(r"^::: (\S+)", REFERENCE, re.MULTILINE):
+        if path.startswith("sddns_tf.beam.") and not has_beam:
+            continue  # `.ci/run` builds the site and runs the tests of Beam where it is installed.
         module, _, attribute = path.rpartition(".")
         try:
             importlib.import_module(path)
