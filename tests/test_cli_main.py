@@ -49,7 +49,8 @@ def test_each_command_has_its_help(name, capsys):
     assert f"sddns {name}" in shown
     if name != "info":
         first = shown.partition("what most people need:")[2].partition("\n\n")[0]
-        assert 3 <= first.count("\n  --") <= 6
+        # One command has no more than two options.
+        assert min(3, shown.count("\n  --")) <= first.count("\n  --") <= 6
         assert "help:" in shown
 
 
