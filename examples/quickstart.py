@@ -1,4 +1,4 @@
-"""Texture inspection in six minutes: train on normal images only, flag what is not normal.
+"""Texture inspection in three minutes: train on normal images only, flag what is not normal.
 
     python examples/quickstart.py
 
@@ -6,7 +6,7 @@ Normal are crops of two photographs, grass and brick. No label, no anomaly is se
 comes out is judged on gravel, on the brick wall turned by 90 degrees, on cells and on tissue. All
 photographs come inside scikit-image (`pip install -e ".[examples]"`); nothing is downloaded.
 
-Prints a table of AUROCs after some six minutes on two free CPU cores, then two baselines
+Prints a table of AUROCs after some three minutes on two free CPU cores, then two baselines
 (nearest neighbor on pixels, the untrained network), and writes pictures, the trained model and the
 detector to `--output_dir`. `--without_negatives` trains the same network without them too, for as
 long again.

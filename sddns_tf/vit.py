@@ -549,7 +549,9 @@ class VisionTransformer(keras.Model):
             )
         batch, height, width, _ = ops.shape(images)
         if not (isinstance(height, int) and isinstance(width, int)):
-            self._assert_size(height, width)
+            # The images depend on it, or an error of the reshape may come first.
+            with tf.control_dependencies(self._size_assertions(height, width)):
+                images = tf.identity(images)
         images = ops.cast(images, self.compute_dtype)
         patches = self.patch_embedding(images)
         class_token = ops.cast(self.class_token, patches.dtype)
@@ -584,8 +586,8 @@ class VisionTransformer(keras.Model):
         if any(side is not None and (side < 1 or side % self.patch_size) for side in shape[1:3]):
             raise ValueError(f"{expected}Received: images of shape {tuple(shape)}")
 
-    def _assert_size(self, height, width):
-        for name, side in (("height", height), ("width", width)):
+    def _size_assertions(self, height, width):
+        assertions = [
             tf.debugging.assert_equal(
                 side % self.patch_size,
                 0,
@@ -594,6 +596,9 @@ class VisionTransformer(keras.Model):
                     f"{self.patch_size}."
                 ),
             )
+            for name, side in (("height", height), ("width", width))
+        ]
+        return [one for one in assertions if one is not None]  # None: it holds as it is traced.
 
 
 def vit_tiny(
