@@ -17,7 +17,7 @@ import time
 
 import numpy as np
 
-from sddns_tf import metrics
+from sddns_tf import files, metrics
 from tools.benchmark import harness
 from tools.benchmark.partners import patchcore
 
@@ -60,7 +60,7 @@ def ours(folder):
 
 
 def main(argv=None):
-    """Print both sides as JSON."""
+    """Print both sides as JSON, and write that to `patchcore_TYPE.json` in the same folder."""
     options = parser().parse_args(argv)
     cells = cells_of(options)
     output = pathlib.Path(options.output_dir)
@@ -85,6 +85,7 @@ def main(argv=None):
             patchcore.megabytes(theirs),
         ],
     }
+    files.write_json(output / f"patchcore_{options.type}.json", record)
     print(json.dumps(record, indent=1))
 
 

@@ -30,12 +30,11 @@ def parse(argv):
     add("--strategy", default="auxiliary:rot90", choices=STRATEGIES, help="source and shift")
     add("--auxiliary_overlap", action="store_true", help="train on the excluded classes as well")
     add("--name", help="name of the files; default: strategy and seed")
-    add("--teacher_temperature", type=float, default=0.02, help="a constant")
+    add("--teacher_temperature", type=float, help="a constant; default: balanced targets")
     add(
         "--teacher_momentum",
         type=float,
-        default=0.99,
-        help="initial value; rises to 1 along a cosine",
+        help="initial value, rises to 1 along a cosine; default: the constructor's",
     )
     add("--negative_weight", type=float, default=1.0, help="lambda after the ramp")
     add("--negative_ramp", type=float, default=0.2, help="share of the steps in which lambda rises")
@@ -53,6 +52,9 @@ def make_model(settings):
     if settings.negative_ramp:
         ramp, start = int(settings.negative_ramp * steps), int(0.05 * steps)
         weight = schedules.Linear(0.0, weight, max(ramp, 1), start)
+    momentum = settings.teacher_momentum
+    if momentum is not None:
+        momentum = schedules.WarmupCosine(momentum, 1.0, steps)
     model = sddns_tf.SelfDistillation(
         cifar10.backbone(settings),
         sddns_tf.MultiCrop(
@@ -66,7 +68,7 @@ def make_model(settings):
             settings.num_prototypes, hidden_dim=512, bottleneck_dim=128, norm_last_layer=False
         ),
         teacher_temperature=settings.teacher_temperature,
-        teacher_momentum=schedules.WarmupCosine(settings.teacher_momentum, 1.0, steps),
+        teacher_momentum=momentum,
         negative_weight=weight,
         seed=settings.seed,
     )
