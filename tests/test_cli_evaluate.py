@@ -104,6 +104,7 @@ def rewrite(path, **probes):
     path.write_text(json.dumps(known))
 
 
+@pytest.mark.slow
 def test_sensitivity_chooses_only_what_leads_by_more_than_chance(image_sets, tmp_path, capsys):
     arguments = sensitivity_arguments(
         image_sets, tmp_path, "--strategies=rot90:in_distribution,none", "--runs=2"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import types
 
 import keras
 import numpy as np
@@ -11,8 +12,8 @@ import tensorflow as tf
 
 import sddns_tf
 from sddns_tf import image_ops
+from sddns_tf.cli import advice, train
 from sddns_tf.cli import main as cli
-from sddns_tf.cli import train
 from sddns_tf.cli.errors import UsageError
 from sddns_tf.cli.progress import Progress
 
@@ -147,6 +148,43 @@ def test_numbers_are_told_before_the_first_epoch_ends(capsys):
     told = capsys.readouterr().err.splitlines()
     assert told[0] == "Step 4 of 100: 10 s a step, 16.0 min left of 16.7 min, loss 1.500"
     assert [line.split()[1] for line in told] == ["4", "7", "10"]  # every 30 s
+
+
+def test_beside_a_progress_bar_only_the_first_line_is_told(capsys):
+    now = iter(np.arange(0.0, 4000.0, 10.0))
+    progress = Progress(100, advice=lambda s: [f"{s:g} s"], once=True, clock=lambda: next(now))
+    for batch in range(9):
+        progress.on_train_batch_end(batch, {"loss": 1.5})
+    told = capsys.readouterr().err.split("\n")
+    assert [line.partition(":")[0] for line in told] == ["", "Step 2 of 100", "10 s", ""]
+
+
+def advised(seconds, steps, backbone, negatives="auxiliary", local_views=2):
+    config = {"backbone": {"type": backbone}, "epochs": 10}
+    views = sddns_tf.MultiCrop(32, local_views)
+    negatives = negatives and sddns_tf.Negatives("rot90", negatives)
+    model = types.SimpleNamespace(views=views, negatives=negatives)
+    return advice.lines(model, config, steps, seconds)
+
+
+def test_what_takes_most_of_a_step_is_told():
+    # In passes of a global view: student 3 x (2 + 2/4), teacher 2, negatives 3 x (1 + 2/4).
+    (line,) = advised(1.0, 100, "vit_tiny")
+    assert (
+        line == "Of a step, about 32% for negatives.source=auxiliary, 11% for views.local_views=2"
+    )
+    (line,) = advised(1.0, 100, "vit_tiny", "both")
+    assert "49% for negatives.source=both" in line
+    assert advised(1.0, 100, "vit_tiny", None, 0) == []
+
+
+def test_a_run_of_hours_is_told_what_would_be_shorter():
+    line = advised(2.0, 18_000, "vit_tiny")[-1]
+    assert "more than an hour" in line
+    assert "--backbone=convnet" in line
+    assert "--set=views.local_views=0; --epochs=1" in line  # 1,800 steps of 18,000
+    assert "--backbone" not in advised(2.0, 18_000, "convnet", local_views=0)[-1]
+    assert "--epochs=1 --steps_per_epoch=1800" in advised(2.0, 180_000, "vit_tiny")[-1]
 
 
 WRONG = [

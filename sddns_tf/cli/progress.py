@@ -1,4 +1,4 @@
-"""Progress messages of a training run that has no terminal for a progress bar."""
+"""Progress messages of a training run."""
 
 from __future__ import annotations
 
@@ -16,19 +16,28 @@ _FIRST_SECONDS = 5.0
 class Progress(keras.callbacks.Callback):
     """Callback that prints a line every half minute: step, seconds per step, time left.
 
-    The first line comes after a few seconds, so that the duration of a run is known early. The
-    first step, in which the graph is compiled, is not timed.
+    The first line comes after a few seconds, so that the duration of a run is known early, with
+    what takes most of it. The first step, in which the graph is compiled, is not timed.
 
     Args:
         total_steps: Steps of the whole run.
         steps_done: Steps done earlier, if the run is resumed.
+        advice: Function from the seconds of a step to further lines after the first one.
+        once: Whether there is a progress bar as well, so that only the first line is printed.
         clock: Function without arguments that returns seconds.
     """
 
     def __init__(
-        self, total_steps: int, steps_done: int = 0, clock: Callable[[], float] = time.monotonic
+        self,
+        total_steps: int,
+        steps_done: int = 0,
+        advice: Callable[[float], list[str]] = lambda seconds: [],
+        once: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__()
+        self.advice = advice
+        self.once = once
         self.total_steps = total_steps
         self.step = steps_done
         self._clock = clock
@@ -44,27 +53,33 @@ class Progress(keras.callbacks.Callback):
         if self._started is None:
             self._started, self._first_step = now, self.step
             return
+        if self.once and self._last_line is not None:
+            return
         waits = _FIRST_SECONDS if self._last_line is None else _SECONDS_BETWEEN_LINES
         if now - (self._last_line or self._started) >= waits:
-            self._last_line = now
-            self._tell(now - self._started, logs or {})
+            self._tell(now, logs or {})
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         """Print the first line if the epoch ended before it was due."""
         del epoch
         if self._started is None or self._last_line is not None or self.step <= self._first_step:
             return
-        self._last_line = self._clock()
-        self._tell(self._last_line - self._started, logs or {})
+        self._tell(self._clock(), logs or {})
 
-    def _tell(self, passed: float, logs: dict[str, float]) -> None:
-        seconds = passed / (self.step - self._first_step)
+    def _tell(self, now: float, logs: dict[str, float]) -> None:
+        first, self._last_line = self._last_line is None, now
+        assert self._started is not None
+        seconds = (now - self._started) / (self.step - self._first_step)
         left = seconds * (self.total_steps - self.step)
         loss = f", loss {float(logs['loss']):.3f}" if "loss" in logs else ""
         say(
-            f"Step {self.step:,} of {self.total_steps:,}: {seconds:.3g} s a step, "
+            "\n"
+            * self.once  # not into the bar
+            + f"Step {self.step:,} of {self.total_steps:,}: {seconds:.3g} s a step, "
             f"{duration(left)} left of {duration(seconds * self.total_steps)}{loss}"
         )
+        for line in self.advice(seconds) if first else ():
+            say(line)
 
 
 def duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import math
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sddns_tf import files
-from sddns_tf.cli import configuration, devices, images, sources
+from sddns_tf.cli import advice, configuration, devices, images, sources
 from sddns_tf.cli.configuration import DataOptions
 from sddns_tf.cli.console import say, verbose
 from sddns_tf.cli.errors import UsageError, user_input
@@ -87,8 +88,8 @@ def train(config: dict[str, Any], place: Place) -> tuple[Any, images.Images]:
         f"{length.epochs} epochs of {length.steps_per_epoch} steps, from step {step}"
     )
     watching = callbacks(config, place, output_dir, checkpoint, one_epoch, found)
-    if not verbose():
-        watching.append(Progress(length.steps, step))
+    about = functools.partial(advice.lines, model, config, length.steps)
+    watching.append(Progress(length.steps, step, about, once=bool(verbose())))
     for first_batch, part in training_state.parts_left(step, length.steps_per_epoch, length.epochs):
         batches = images.batches(config, data_options, place.data_dir, found, first_batch)
         with user_input(kinds=OSError):  # such as a full disk

@@ -114,10 +114,12 @@ def _coreset(torch, places, rows, seed):
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(places.shape[1], _DIRECTIONS, generator=generator)
     projected = places @ directions / _DIRECTIONS**0.5
+    squares = projected.square().sum(1)
     chosen = [int(torch.randint(len(places), (1,), generator=generator))]
     nearest = torch.full((len(places),), torch.inf)
     while len(chosen) < rows:
-        distance = (projected - projected[chosen[-1]]).square().sum(1)
+        last = chosen[-1]
+        distance = squares + squares[last] - 2.0 * projected @ projected[last]
         nearest = torch.minimum(nearest, distance)
         chosen.append(int(nearest.argmax()))
     return chosen

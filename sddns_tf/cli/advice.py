@@ -1,0 +1,64 @@
+"""What a step of a training run is spent on, and what would make a long run shorter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# A pass forward and backward takes about three times as long as one forward.
+_BACKWARD = 3.0
+_LONG = 3600.0
+
+
+def shares(model: Any) -> dict[str, float]:
+    """Return the share of a step that each setting takes, counted in pixels.
+
+    Args:
+        model: `SelfDistillation`.
+
+    Returns:
+        Dictionary from the setting, as an option names it, to a number from 0 to 1, the largest
+        first. What is left is for the two global views, which cannot be switched off.
+    """
+    views, negatives = model.views, model.negatives
+    local = views.local_views * (views.local_size / views.image_size) ** 2
+    sources = 0 if negatives is None else 2 if negatives.source == "both" else 1
+    costs = {
+        f"views.local_views={views.local_views}": _BACKWARD * local,
+        f"negatives.source={getattr(negatives, 'source', None)}": _BACKWARD * sources * (1 + local),
+    }
+    whole = 2 * (1 + _BACKWARD) + sum(costs.values())
+    ordered = sorted(costs.items(), key=lambda item: -item[1])
+    return {setting: cost / whole for setting, cost in ordered if cost}
+
+
+def lines(model: Any, config: dict[str, Any], steps: int, seconds: float) -> list[str]:
+    """Return what to say of a run once the time of its steps is known.
+
+    Args:
+        model: `SelfDistillation`.
+        config: Resolved configuration of the run.
+        steps: Steps of the whole run.
+        seconds: Seconds that a step takes.
+
+    Returns:
+        Lines of text: what takes most of a step and, where the run would take more than an hour,
+        what would make it shorter.
+    """
+    import tensorflow as tf
+
+    found = [f"{share:.0%} for {setting}" for setting, share in shares(model).items()]
+    said = [f"Of a step, about {', '.join(found)}"] if found else []
+    if seconds * steps <= _LONG:
+        return said
+    shorter = []
+    if config["backbone"]["type"] != "convnet" and not tf.config.list_physical_devices("GPU"):
+        shorter.append("--backbone=convnet, which suits a CPU")
+    if model.views.local_views:
+        shorter.append("--set=views.local_views=0")
+    in_an_hour = max(1, int(_LONG / seconds))
+    epochs = in_an_hour * config["epochs"] // steps
+    if epochs:
+        shorter.append(f"--epochs={epochs}")
+    else:
+        shorter.append(f"--epochs=1 --steps_per_epoch={in_an_hour}")
+    return [*said, f"This takes more than an hour on this machine. Shorter: {'; '.join(shorter)}"]
