@@ -68,7 +68,7 @@ class ReadyNegatives(sddns_tf.Negatives):
         return self._made
 
 
-def training_model(shape, prototypes=4096, local_views=2, ready_made_for=None):
+def training_model(shape, prototypes=4096, local_views=2, ready_made_for=None, make_backbone=vit):
     """Return a compiled `SelfDistillation` with negatives from auxiliary images.
 
     Args:
@@ -76,6 +76,7 @@ def training_model(shape, prototypes=4096, local_views=2, ready_made_for=None):
         prototypes: Outputs of the head.
         local_views: Number of small views.
         ready_made_for: Images whose views are drawn once and reused at every step, or None.
+        make_backbone: Function from the numbers of `shape` to the backbone.
 
     Returns:
         A compiled `SelfDistillation`.
@@ -86,7 +87,7 @@ def training_model(shape, prototypes=4096, local_views=2, ready_made_for=None):
         negatives = ReadyNegatives(negatives, views, ready_made_for)
         views = ReadyViews(views, ready_made_for)
     model = sddns_tf.SelfDistillation(
-        backbone=vit(*shape),
+        backbone=make_backbone(*shape),
         views=views,
         negatives=negatives,
         head=sddns_tf.ProjectionHead(num_prototypes=prototypes),
