@@ -4,9 +4,9 @@ r"""The paper's experiment on a small scale: CIFAR-10 as normal, another TFDS da
         --ood=cifar100,svhn_cropped,dtd
 
 Trains a small vision transformer for four epochs, in about 20 minutes on two CPU cores. This is
-only the beginning of a training; results are far from the paper's. `sddns train --recipe=cpu_small`
-trains the same with checkpoints, and `--recipe=paper_cifar10` is the paper's own recipe, which
-takes days on a GPU.
+only the beginning of a training run; results are far from the paper's.
+`sddns train --recipe=cpu_small` trains the same with checkpoints, and `--recipe=paper_cifar10` is
+the paper's own recipe, which takes days on a GPU.
 
 `TFDS` is a folder of prepared TensorFlow Datasets; nothing is downloaded. `tfds build NAME
 --data_dir=TFDS` prepares public ones. All images are resized to the size of the normal ones.

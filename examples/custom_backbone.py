@@ -6,7 +6,7 @@
 Trains four backbones for a few steps on crops of grass, and makes a detector from each: a network
 of six lines, MobileNetV3 from `keras.applications`, a ResNetV2 from KerasCV and a DINOv2 from
 KerasHub. The last two are skipped unless they are installed (`pip install -e ".[keras-cv]"`, `pip
-install keras-hub`). Prints the number of parameters, the length of a feature, the seconds, and the
+install keras-hub`). Prints the number of parameters, the feature length, the training time, and the
 AUROC of grass against gravel. All start from random weights, and nothing is downloaded. After so
 few steps the figures show that each backbone works, not which is best.
 

@@ -2,12 +2,12 @@
 
     python examples/custom_shift.py
 
-A shift is any function `(images, seed) -> images` of a batch. Here it is `cut_paste`, which pastes
+A shift is any function `(images, seed) -> images` on a batch. Here it is `cut_paste`, which pastes
 a patch of the image somewhere else, so that it looks a little like a scratch or a stain. Trains on
 pieces of a brick wall, once with this shift and once with the built-in `perm16`. Prints how well
 each tells fresh pieces from the same pieces with drawn damage (AUROC), and its sensitivity to
-rotations, which neither shift resembles: what can be compared if there are no damaged images to
-test on, over several runs (`sddns sensitivity`). Writes a picture of the negatives.
+rotations, which neither shift resembles. If there are no damaged images to test on, sensitivity is
+what can be compared, over several runs (`sddns sensitivity`). Writes a picture of the negatives.
 
 Takes about four minutes on two CPU cores. The wall is a photograph that comes with scikit-image
 (`pip install -e ".[examples]"`).

@@ -6,7 +6,7 @@ r"""Score image files on an edge device, and recalibrate there, without TensorFl
 This prints the score, the p-value and the decision for each file. A device needs only this script
 and a `.tflite` file that `sddns_tf.export.tflite` wrote.
 
-Another camera or light than in the calibration images shifts all scores, and then the promised
+If the camera or light differs from the calibration images, all scores shift, and the promised
 false positive rate does not hold. Recalibrate the file in seconds with images of normal parts that
 the device itself took, at least `1 / rate - 1` of them and none of them in the bank:
 

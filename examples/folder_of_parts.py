@@ -11,7 +11,7 @@ Writes to `--output_dir`: `scores.csv` (the images of `--check` with their p-val
 suspicious first), `most_suspicious.png` (with the places above the threshold) and `detector.keras`
 (for `sddns export` and `sddns score`).
 
-The detector is a local one: at most the share `--false_positive_rate` of good parts has any place
+The detector is a local one: at most a fraction `--false_positive_rate` of good parts has any place
 above the threshold. `--ignore=mask.png` leaves out areas that do not matter, such as a serial
 number.
 

@@ -2,14 +2,14 @@
 
     python examples/quickstart.py
 
-Normal are crops of two photographs, grass and brick. No label, no anomaly is seen in training. What
-comes out is judged on gravel, on the brick wall turned by 90 degrees, on cells and on tissue. All
-photographs come inside scikit-image (`pip install -e ".[examples]"`); nothing is downloaded.
+The normal images are crops of two photographs, grass and brick. Training sees no labels and no
+anomalies. The result is tested on gravel, the brick wall rotated by 90 degrees, cells and tissue.
+All photographs come with scikit-image (`pip install -e ".[examples]"`); nothing is downloaded.
 
-Prints a table of AUROCs after some three minutes on two free CPU cores, then two baselines
+Prints a table of AUROCs after about three minutes on two free CPU cores, then two baselines
 (nearest neighbor on pixels, the untrained network), and writes pictures, the trained model and the
-detector to `--output_dir`. `--without_negatives` trains the same network without them too, for as
-long again.
+detector to `--output_dir`. `--without_negatives` also trains the same network without negatives,
+for as long again.
 """
 
 from sddns_tf.cli import quiet

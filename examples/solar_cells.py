@@ -5,24 +5,26 @@
 
 The data set elpv-dataset, a package on PyPI, holds 2,624 electroluminescence photographs of solar
 cells, graded by experts: 1,508 show sound cells, 715 broken ones; the 401 in between are left out.
-There are two types of cell, monocrystalline and polycrystalline. Of the sound cells of a type 60 %
-are for training and the bank, 20 % calibrate, and 20 % are fresh; the broken ones are only tested.
+There are two types of cell, monocrystalline and polycrystalline. Of the sound cells of each type,
+60 % are for training and the bank, 20 % for calibration, and 20 % are fresh; broken ones are only
+tested.
 
 Prints for each type, and for both types in one detector, how well each of `--networks` does:
 
 - `brightness`: the mean of a photograph, nothing learned.
 - `pixels`: the nearest training photograph at 64 px, nothing learned.
-- `frozen`: EfficientNet-lite0, trained on ImageNet and used as it is.
+- `frozen`: EfficientNet-lite0, trained on ImageNet and used as is.
 - `fine_tuned`: the same, trained further on the cells by self-distillation with negatives.
 - `scratch`: a small network, trained on the cells alone in the same way.
 
-The first three are the default and take some ten minutes on two CPU cores; the other two train,
-for five to ten minutes a type each. The last three compare places of a photograph with places of
-sound cells, and so can say where: `--output_dir` gets a report that shows the maps, a `.keras` and
-a `.tflite` file of each. `results.json` holds all figures, and what it holds is not run again.
+The first three are the default and take about ten minutes on two CPU cores; the other two train,
+for five to ten minutes each per type. The last three compare places in a photograph with places in
+sound cells, so they can say where: `--output_dir` gets a report that shows the maps, plus a
+`.keras` and a `.tflite` file for each. `results.json` holds all figures; what is in it is not run
+again.
 
 The detector of both types has one bank. It flags at most the promised share of sound cells on
-average; calibrated for each type apart (`Detector.calibrated_on`), it promises that for each type.
+average; calibrated for each type separately (`Detector.calibrated_on`), it promises that for each.
 """
 
 from sddns_tf.cli import quiet

@@ -6,7 +6,7 @@
 
 The scalars are the losses, metrics that reveal a collapse (`teacher_entropy`,
 `mean_output_entropy`, `feature_std`), learning rate and teacher momentum, and `auroc_rot90` and
-`auroc_perm4`, which say how well held-out images are told from the same images after a shift,
+`auroc_perm4`, which say how well scores tell held-out images from the same images after a shift,
 without labels or anomalies. The images are views of eight photographs, their negatives and, every
 second epoch, histograms of scores. Takes about one minute on two CPU cores. The photograph of grass
 comes with scikit-image.

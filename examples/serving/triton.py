@@ -4,14 +4,14 @@ r"""Serve an exported detector with NVIDIA Triton: KServe's protocol v2 over HTT
     pip install nvidia-pytriton "numpy<2" tensorflow-cpu
     python examples/serving/triton.py --exports=exports/parts --model=parts
 
-`nvidia-pytriton` brings the server's binary. It needs Linux with glibc 2.35 or newer and NumPy 1,
+`nvidia-pytriton` includes the server's binary. It needs Linux with glibc 2.35 or newer and NumPy 1,
 so it gets an environment of its own; TensorFlow alone loads the export.
 
 The server waits up to `--delay_ms` for the files of several requests and hands them to the
 signature `serving_bytes` as one batch. A request holds `image_bytes`, BYTES `(B, 1)`: the contents
 of B image files of any size. The answer has `ood_score`, `p_value`, `is_ood` and `status`, each
-`(B, 1)`; that of a local detector has `anomaly_map` `(B, h, w)` too. `status` is empty for a good
-file. NVIDIA's `tritonclient`, which comes with it, asks:
+`(B, 1)`; with a local detector also `anomaly_map` `(B, h, w)`. `status` is empty for a good
+file. To ask with NVIDIA's `tritonclient`, which comes with it:
 
     import numpy as np
     import tritonclient.grpc
