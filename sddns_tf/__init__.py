@@ -1,6 +1,6 @@
 """Self-supervised anomaly detection by self-distillation and negative sampling, for Keras 3.
 
-Train `SelfDistillation` on unlabeled normal images with `fit`, make a `Detector` of its teacher
+Train `SelfDistillation` on unlabeled normal images with `fit`, make a `Detector` from its teacher
 backbone, and export that for TensorFlow Serving or TFLite.
 """
 
@@ -10,8 +10,8 @@ import sys
 from sddns_tf import _registration
 from sddns_tf.version import __version__ as __version__
 
-# Where each public name lives. A name is imported when it is first asked for, so that what needs
-# no TensorFlow, such as `sddns score parts.tflite`, does not wait for it.
+# Where each public name lives. A name is imported on first use, so that what needs no TensorFlow,
+# such as `sddns score parts.tflite`, does not wait for it.
 _MODULES = (
     "backbones",
     "bank",
@@ -47,7 +47,7 @@ _NAMES = {
     "vit_small": "vit",
     "vit_tiny": "vit",
 }
-# Rooms that moved: what was documented under these names is still found there.
+# Modules that moved. Their old names, which were documented, still work.
 _MOVED = ("board", "checkpoint", "edge_metadata")
 
 __all__ = sorted({"__version__", *_MODULES, *_NAMES} - set(_MOVED))

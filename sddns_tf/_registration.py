@@ -1,8 +1,8 @@
-"""Classes known to Keras wherever `sddns_tf` was imported, without importing Keras for it.
+"""Registers the classes of `sddns_tf` with Keras without importing Keras.
 
-`import sddns_tf` must be enough for `keras.saving.load_model` to know our classes, and must not
-cost what importing TensorFlow costs where nothing needs it. So the classes are registered as soon
-as Keras is there: at once if it was imported before, else right after its import.
+`import sddns_tf` must be enough for `keras.saving.load_model` to know our classes, but must not
+import TensorFlow where nothing needs it. So the classes are registered as soon as Keras is there:
+at once if it is already imported, otherwise right after its import.
 """
 
 import importlib
@@ -57,7 +57,7 @@ class _AfterKeras(importlib.abc.MetaPathFinder):
         del path, target
         if fullname != "keras":
             return None
-        # It stays in the list: who only looks for Keras, as TensorFlow does, does not use it up.
+        # Taken out for this call only: TensorFlow looks Keras up without importing it.
         sys.meta_path.remove(self)
         try:
             spec = importlib.util.find_spec(fullname)
@@ -104,7 +104,7 @@ _waiting = _WhenAllIsImported()
 
 
 def register_or_wait():
-    """Register now or, where Keras is imported by a module of ours, once that is imported."""
+    """Register now or, if one of our modules is importing Keras, once that module is imported."""
     _check_backend()
     if _is_importing():
         sys.meta_path.insert(0, _waiting)
@@ -113,7 +113,7 @@ def register_or_wait():
 
 
 def complete():
-    """Register if that waited for a module of ours that is imported by now."""
+    """Register if that was put off and none of our modules is still being imported."""
     if _waiting in sys.meta_path and not _is_importing():
         sys.meta_path.remove(_waiting)
         register()

@@ -1,8 +1,8 @@
-"""Other people's networks as backbones: the preprocessing that they want is inside.
+"""Other people's networks as backbones, with the preprocessing that they expect built in.
 
-Whatever a network takes (0-255, -1 to 1, BGR), the backbone takes what all of this package gives:
-images normalized by ImageNet's mean and deviation, the defaults of `SelfDistillation`, `Detector`
-and `FeatureExtractor`. So there is no `mean` and no `std` to pass.
+Whatever a network takes (0-255, -1 to 1, BGR), its backbone takes images as the rest of this
+package supplies them: normalized by ImageNet's mean and standard deviation, the defaults of
+`SelfDistillation`, `Detector` and `FeatureExtractor`. So there is no `mean` or `std` to pass.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sddns_tf.efficientnet_lite import efficientnet_lite0 as efficientnet_lite0
 from sddns_tf.image_ops import IMAGENET_MEAN, IMAGENET_STD
 from sddns_tf.validation import check_choice, check_size
 
-# The side of the plain images that show what a preprocessing does.
+# Side of the solid-color images that show what a preprocessing function does.
 _PROBE_SIDE = 32
 _DINO = ("vit_tiny", "vit_small", "vit_base")
 
@@ -28,22 +28,22 @@ _DINO = ("vit_tiny", "vit_small", "vit_base")
 def wrap(
     network: keras.Model, preprocess: Callable | None = None, *, name: str | None = None
 ) -> keras.Model:
-    """Return a network as a backbone: from images as this package normalizes them to one vector.
+    """Return a network as a backbone that maps normalized images to one vector each.
 
     Args:
         network: Built functional Keras model with one input `(B, H, W, 3)`. Its output may be a
             vector `(B, D)`, a map `(B, h, w, D)`, which is averaged, or tokens `(B, T, D)`, of
-            which the first is taken, the class token.
-        preprocess: What images in 0-255 go through before they enter the network:
+            which the first, the class token, is taken.
+        preprocess: What is applied to images in 0-255 before they enter the network:
             `keras.applications.resnet.preprocess_input`, a `keras_hub.layers.ImageConverter`, or
             any function that scales and shifts channels and may reorder them. None for a network
             that takes 0-255.
-        name: Name of the backbone, by default the network's with `_backbone`.
+        name: Name of the backbone. Defaults to the network's name plus `_backbone`.
 
     Returns:
         Functional `keras.Model` from normalized float32 images `(B, H, W, 3)` to `(B, D)`. The
-        network is a layer of it, with the weights and the input size that it has, and its inner
-        layers can be named for a local detector (`layers="auto"`, `"tokens"` or their names).
+        network is one of its layers, its weights and input size unchanged. A local detector can use
+        the network's inner layers (`layers="auto"`, `"tokens"` or their names).
 
     Raises:
         ValueError: If the network is not of this kind, or `preprocess` does more than scale, shift
@@ -78,8 +78,8 @@ def wrap(
         x = keras.layers.Rescaling(
             scale.tolist(), offset.tolist(), dtype="float32", name="preprocessing"
         )(x)
-    # Of the same layers, but with one input instead of a dict as KerasHub's has. A copy of it keeps
-    # the names of its layers, which those of KerasHub's classes do not.
+    # The same layers, but with one input instead of a dict as in KerasHub. Copies of this model
+    # keep the names of its layers; copies of KerasHub's classes do not.
     x = keras.Model(given, network.outputs, name=network.name)(x)
     x = x[0] if isinstance(x, list) and len(x) == 1 else x
     rank = len(getattr(x, "shape", ()))
@@ -96,7 +96,7 @@ def wrap(
 
 
 def _channels_of(preprocess):
-    """Return order, scale and offset of the channels, from what becomes of plain images."""
+    """Return the channels' order, scale and offset, found by preprocessing solid colors."""
     if preprocess is None:
         return [0, 1, 2], np.ones(3), np.zeros(3)
 
@@ -132,8 +132,8 @@ def application(name: str, weights: str | None = "imagenet") -> keras.Model:
 
     Args:
         name: Its name there, such as `"EfficientNetB0"`, `"MobileNetV3Small"` or `"ResNet50V2"`.
-        weights: `"imagenet"`, which Keras downloads at the first use; the path of a file of
-            weights without the top; or None for random ones.
+        weights: `"imagenet"`, which Keras downloads on first use; the path of a weights file
+            without the top; or None for random weights.
 
     Returns:
         Functional `keras.Model` from normalized images of any size to `(B, D)`.
@@ -162,24 +162,24 @@ def keras_hub(
     *,
     preprocess: Callable | None = None,
 ) -> keras.Model:
-    """Return a backbone of KerasHub, such as EfficientNet, ViT, DINOv2 or DINOv3, as one of ours.
+    """Return a KerasHub backbone, such as EfficientNet, ViT, DINOv2 or DINOv3, as one of ours.
 
-    Needs `pip install keras-hub`. Its vision transformers take one size: they make detectors, and
-    train with `MultiCrop(image_size, local_views=0)`.
+    Needs `pip install keras-hub`. Its vision transformers take images of one size: use them in
+    detectors, or train them with `MultiCrop(image_size, local_views=0)`.
 
     Args:
-        backbone: Name of a preset, such as `"dinov2_small"`, which KerasHub downloads at the first
-            use together with its preprocessing; or a `keras_hub.models.Backbone`.
-        image_size: Height and width in pixels, for a preset that is to take another size than it
-            was trained with. KerasHub resamples the position embedding.
-        preprocess: For a backbone that is no preset, what it was trained with: see `wrap`.
+        backbone: Name of a preset, such as `"dinov2_small"`, which KerasHub downloads on first use
+            along with its preprocessing; or a `keras_hub.models.Backbone`.
+        image_size: Height and width in pixels, to use a preset at another size than it was trained
+            at. KerasHub resamples the position embedding.
+        preprocess: For a backbone that is not a preset, its preprocessing: see `wrap`.
 
     Returns:
-        Functional `keras.Model` from normalized images to `(B, D)`: of tokens the class token.
+        Functional `keras.Model` from normalized images to `(B, D)`; for tokens, the class token.
 
     Raises:
         ImportError: If KerasHub is not installed.
-        ValueError: If a size is given for a backbone that has one, or it is no image backbone.
+        ValueError: If a size is given for a backbone that has one, or it does not take images.
 
     Example:
     ```python
@@ -225,11 +225,11 @@ def dino(
             weights.
         network: `"vit_tiny"`, `"vit_small"` or `"vit_base"`.
         patch_size: Side of the patches in pixels, 16 or 8 as published.
-        image_size: Size in pixels that the weights were trained at. The network takes others as
-            well.
+        image_size: Size in pixels that the weights were trained at. The network takes other sizes
+            as well.
 
     Returns:
-        `VisionTransformer`, which wants ImageNet's mean and deviation, the default everywhere.
+        `VisionTransformer`. It expects ImageNet's mean and standard deviation, our defaults.
 
     Example:
     ```python

@@ -14,7 +14,7 @@ from sddns_tf.validation import check_choice, check_int, check_number
 # Above this many distances per iteration, k-means sees mini-batches instead of the whole set.
 _FULL_KMEANS_DISTANCES = 50_000_000
 METRICS = ("cosine", "euclidean")
-# Distances in so many random directions stand for all: what farthest-first picks hardly changes.
+# Distances in this many random directions are enough: farthest-first picks nearly the same.
 _PROJECTED_DIM = 64
 _FARTHEST_AT_ONCE = 256
 
@@ -32,31 +32,31 @@ def ood_score(
 ) -> tf.Tensor:
     """Score how far out of distribution features lie: higher means more out-of-distribution.
 
-    `-log sum_m w_m exp((s(f, b_m) - offset) / temperature)`, the weights summing to 1, over the
+    `-log sum_m w_m exp((s(f, b_m) - offset) / temperature)`, with weights that sum to 1, over the
     whole bank or over its `k` rows nearest to `f`. Computed in float32 and in log space
     whatever the precision policy, and in blocks of the bank, so that memory stays bounded.
 
-    The similarity `s` is the cosine of features of norm 1. Of features whose channels are
-    standardized by the bank it is `1 - |f - b|^2 / (2 D)`, one minus half of the mean squared
-    difference of a channel (`metric="euclidean"`): 1 for equal features and 0 on average for two
-    rows of the bank, as the cosine is; where both have the norm `sqrt(D)` it is the cosine. The
+    For features of norm 1, the similarity `s` is the cosine. For features whose channels are
+    standardized by the bank (`metric="euclidean"`), it is `1 - |f - b|^2 / (2 D)`, one minus half
+    the mean squared difference per channel. Like the cosine, this is 1 for equal features and 0 on
+    average for two rows of the bank; where both have the norm `sqrt(D)`, it is the cosine. The
     score is then minus the logarithm of a Parzen window estimate of the density, with Gaussian
     windows of variance `D * temperature`.
 
     Args:
         features: Features `(B, D)`: L2-normalized, or standardized for `metric="euclidean"`.
-        bank: Features of in-distribution images or places `(M, D)`, likewise.
+        bank: Features of in-distribution images or places `(M, D)`, normalized the same way.
         temperature: Positive float, of the exponential.
         offset: Float, subtracted from the similarity.
         k: None for the whole bank, or the number of nearest rows to average over. With weights
-            these are the `k` nearest centers, their weights scaled to sum to 1 again.
+            these are the `k` nearest centers, with weights rescaled to sum to 1.
         metric: `"cosine"` or `"euclidean"`.
-        weights: Weights `(M,)` of the rows of the bank, not negative, scaled here to sum to 1: see
-            `compress`. None weighs them equally.
-        block_size: Rows of the bank that are compared at once; a block never has twice as many.
+        weights: Nonnegative weights `(M,)` of the rows of the bank, scaled here to sum to 1: see
+            `compress`. None weights them equally.
+        block_size: Rows of the bank to compare at once; no block has twice as many.
 
     Returns:
-        Float32 scores `(B,)`. The score of a feature that is not a number is not a number.
+        Float32 scores `(B,)`. The score of a NaN feature is NaN.
 
     Raises:
         ValueError: If shapes do not fit, or `k`, `metric` or `temperature` are out of range.
@@ -78,10 +78,10 @@ def ood_score(
     log_weights = tf.math.log(weights) - tf.math.log(tf.reduce_sum(weights))
 
     def products(start, length):
-        """Tell how near rows lie to the features: similarities but for what `similarities` adds."""
+        """Return how near rows are to the features: `similarities` less what it adds."""
         block = tf.cast(tf.slice(bank, [start, 0], [length, dim]), tf.float32)
         found = tf.matmul(features, block, transpose_b=True)
-        # Half of the squared lengths of the rows: of a constant bank, the bias of a dense layer.
+        # Half the squared lengths of the rows; for a constant bank, the bias of a dense layer.
         half = tf.reduce_sum(tf.square(block), axis=1) / 2.0 if metric == "euclidean" else None
         return found if half is None else found - half
 
@@ -117,7 +117,7 @@ def ood_score(
 
     if k is None:
         return -_over_blocks(log_sum, add, rows, block_size)[0]
-    if k == 1:  # Its weight is scaled to 1, and a maximum takes no sorting.
+    if k == 1:  # Its weight is scaled to 1, and a maximum needs no sorting.
         return -logits(_over_blocks(highest, higher, rows, block_size)[0])[:, 0]
     values, indices = _over_blocks(nearest, nearest_of_both, rows, max(block_size, k))
     near = tf.gather(log_weights, indices)
@@ -125,9 +125,9 @@ def ood_score(
 
 
 def _check_score_arguments(features, bank, temperature, offset, k, weights, block_size):
-    """Return rows and dimension of the bank.
+    """Return the bank's number of rows and its dimension.
 
-    A `ValueError` if the arguments do not fit together.
+    Raise a `ValueError` if the arguments do not fit together.
     """
     shapes = f"features of shape {features.shape} and a bank of shape {bank.shape}"
     if features.shape.rank != 2 or bank.shape.rank != 2 or None in bank.shape or 0 in bank.shape:
@@ -150,8 +150,8 @@ def _check_score_arguments(features, bank, temperature, offset, k, weights, bloc
 
 
 def _over_blocks(block, combine, rows, block_size):
-    """`combine` the tensors that `block(start, length)` gives for consecutive blocks of rows."""
-    # The first block takes the rest as well, so that the others have one length, as XLA needs.
+    """`combine` the tensors that `block(start, length)` returns for consecutive blocks of rows."""
+    # The first block takes the remainder too, so that the others have one length, as XLA needs.
     others = max(rows // block_size, 1) - 1
     head = rows - others * block_size
     total = block(0, head)
@@ -179,18 +179,18 @@ def compress(
     Args:
         features: L2-normalized features `(M, D)`.
         size: Largest number of centers to keep.
-        method: `"kmeans"` is spherical k-means: centers are the normalized means of their
-            members. `"kcenter"` is the greedy k-center coreset: some of the features themselves,
-            each the one farthest from those before it.
+        method: `"kmeans"` is spherical k-means: centers are the normalized means of their members.
+            `"kcenter"` is the greedy k-center coreset: a subset of the features, each the farthest
+            from those chosen before it.
         seed: Int; equal seeds give equal banks.
         weights: Positive weights `(M,)` of the features, such as those of a compressed bank, or
-            None for equal ones. Which features `"kcenter"` takes does not depend on them.
+            None for equal ones. They do not affect which features `"kcenter"` takes.
 
     Returns:
-        Centers, float32 `(M', D)` of L2 norm 1 with `M' <= size` (a center without members is
-        left out), and their weights, float32 `(M',)`: each center's share of the features, which
-        sum to 1 and make the mean over the centers stand for the mean over the features. With
-        `size >= M` they are the features themselves, weighted as they were.
+        Centers, float32 `(M', D)` of L2 norm 1 with `M' <= size` (a center without members is left
+        out), and their weights, float32 `(M',)`: each center's share of the features. They sum to
+        1, so that the weighted mean over the centers stands for the mean over the features. With
+        `size >= M` the result is the features themselves, weighted as they were.
 
     Raises:
         ValueError: If the features are not a finite matrix, `size` is not positive, `method` is
@@ -250,15 +250,15 @@ def _kmeans_centers(features, size, seed, weights):
 
 
 def _kcenter_centers(features, size, seed, weights):
-    del weights  # The farthest feature is the farthest, however few are there.
+    del weights  # Weights do not change which feature is the farthest.
     return features[_farthest_first(features, size, seed)]
 
 
 def coreset(places: Array, size: int, seed: int = 0) -> np.ndarray:
-    """The rows of a bank of places: some of the places, each the farthest from those before it.
+    """Choose rows for a bank of places, each the farthest from those chosen before it.
 
-    Greedy k-center by Euclidean distance, in 64 random directions where there are more channels:
-    distances in these are the whole ones up to a few percent.
+    Greedy k-center by Euclidean distance. With more than 64 channels, distances are taken in 64
+    random directions, which changes them by up to a few percent.
 
     Args:
         places: Standardized features of places, float `(M, C)`.
@@ -291,11 +291,11 @@ def coreset(places: Array, size: int, seed: int = 0) -> np.ndarray:
 
 
 def _farthest_first(features, size, seed):
-    """Indices of rows, each the farthest from those before it; the first one is drawn.
+    """Return indices of rows, each the farthest from those before it; the first is random.
 
-    Rows are taken from the farthest few as long as they are farther than all others can be, and
-    only then compared with everything: the same choice, in matrix products instead of one pass
-    over all rows for each.
+    Rows are taken from the farthest few while these are sure to be farther than all others, and
+    only then compared with everything. The choice is the same, with matrix products instead of one
+    pass over all rows per choice.
     """
     half = np.einsum("nd,nd->n", features, features) / 2.0
 
@@ -324,10 +324,10 @@ def _farthest_first(features, size, seed):
 
 
 class Reservoir:
-    """Rows drawn at random, without replacement, from a stream of them, in bounded memory.
+    """Random rows of a stream, drawn without replacement in bounded memory.
 
-    Every row that was offered is as likely to be kept as any other. What is kept depends on the
-    seed and the order of the rows, not on how they are cut into batches.
+    Every row offered is equally likely to be kept. Which ones are kept depends on the seed and the
+    order of the rows, not on how they are split into batches.
 
     Args:
         capacity: Number of rows to keep.
@@ -341,8 +341,8 @@ class Reservoir:
     (50000, 160)
 
     Reference:
-        Vitter, "Random sampling with a reservoir", 1985; here the rows of the smallest of as many
-        random keys, which is the same.
+        Vitter, "Random sampling with a reservoir", 1985; here each row gets a random key and those
+        with the smallest keys are kept, which is the same.
     """
 
     def __init__(self, capacity: int, seed: int = 0) -> None:
@@ -355,7 +355,7 @@ class Reservoir:
         self._rows: Any = None
 
     def offer(self, rows: Any) -> None:
-        """Show it further rows, float `(N, C)`."""
+        """Offer more rows, float `(N, C)`."""
         if self._rows is None:
             self._rows = np.empty((self._capacity, rows.shape[1]), np.float32)
         keys = self._generator.random(len(rows))
@@ -363,7 +363,7 @@ class Reservoir:
         both = np.concatenate([self._keys, keys[wanted]])
         lowest = np.zeros(len(both), bool)
         lowest[np.argpartition(both, self._capacity - 1)[: self._capacity]] = True
-        # In the places of those that leave: what stays is not copied again with every batch.
+        # New rows replace those that leave, so that those that stay need no copying.
         places, new = np.flatnonzero(~lowest[: self._capacity]), wanted[lowest[self._capacity :]]
         self._rows[places], self._keys[places] = rows[new], keys[new]
         self._numbers[places] = self._offered + new
@@ -371,13 +371,13 @@ class Reservoir:
 
     @property
     def rows(self) -> np.ndarray:
-        """The rows kept so far, float32 `(N, C)`, in the order in which they were offered."""
+        """The rows kept so far, float32 `(N, C)`, in the order they were offered."""
         kept = np.flatnonzero(self._keys < np.inf)
         return self._rows[kept[np.argsort(self._numbers[kept])]]
 
 
 def __getattr__(name: str) -> Any:
-    """What was documented here before `features` had a module of its own."""
+    """Return names that were documented here before they moved to `features`."""
     if name in ("FeatureExtractor", "extract_features", "image_size_of"):
         return getattr(importlib.import_module("sddns_tf.features"), name)
     raise AttributeError(f"module 'sddns_tf.bank' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What a detector is made of: checked features, a bank of places, and calibration images apart."""
+"""The parts of a detector: checked features, a bank of places, separate calibration images."""
 
 import warnings
 
@@ -10,7 +10,7 @@ from sddns_tf.local import Moments
 
 # Features this near are those of one image: the square root of twice such a cosine, and room.
 _SHARED_DISTANCE = 1e-4
-# Of so many places for each row of the bank, drawn at random, the coreset chooses.
+# The coreset chooses among this many random places per row of the bank.
 _PLACES_FOR_A_ROW = 20
 PLACES_BANK_SIZE = 5000
 PLACES_BATCH = 32
@@ -19,16 +19,16 @@ PLACES_BATCH = 32
 def bank_of_places(extractor, images, counted, size, seed=0, **options):
     """Return rows for a bank of places, from a stream of images, in bounded memory.
 
-    Of all places that count, some are drawn at random (twenty for a row of the bank), and the
-    coreset of these is the bank. On the way mean and deviation of all places are measured; by them
-    the extractor is standardized, in place.
+    Among all places that count, twenty for each row of the bank are drawn at random, and their
+    coreset is the bank. On the way, the mean and standard deviation of all places that count are
+    measured, and the extractor is standardized by them, in place.
 
     Args:
         extractor: `FeatureExtractor` with layers.
         images: In-distribution images, as for `extract_features`.
         counted: Bool `(h, w)`, the places that count.
         size: Largest number of rows.
-        seed: Int, of the draw and the coreset.
+        seed: Int, for the draw and the coreset.
         **options: `batch_size` and `verbose` of `stream_features`.
 
     Returns:
@@ -48,7 +48,7 @@ def bank_of_places(extractor, images, counted, size, seed=0, **options):
 
 
 def checked_features(name, features, extractor, is_map=False):
-    """Return features as a float32 array of the shape that an extractor gives, all finite.
+    """Return features as a finite float32 array, of the shape that an extractor gives.
 
     Args:
         name: Name of the argument.
@@ -104,7 +104,7 @@ def check_finite(features, name, kind="images"):
 
 
 def warn_of_shared_images(count, total):
-    """Calibration images in the bank look more normal than any new image will."""
+    """Warn of calibration images in the bank: they look more normal than any new image will."""
     if count:
         warnings.warn(
             f"{count} of the {total} calibration images are in the bank as well. Their scores are "
@@ -115,10 +115,10 @@ def warn_of_shared_images(count, total):
 
 
 def count_shared(bank_features, calibration_features):
-    """Tell how many calibration features are in the bank, up to rounding.
+    """Count the calibration features that are in the bank, up to rounding.
 
-    The features of one image differ in their last bits with the batch, so bytes tell nothing. Equal
-    rows lie together in any direction: each is compared with its neighbors in one.
+    The last bits of an image's features depend on its batch, so comparing bytes is no use. Equal
+    rows are close along any direction, so each is compared with its neighbors along one.
     """
     dim = bank_features.shape[1]
     direction = np.random.default_rng(0).normal(size=dim).astype(np.float32)

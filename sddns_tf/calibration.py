@@ -10,21 +10,21 @@ import tensorflow as tf
 from sddns_tf.types import Array
 from sddns_tf.validation import check_number
 
-# How much a cosine of one image may differ with the batch it is in; exports are held to it too.
+# How much a cosine of one image may vary with its batch; exports are held to it too.
 COSINE_ROUNDING = 4e-6
-# The same of a place's similarity to the bank: features are longer than 1 where it is unusual.
+# The same for a place's similarity to the bank: unusual places have features longer than 1.
 PLACE_ROUNDING = 1.6e-5
 
 
 def rounding(temperature: float, is_local: bool = False) -> float:
-    """Tell by how much a score may differ from itself, with the batch it is in or in an export.
+    """Return how much the score of one image may vary with its batch or in an export.
 
     Args:
-        temperature: Positive float, of the score: see `bank.ood_score`.
+        temperature: Positive float, temperature of the score: see `bank.ood_score`.
         is_local: Whether it is the score of a place.
 
     Returns:
-        Float: 1e-4 at the temperature 0.04, of a place 4e-4.
+        Float: 1e-4 at a temperature of 0.04, or 4e-4 for a place.
     """
     return (PLACE_ROUNDING if is_local else COSINE_ROUNDING) / temperature
 
@@ -32,7 +32,7 @@ def rounding(temperature: float, is_local: bool = False) -> float:
 def largest_flagged_rank(calibration_size: int, false_positive_rate: float) -> int:
     """Return the largest `1 + #{calibration scores >= score}` whose p-value is within the rate.
 
-    In float32, as the detector's p-values are, so that 5 of 99 + 1 is within 0.05.
+    In float32, like the detector's p-values, so that 5 of 99 + 1 is within 0.05.
     """
     check_number("false_positive_rate", false_positive_rate, above=0.0, below=1.0)
     p_values = np.arange(1, calibration_size + 1, dtype=np.float32) / np.float32(
@@ -49,18 +49,18 @@ def largest_flagged_rank(calibration_size: int, false_positive_rate: float) -> i
 
 
 def snapped(scores: Array, calibration_scores: Array, rounding: float) -> tf.Tensor:
-    """Make scores equal to the calibration scores that only rounding sets them apart from.
+    """Set scores to the calibration scores that they differ from by rounding alone.
 
-    The scores of one image differ in their last bits with the size of the batch, the place in it
-    and the machine. So a frame that is identical to a calibration frame would count as more
-    anomalous than it half the time. Lowering a score to a calibration score raises its p-value, and
-    raising it to one leaves its p-value: the promise stays.
+    The last bits of an image's score depend on the size of the batch, the place in it and the
+    machine. So a frame identical to a calibration frame would count as more anomalous than it half
+    the time. Lowering a score to a calibration score raises its p-value, and raising it to one
+    leaves its p-value as it is: the promise still holds.
 
     Args:
         scores: Float32 `(B,)`. NaN stays NaN.
         calibration_scores: Float32 `(N,)`.
-        rounding: Positive float; what lies at most this much above a calibration score is lowered,
-            what else lies at most half as much below one is raised.
+        rounding: Positive float. Scores at most this far above a calibration score are lowered to
+            it; others at most half as far below one are raised to it.
 
     Returns:
         Float32 tensor `(B,)`.
@@ -74,9 +74,9 @@ def snapped(scores: Array, calibration_scores: Array, rounding: float) -> tf.Ten
 
 
 def ending_at(maps: Array, scores: Array) -> tf.Tensor:
-    """Return maps that end where the images' scores do, which `snapped` may have moved.
+    """Return maps whose maxima are the images' scores, which `snapped` may have moved.
 
-    So a place lies above the threshold only where its image's score does.
+    So a place is above the threshold only if its image's score is.
 
     Args:
         maps: Scores of places, float32 `(B, h, w)`.
@@ -91,10 +91,10 @@ def ending_at(maps: Array, scores: Array) -> tf.Tensor:
 
 
 def merged(scores: Array, rounding: float) -> np.ndarray:
-    """Sort calibration scores, those that rounding alone may set apart made equal.
+    """Sort calibration scores, and make those equal that may differ by rounding alone.
 
-    Each is raised to the highest score of its group, by half of `rounding` at most. Raising
-    calibration scores raises p-values: the promise stays.
+    Each is raised to the highest score of its group, by at most half of `rounding`. Raising
+    calibration scores raises p-values: the promise still holds.
 
     Args:
         scores: Float `(N,)`, in any order.

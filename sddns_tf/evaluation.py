@@ -1,6 +1,6 @@
-"""A detector against sets of out-of-distribution images: a table with intervals, and what it shows.
+"""Evaluates a detector on sets of out-of-distribution images: a table with intervals.
 
-`evaluate` scores; `markdown`, `csv` and `report.html` tell.
+`evaluate` measures; `markdown`, `csv` and `report.html` show what it found.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Evaluation:
 
     Attributes:
         rows: Dict from the name of each set to a dict from a column to `(value, low, high)`. The
-            normal images are the last, under `FRESH`, and have no column but `flagged`.
+            normal images come last, under `FRESH`, and have only the column `flagged`.
         images: Dict from the name of each set to its images, uint8 `(N, H, W, 3)`.
-        answers: Dict from the name of each set to what `Detector.predict` gave.
+        answers: Dict from the name of each set to what `Detector.predict` returned.
         threshold: Score above which images are flagged.
         false_positive_rate: What the detector promises.
         knn_accuracy: `(value, low, high)`, or None where there are no labels.
@@ -60,11 +60,11 @@ class Evaluation:
     files: dict = dataclasses.field(default_factory=dict)
 
     def title_of(self, name: str, index: int) -> str:
-        """Return what an image is called: its file where it came from one, else its number."""
+        """Return the title of an image: its file if it came from one, else its number."""
         return str(self.files[name][index]) if name in self.files else f"{name} #{index}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what goes into a JSON file: everything but images, single answers and features."""
+        """Return what goes into a JSON file: everything but images, their answers and features."""
         return {
             "confidence": 0.95,
             "sets": {
@@ -106,17 +106,17 @@ def evaluate(
         normal: In-distribution images that are neither trained nor calibrated on, uint8
             `(N, H, W, 3)`.
         ood: Dict from a name to images, uint8 `(M, H', W', 3)`.
-        labels: Their classes, ints `(N,)`, for the k-NN accuracy; or None.
-        labeled: Pair of in-distribution training images and their classes, for the same.
-        masks: Of a local detector: dict from the name of an OOD set to masks of what is damaged in
-            its images, bool `(M, H', W')`. Metrics of its maps are those of its pixels and of all
-            normal ones.
+        labels: Classes of the normal images, ints `(N,)`, for the k-NN accuracy; or None.
+        labeled: Pair of in-distribution training images and their classes, also for k-NN.
+        masks: For a local detector: dict from the name of an OOD set to masks of the damage in its
+            images, bool `(M, H', W')`. Metrics of its maps are over its pixels and those of all
+            normal images.
         files: Dict from the name of a set (`FRESH` is that of the normal images) to the names of
             its files, for pictures.
         resamples: Draws of the bootstrap.
-        feature_count: Images of each set whose features are kept, for a map of them.
-        batch_size: Images per forward.
-        seed: Int, of the bootstrap.
+        feature_count: Number of images of each set whose features are kept, for a map of them.
+        batch_size: Images per forward pass.
+        seed: Int, for the bootstrap.
         verbose: As in Keras.
 
     Returns:
@@ -180,12 +180,12 @@ def _check_masks(detector, masks, ood):
 
 
 def _one_each(features):
-    """Return features `(n, D)`; of maps the mean over places."""
+    """Return features `(n, D)`; maps are averaged over places."""
     return features if features.ndim == 2 else features.mean(axis=(1, 2))
 
 
 def _pixel_rows(detector, answers, masks):
-    """Metrics of the maps of each set that has masks, and of all of these as one."""
+    """Compute metrics of the maps of each set with masks, and of all those sets together."""
     rows = {name: _pixel_row(detector, answers, {name: mask}) for name, mask in masks.items()}
     if len({mask.shape[1:] for mask in masks.values()}) == 1 and len(masks) > 1:
         rows[ALL_MASKS] = _pixel_row(detector, answers, masks)
@@ -193,7 +193,7 @@ def _pixel_rows(detector, answers, masks):
 
 
 def _pixel_row(detector, answers, masks):
-    """Metrics of the maps of sets, against those of normal images, at the size of their masks."""
+    """Compute metrics of the maps of sets and of normal images, at the size of the sets' masks."""
     size = next(iter(masks.values())).shape[1:]
     maps = [metrics.at_size(answers[one]["anomaly_map"], size) for one in (*masks, FRESH)]
     masks = [*masks.values(), np.zeros(maps[-1].shape, bool)]
@@ -215,7 +215,7 @@ def table_row(
         answer: The detector's answers for the images of the set, dict of arrays `(M,)`.
         is_normal: Whether the set is that of the normal images, which has no AUROC.
         resamples: Draws of the bootstrap.
-        seed: Int, of the bootstrap.
+        seed: Int, for the bootstrap.
 
     Returns:
         Dict from a column to `(value, low, high)`.
@@ -246,14 +246,14 @@ def _knn_accuracy(detector, normal, labels, labeled, batch_size, verbose):
 
 
 def attention_maps(detector: Any, images: Array) -> np.ndarray | None:
-    """Tell where the class token of a vision transformer looks, mean over heads.
+    """Return where the class token of a vision transformer attends, averaged over heads.
 
     Args:
         detector: `Detector`.
         images: uint8 `(N, H, W, 3)`.
 
     Returns:
-        Float32 `(N, rows, columns)`, or None if the backbone tells of no attention.
+        Float32 `(N, rows, columns)`, or None if the backbone has no attention weights.
     """
     extractor = detector.extractor
     if not hasattr(extractor.backbone, "attention_weights"):
@@ -306,7 +306,7 @@ def cell(interval: Any) -> str:
 
 
 def csv(evaluation: Any) -> str:
-    """Return the tables as comma-separated values, limits of intervals in columns of their own."""
+    """Return the tables as comma-separated values, with interval limits in their own columns."""
     text = io.StringIO()
     writer = csv_writer.writer(text, lineterminator="\n")
     parts = [part for c in COLUMNS for part in (c, f"{c}_low", f"{c}_high")]

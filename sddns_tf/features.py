@@ -49,30 +49,30 @@ def _input_size_of(backbone):
 
 @keras.saving.register_keras_serializable("sddns_tf")
 class FeatureExtractor(keras.Model):
-    """Images of any size to the L2-normalized features of a backbone, or to its feature maps.
+    """Maps images of any size to a backbone's L2-normalized features, or to its feature maps.
 
-    Images are brought to the in-distribution's own resolution, so that resolution gives nothing
-    away, then to the backbone's input size (both antialiased bicubic), and normalized. All of it
-    is float32 whatever the precision of the backbone.
+    Images are resized to the native resolution of in-distribution images, so that resolution gives
+    nothing away, then to the backbone's input size (both antialiased bicubic), and normalized. All
+    of it is float32 whatever the precision of the backbone.
 
     With `layers` it gives maps of what these layers see in each place: averaged over 3 x 3 places,
-    those of further layers brought to the grid of the first (bilinear), all channels in a row,
-    each minus its mean and divided by its deviation over the bank. Mean and deviation are weights,
-    0 and 1 until `standardize` sets them.
+    resized to the grid of the first layer (bilinear) and concatenated. Each channel has its mean
+    over the bank subtracted and is divided by its standard deviation. Both are weights, 0 and 1
+    until `standardize` sets them.
 
     Args:
         backbone: Keras model from normalized float images `(B, h, w, 3)` to features `(B, D)`.
-            It is used as it is, not copied: features follow its training.
-        layers: None, or which layers give the maps. Of a functional model, others nested in it or
-            not: names of layers, or `"auto"`, the last layers at strides 8 and 16. Of a vision
-            transformer: `"tokens"`, those that enter the last block, which cost nothing extra, or
-            names of blocks. See `local.inner_maps`.
+            It is used directly, not copied: features follow its training.
+        layers: None, or which layers give the maps. For a functional model, nested or not: names of
+            layers, or `"auto"`, the last layers at strides 8 and 16. For a vision transformer:
+            `"tokens"`, those that enter the last block, which cost nothing extra, or names of
+            blocks. See `local.inner_maps`.
         image_size: Size of the backbone's input in pixels, an int or (height, width). Defaults
             to the size that the backbone was made for, else to `resolution`.
-        resolution: The in-distribution's own resolution in pixels, an int or (height, width).
-            None leaves this step out.
+        resolution: Native resolution of in-distribution images in pixels, an int or (height,
+            width). None skips this step.
         resize: How an image of another shape is brought to the resolution: `"squash"` changes its
-            aspect ratio, `"crop"` cuts its sides off first, equally on both.
+            aspect ratio, `"crop"` cuts off its sides first, equally.
         mean: Three floats, mean of each channel for images scaled to 0-1.
         std: Three floats, standard deviation of each channel for images scaled to 0-1.
 
@@ -137,7 +137,7 @@ class FeatureExtractor(keras.Model):
     def _prepare_maps(self, layers):
         names, self._inner_maps, grids = local.inner_maps(self.backbone, layers, self.image_size)
         local.check_grids(names, grids, self.image_size)
-        # The names that "auto" found, so that a copy takes the same ones.
+        # The names that "auto" found, so that a copy uses the same ones.
         self.layer_names = names
         self.map_size = tuple(int(side) for side in grids[0][:2])
         self.feature_dim = int(sum(channels for *_, channels in grids))
@@ -163,18 +163,18 @@ class FeatureExtractor(keras.Model):
         return tf.math.l2_normalize(tf.cast(features, tf.float32), axis=-1)
 
     def standardize(self, mean: Sequence[float], deviation: Any) -> Array:
-        """Set mean and deviation of each channel of the maps over the bank, in place.
+        """Set the mean and standard deviation of each channel over the bank, in place.
 
         Args:
-            mean: Float `(C,)`, of the maps as they were before.
-            deviation: Positive float `(C,)`, likewise.
+            mean: Float `(C,)`, mean of the maps as they were before.
+            deviation: Positive float `(C,)`, standard deviation of the same maps.
         """
         before, spread = self.channel_mean.numpy(), self.channel_deviation.numpy()
         self.channel_mean.assign(before + spread * mean)
         self.channel_deviation.assign(spread * deviation)
 
     def at_resolution(self, images: Array) -> tf.Tensor:
-        """Return images at the resolution at which they show all that the backbone sees of them.
+        """Return images at the resolution that shows everything the backbone sees of them.
 
         Args:
             images: uint8 or float in 0-255, `(B, H, W, 3)`, of any height and width.
@@ -199,7 +199,7 @@ class FeatureExtractor(keras.Model):
         return image_ops.normalize(images, self.mean, self.std)
 
     def snapshot(self) -> FeatureExtractor:
-        """Return an extractor with a copy of a backbone: training that further does not change it.
+        """Return an extractor with a copy of the backbone, which further training does not change.
 
         Returns:
             `FeatureExtractor`.
@@ -234,7 +234,7 @@ class FeatureExtractor(keras.Model):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """Return the extractor of a configuration, its backbone included."""
+        """Return the extractor that a configuration describes, including its backbone."""
         backbone = keras.saving.deserialize_keras_object(config["backbone"])
         return cls(**{**config, "backbone": backbone})
 
@@ -260,22 +260,22 @@ def extract_features(
 ) -> np.ndarray:
     """Extract the features of a whole set of images.
 
-    The compiled forward belongs to the extractor: keep the extractor to extract again (after
-    more training, say) without tracing again. The last batch is filled up, so that one trace does.
+    The compiled forward pass belongs to the extractor: keep the extractor to extract again (after
+    more training, say) without retracing. The last batch is padded, so that one trace is enough.
     An extractor made in the scope of a `tf.distribute.MirroredStrategy` uses all of its devices.
 
     Args:
         extractor: A `FeatureExtractor`, or a backbone that knows its input size.
         images: Images `(N, H, W, 3)`, uint8 or float in 0-255, or batches of such images: a finite
             `tf.data.Dataset`, a generator or a `keras.utils.PyDataset`. Whatever follows the images
-            in a batch (labels) is left out.
+            in a batch (labels) is ignored.
         batch_size: Images per step; a dataset has its own.
         verbose: 0 is silent, 1 shows a progress bar, 2 one line at the end; `"auto"` shows the
-            bar unless one step does it all.
-        name: What a message calls the images.
+            bar unless there is only one step.
+        name: What error messages call the images.
 
     Returns:
-        NumPy array `(N, D)`, float32, rows of L2 norm 1, in the order of the images; of an
+        NumPy array `(N, D)`, float32, rows of L2 norm 1, in the order of the images; for an
         extractor with `layers`, feature maps `(N, h, w, C)`.
 
     Raises:
@@ -306,7 +306,7 @@ def stream_features(
         images: As for `extract_features`.
         batch_size: Images per step; a dataset has its own.
         verbose: As for `extract_features`.
-        name: What a message calls the images.
+        name: What error messages call the images.
 
     Yields:
         NumPy arrays `(n, D)` or `(n, h, w, C)`, float32, in the order of the images.

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written under another name, then renamed."""
+"""Files written whole or not at all: under another name first, then renamed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Any
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """A temporary path beside `path`, renamed to it at the end of the block.
 
-    A process killed at any moment leaves the old file or the new one. After an error the old one is
-    as it was and nothing is left behind.
+    A process killed at any moment leaves the old file or the new one. After an error the old file
+    is unchanged and nothing is left behind.
 
     Args:
-        path: Path of the file to write; its folder is made if need be.
+        path: Path of the file to write; its folder is created if needed.
 
     Yields:
         `pathlib.Path` to write to, in the same folder, with the same suffixes.
@@ -65,7 +65,7 @@ def save_keras(save: Any, filepath: str | os.PathLike, *args, **kwargs) -> None:
 
     Args:
         save: Keras' own `save` of the model.
-        filepath: Path to save to. What is no path, such as an open file, goes to Keras as it is.
+        filepath: Path to save to. Anything else, such as an open file, is passed to Keras as it is.
         *args: As for Keras.
         **kwargs: As for Keras.
     """
@@ -79,6 +79,6 @@ def save_keras(save: Any, filepath: str | os.PathLike, *args, **kwargs) -> None:
 
 
 def _sync(path):
-    """Bring a file to the disk, so that a machine that loses its power keeps it."""
+    """Flush a file to disk, so that it survives a power failure."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())

@@ -14,7 +14,7 @@ from sddns_tf.validation import check_bool, check_int
 
 @keras.saving.register_keras_serializable("sddns_tf")
 class WeightNormDense(layers.Layer):
-    """Bias-free linear layer whose columns have the length that their gain says.
+    """Bias-free linear layer whose columns have the length given by their gain.
 
     Output k is `gain[k] * <x, kernel[:, k]> / |kernel[:, k]|`. With a gain of one and inputs of
     length one it is the cosine between the input and prototype k. Everything is in float32

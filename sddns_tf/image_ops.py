@@ -71,7 +71,7 @@ def resampling_matrix(
         >>> columns.shape
         TensorShape([1, 16, 32])
     """
-    # Not `[..., tf.newaxis, tf.newaxis]`, which OpenVINO takes for 0 where it is of a scalar.
+    # Not `[..., tf.newaxis, tf.newaxis]`, which OpenVINO takes for 0 on a scalar.
     start, extent = (
         tf.expand_dims(tf.expand_dims(tf.cast(value, tf.float32), -1), -1)
         for value in (start, in_size if extent is None else extent)
@@ -140,7 +140,7 @@ def resize(images: Array, height: int, width: int) -> tf.Tensor:
         width: Columns of the output, int.
 
     Returns:
-        Float32 in 0-255, `(B, height, width, 3)`. The pixels themselves where the size is right.
+        Float32 in 0-255, `(B, height, width, 3)`. The same pixels if the size is right.
     """
     if images.shape[1:3] == (height, width):
         return tf.cast(images, tf.float32)
@@ -161,8 +161,8 @@ def fit(images: Array, height: int, width: int, mode: str = "squash") -> tf.Tens
         images: uint8 or float in 0-255, `(B, H, W, 3)`; H and W may be unknown at trace time.
         height: Rows of the output, int.
         width: Columns of the output, int.
-        mode: `"squash"` changes the aspect ratio where it is another; `"crop"` first cuts off
-            what is too much at two sides, equally.
+        mode: `"squash"` changes the aspect ratio if it differs; `"crop"` first cuts off the excess,
+            equally on two sides.
 
     Returns:
         Float32 in 0-255, `(B, height, width, 3)`.
@@ -196,7 +196,7 @@ def center_crop(images: Array, height: int, width: int) -> tf.Tensor:
 
 
 def from_16_bits(values: Any) -> Array:
-    """16-bit values as 8-bit ones: 0-65535 to 0-255, whatever range an image uses of it.
+    """Convert 16-bit values to 8 bits: 0-65535 to 0-255, whatever range an image uses.
 
     Args:
         values: uint16 array or tensor of any shape.
@@ -267,17 +267,17 @@ def jitter_color(
     """Change brightness, contrast, saturation and hue of each image, in the image's own order.
 
     Brightness scales, contrast blends with the mean gray value, saturation blends with the gray
-    image. Without rounding and clipping in between, these three commute with one another, and
-    with the hue shift they commute but for *which* gray value they blend with: that of the image
-    before or after the shift. So every order of the four is one expression with two choices.
-    (The mean gray value after the shift is that of the saturated image: a saturation that went
-    before the shift no longer keeps it.)
+    image. Without rounding and clipping in between, these three commute with one another. They
+    commute with the hue shift too, except for *which* gray value they blend with: the one before or
+    after the shift. So every order of the four is one expression with two choices. (The mean gray
+    value after the shift is that of the saturated image: saturation before the shift does not
+    preserve it.)
 
     Args:
         planes: Float in 0-255, `(..., 3, H, W)`.
         brightness: Factors, float tensor `(...)`; 1 changes nothing.
-        contrast: Factors, likewise.
-        saturation: Factors, likewise.
+        contrast: Factors, as for `brightness`.
+        saturation: Factors, as for `brightness`.
         hue: Turns of the color circle, float tensor `(...)`; 0 changes nothing.
         contrast_first: Bool tensor `(...)`: contrast acts before the hue shift.
         saturation_first: Bool tensor `(...)`: saturation acts before the hue shift.
@@ -295,7 +295,7 @@ def jitter_color(
     rest = 1.0 - saturation
     to_gray = tf.broadcast_to([LUMA], tf.concat([tf.shape(hue), [1, 3]], 0))
     gray = mix_channels(to_gray, planes)
-    # Three rows for the saturated colors, but for gray from before the shift; one for gray.
+    # Three rows for the saturated colors without the gray from before the shift; one for gray.
     to_colors = saturation * tf.eye(3) + rest * (1.0 - saturation_first) * gray_matrix()
     mixed = mix_channels(tf.concat([to_colors, to_gray], axis=-2), shift_hue(planes, hue))
     gray_mean, shifted_mean = (
@@ -313,15 +313,15 @@ def jitter_color(
 
 
 def gray_matrix() -> tf.Tensor:
-    """Return the matrix `(3, 3)` that makes all channels of a pixel its gray value."""
+    """Return the matrix `(3, 3)` that sets all channels of a pixel to its gray value."""
     return tf.ones([3, 1]) * tf.constant([LUMA])
 
 
 def mix_channels(matrices: Array, planes: Array) -> tf.Tensor:
-    """Multiply a matrix with the channels of each pixel.
+    """Multiply the channels of each pixel by a matrix.
 
-    A matrix product even where a sum would do: XLA puts what is element by element into one
-    loop, and there computes what comes before once for each channel of what comes after.
+    A matrix product even where a sum would do: XLA fuses elementwise operations into one loop, and
+    there computes the inputs once for each channel of the outputs.
 
     Args:
         matrices: `(..., M, 3)`.

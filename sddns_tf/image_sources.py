@@ -1,4 +1,4 @@
-"""Whatever Keras takes for images, checked: arrays at once, batches while they come."""
+"""Checks whatever Keras takes as images: arrays at once, batches as they come."""
 
 import collections.abc
 import functools
@@ -12,28 +12,27 @@ from sddns_tf.validation import check_form, image_array, out_of_range, warn_of_b
 
 
 def image_source(x, name="x", *, trains=False, allow_nan=False):
-    """Return what Keras takes for the images of a whole set, checked by the rule of `image_array`.
+    """Return a whole set of images in a form Keras takes, checked by the rule of `image_array`.
 
-    What yields batches is checked batch by batch while it runs; uint8 of a `tf.data.Dataset`
-    needs no such check and costs nothing.
+    Sources of batches are checked batch by batch as they run; a `tf.data.Dataset` of uint8 needs no
+    such check and costs nothing.
 
     Args:
         x: Images as for `image_array`, or batches of them: a `tf.data.Dataset`, an iterator
             (such as a generator) or a `keras.utils.PyDataset`.
-        name: What a message calls it.
+        name: What error messages call it.
         trains: Whether images may come with auxiliary ones, as a dictionary with the keys
-            `"images"` and `"auxiliary"`, and labels are refused. Else what follows the images in a
-            batch is left out.
-        allow_nan: Whether floats may be not a number.
+            `"images"` and `"auxiliary"`, and labels are refused. Otherwise whatever follows the
+            images in a batch is ignored.
+        allow_nan: Whether floats may be NaN.
 
     Returns:
         An array, a dictionary of arrays, a `tf.data.Dataset`, an iterator over tuples, or a
         `keras.utils.PyDataset`.
 
     Raises:
-        ValueError: If `x` is none of these, or what can be seen of it now is no images. What turns
-            up later raises in the midst of the run, from a dataset as a
-            `tf.errors.InvalidArgumentError`.
+        ValueError: If `x` is none of these, or what can be checked now is not images. Later batches
+            raise during the run, those of a dataset a `tf.errors.InvalidArgumentError`.
     """
     check = functools.partial(_checked_batch, name=name, trains=trains, allow_nan=allow_nan)
     if isinstance(x, tf.data.Dataset):
@@ -43,7 +42,7 @@ def image_source(x, name="x", *, trains=False, allow_nan=False):
     if isinstance(x, keras.utils.PyDataset):
         return _CheckedPyDataset(x, check)
     if isinstance(x, collections.abc.Iterator):
-        return (check(batch) for batch in x)  # Keras knows generators, not iterators.
+        return (check(batch) for batch in x)  # Keras takes generators, not other iterators.
     if isinstance(x, dict) and trains:
         return _checked_dict(x, name, allow_nan)
     if isinstance(x, (list, tuple, Image.Image)) or hasattr(x, "shape"):
@@ -60,7 +59,7 @@ def image_batch(x, name="x"):
 
 
 def validation_source(validation_data):
-    """Return what `fit` takes as `validation_data`: as its `x`, or a tuple of that alone."""
+    """Return the `validation_data` of `fit`, checked: like its `x`, or a tuple of only that."""
     parts = validation_data
     is_tuple = isinstance(parts, tuple) and len(parts) in (1, 2, 3)
     is_image = is_tuple and (
@@ -99,7 +98,7 @@ class _CheckedPyDataset(keras.utils.PyDataset):
 
 
 def _checked_batch(batch, name, trains, allow_nan):
-    """Return a batch as a tuple of one part, as Keras wants it."""
+    """Return a batch as a tuple of one part, as Keras expects."""
     if isinstance(batch, tuple):
         if trains:
             _check_no_labels(batch, name)
@@ -110,7 +109,7 @@ def _checked_batch(batch, name, trains, allow_nan):
 
 
 def _checked_dict(parts, name, allow_nan):
-    """Return arrays of images and auxiliary images, as many of these as of those."""
+    """Return arrays of images and auxiliary images, the latter repeated to the same number."""
     _check_keys(parts, name)
     parts = {
         key: image_array(part, f"{name}['{key}']", allow_nan=allow_nan)
@@ -180,15 +179,15 @@ def _check_keys(parts, name):
 
 
 def in_range_later(images, name, allow_nan=False):
-    """As `validation.in_range`, as part of the graph that yields the images.
+    """Like `validation.in_range`, but as part of the graph that yields the images.
 
     Args:
         images: Tensor of integers or floats; uint8 costs nothing.
-        name: What a message calls them.
-        allow_nan: Whether floats may be not a number.
+        name: What error messages call them.
+        allow_nan: Whether floats may be NaN.
 
     Returns:
-        The tensor; integers as uint8. It fails with a `tf.errors.InvalidArgumentError`.
+        The tensor, integers as uint8. Bad values raise a `tf.errors.InvalidArgumentError`.
     """
     if images.dtype == tf.uint8:
         return images

@@ -1,4 +1,4 @@
-"""The names inside Keras that the package uses although they are not public: all in one place."""
+"""The private names of Keras that the package uses, all in one place."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def layers_of(network: keras.Layer) -> list[keras.Layer]:
 
 
 def inner(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    """Return the optimizer itself, or the one that scales no loss inside one that does."""
+    """Return the optimizer itself or, if it only scales the loss, the one inside it."""
     return getattr(optimizer, "inner_optimizer", optimizer)
 
 
 def batches_counted(optimizer: keras.optimizers.Optimizer) -> tf.Tensor:
-    """Return batches that an optimizer was given, those that it only accumulated included.
+    """Return how many batches an optimizer was given, including those it only accumulated.
 
-    `optimizer.iterations` counts its updates.
+    `optimizer.iterations` counts only its updates.
     """
     return tf.convert_to_tensor(inner(optimizer)._iterations)
 
@@ -43,7 +43,7 @@ def fused_adam(optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
     formula, AMSGrad included, are left alone.
 
     Args:
-        optimizer: Built optimizer, or one that scales the loss around it.
+        optimizer: Built optimizer, or a loss-scaling one around it.
     """
     adam = inner(optimizer)
     if type(adam).update_step is not keras.optimizers.Adam.update_step or adam.amsgrad:
@@ -61,7 +61,7 @@ def fused_adam(optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
     }
 
     def update_step(gradient, variable, learning_rate):
-        del learning_rate  # As above, read once for all.
+        del learning_rate  # The one above, read once for all variables.
         index = adam._get_variable_index(variable)
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
@@ -75,5 +75,5 @@ def fused_adam(optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
     try:
         yield
     finally:
-        # Replicas share the optimizer: another one may have been here first.
+        # Replicas share the optimizer: another one may have removed it already.
         vars(adam).pop("update_step", None)

@@ -7,27 +7,27 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-# Register tokens and the class token come before those of patches; more than these are none.
+# Register tokens and the class token come before patch tokens; there are at most this many.
 _MOST_PREFIX_TOKENS = 8
 _AUTO_STRIDES = (8, 16)
-# A channel that hardly varies over the bank would blow up what is rounding in it.
+# Dividing by less would blow up the rounding of channels that hardly vary over the bank.
 _SMALLEST_DEVIATION = 0.01
 
 
 def inner_maps(backbone, layers, image_size):
-    """Return the layers of a network whose maps are asked for, and how to compute them.
+    """Return the requested layers of a network, and how to compute their maps.
 
     Args:
         backbone: Built functional Keras model (others may be nested in it), or a
             `VisionTransformer`.
-        layers: `"auto"`, the last layers at strides 8 and 16; `"tokens"`, those of patches that
-            enter the last block of a vision transformer; or the name of a layer, or several. A
-            layer of a nested model is `"model/layer"`, or `"layer"` where that is the only one.
+        layers: `"auto"`, the last layers at strides 8 and 16; `"tokens"`, the patch tokens that
+            enter the last block of a vision transformer; or one or more names of layers. A layer of
+            a nested model is `"model/layer"`, or `"layer"` if it is the only one of that name.
         image_size: Height and width in pixels of the network's input.
 
     Returns:
         Tuple of the layers' names; a function from normalized images `(B, H, W, 3)` to a list of
-        maps `(B, h, w, C)`; and the shapes `(h, w, C)` of these.
+        maps `(B, h, w, C)`; and their shapes `(h, w, C)`.
 
     Raises:
         ValueError: If there is no such layer, or one gives no map.
@@ -90,7 +90,7 @@ def _of_transformer(backbone, names, image_size):
     rows, columns = (side // backbone.patch_size for side in image_size)
 
     def maps(images):
-        with tf.name_scope(backbone.name):  # As if it were called: exports find it by its name.
+        with tf.name_scope(backbone.name):  # As in a call: exports find it by its name.
             return backbone.token_maps(images, passed)
 
     return names, maps, [(rows, columns, backbone.hidden_dim)] * len(names)
@@ -102,7 +102,7 @@ def _is_graph(layer):
 
 
 def _layer_names(model, prefix=""):
-    """Return names of the layers of a model and of those in it, as `"model/layer"`."""
+    """Return names of the layers of a model; those of nested models as `"model/layer"`."""
     names = []
     for layer in model.layers:
         if not isinstance(layer, keras.layers.InputLayer):
@@ -112,7 +112,7 @@ def _layer_names(model, prefix=""):
 
 
 def _full_name(backbone, known, name):
-    """Return the one of the known names that is meant."""
+    """Return the known name that `name` stands for."""
     if name in known:
         return name
     found = [one for one in known if one.endswith(f"/{name}")]
@@ -131,7 +131,7 @@ def _full_name(backbone, known, name):
 
 
 def _model_of(backbone, names):
-    """Return a model of the same layers that gives what these give."""
+    """Return a model of the same layers with the outputs of the named ones."""
     given = backbone.inputs[0]
     images = keras.Input(given.shape[1:], dtype=given.dtype, name=given.name)
     found = {}
@@ -140,7 +140,7 @@ def _model_of(backbone, names):
 
 
 def _run(model, inputs, found, prefix=""):
-    """Run a model on symbolic inputs, and keep in `found` what each layer in it gives."""
+    """Run a model on symbolic inputs, and store the output of each layer in `found`."""
 
     def call(layer, *args, **kwargs):
         found[prefix + layer.name] = output = layer(*args, **kwargs)
@@ -152,7 +152,7 @@ def _run(model, inputs, found, prefix=""):
         for layer in model.layers:
             inputs = call(layer, inputs)
     else:
-        # Inputs may have names, as those of KerasHub have: {"images": ...}.
+        # Inputs may have names, as in KerasHub: {"images": ...}.
         inputs = keras.tree.pack_sequence_as(model.input, keras.tree.flatten(inputs))
         keras.models.clone_model(
             model, inputs, clone_function=lambda layer: layer, call_function=call
@@ -160,7 +160,7 @@ def _run(model, inputs, found, prefix=""):
 
 
 def _auto_names(backbone, shapes, image_size):
-    """Return the last layers at strides 8 and 16, the widened insides of blocks left out."""
+    """Return the last layers at strides 8 and 16, skipping the widened insides of blocks."""
     names = []
     for stride in _AUTO_STRIDES:
         at_stride = {
@@ -168,7 +168,7 @@ def _auto_names(backbone, shapes, image_size):
             for name, shape in shapes.items()
             if _is_map(shape) and _stride(shape, image_size) == stride and min(shape[1:3]) > 1
         }
-        # A block ends in a sum; what is wider belongs to the inside of the next one.
+        # A block ends in a sum; wider layers are inside the next block.
         sums = [
             channels
             for name, channels in at_stride.items()
@@ -192,7 +192,7 @@ def _layer(model, name):
 
 
 def _tokens_name(shapes, image_size):
-    """Return the last layer that gives tokens of patches."""
+    """Return the last layer that gives patch tokens."""
     for name, shape in reversed(shapes.items()):
         if shape is not None and len(shape) == 3 and _token_grid(shape, image_size):
             return (name,)
@@ -223,7 +223,7 @@ def _token_grid(shape, image_size):
 
 
 def _grid(name, shape, image_size):
-    """Rows, columns and channels of what a layer gives."""
+    """Return the rows, columns and channels of a layer's output."""
     grid = None
     if _is_map(shape):
         grid = shape[1:3]
@@ -239,7 +239,7 @@ def _grid(name, shape, image_size):
 
 
 def _as_map(output, rows, columns, channels):
-    """Return maps as they are; of tokens those of patches, which come last."""
+    """Return maps as they are, and tokens as maps of the patch tokens, which come last."""
     if len(output.shape) == 4:
         return output
     return tf.reshape(output[:, -rows * columns :], [-1, rows, columns, channels])
@@ -257,7 +257,7 @@ def check_grids(names, grids, image_size):
 
 
 def combined(maps):
-    """Return maps of several layers as one: averaged over 3 x 3 places, on the grid of the first.
+    """Combine the maps of several layers: averaged over 3 x 3 places, on the grid of the first.
 
     Args:
         maps: List of maps `(B, h_i, w_i, C_i)`, any float dtype.
@@ -288,7 +288,7 @@ class Moments:
         self._squares = np.zeros(channels)
 
     def add(self, rows):
-        """Count rows `(N, C)` in.
+        """Add rows `(N, C)`.
 
         Reference:
             Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing
@@ -297,7 +297,7 @@ class Moments:
         if not len(rows):
             return
         mean = rows.mean(axis=0, dtype=np.float64)
-        # Around their own mean, in float32: what a square loses there is far below the deviation.
+        # Around their own mean, float32 is enough: what a square loses is far below the deviation.
         centered = rows - mean.astype(np.float32)
         squares = np.einsum("nc,nc->c", centered, centered, dtype=np.float64, casting="same_kind")
         total = self.count + len(rows)
@@ -307,7 +307,7 @@ class Moments:
 
     @property
     def deviation(self):
-        """Standard deviation `(C,)`; of a channel that hardly varies, a small share of the rest."""
+        """Standard deviation `(C,)`; for channels that hardly vary, a small share of the median."""
         deviation = np.sqrt(self._squares / max(self.count, 1))
         varying = deviation[deviation > 0]
         typical = np.median(varying) if len(varying) else 1.0
@@ -315,19 +315,19 @@ class Moments:
 
 
 def counted_places(ignore, grid):
-    """Return the places of a map that count, of a mask of what does not.
+    """Return the places of a map that count, given a mask of those that do not.
 
     Args:
         ignore: None, a bool array `(h, w)` or `(H, W)`, true where nothing counts, or the path of
-            an image file that is not black there. A place does not count where at least half of
-            it is masked.
+            an image file that is not black there. A place does not count if at least half of it is
+            masked.
         grid: Rows and columns of the map.
 
     Returns:
         NumPy bool `(h, w)`.
 
     Raises:
-        ValueError: If the mask is not a picture of the map's proportions, or leaves nothing.
+        ValueError: If the mask does not have the map's proportions, or leaves no place.
     """
     if ignore is None:
         return np.ones(grid, bool)

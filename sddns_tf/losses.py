@@ -15,7 +15,7 @@ import tensorflow as tf
 from sddns_tf.types import Array
 from sddns_tf.validation import check_number
 
-# Logits are cosines: a spread below this is rounding, and so is a share of the batch.
+# Logits are cosines: a spread or a share of the batch below these is rounding.
 _LEAST_SPREAD = 1e-6
 _LEAST_SHARE = 1e-20
 
@@ -39,7 +39,7 @@ def teacher_probabilities(
 
 
 def spread(values: Any, global_mean: Any = tf.identity) -> tf.Tensor:
-    """Compute the deviation over the batch, the root of its mean square over the last axis.
+    """Compute the standard deviation over the batch, as a root mean square over the last axis.
 
     Args:
         values: `(..., K)`; all leading axes are the batch.
@@ -69,10 +69,10 @@ def batch_moments(values: Any, global_mean: Any = tf.identity) -> tuple[tf.Tenso
 
 
 def standardized(values: Any, moments: Any) -> tf.Tensor:
-    """Compute values with the mean of each channel taken away, divided by its standard deviation.
+    """Subtract each channel's mean and divide by its standard deviation.
 
-    What varies less than a hundredth of what channels vary on average, or less than float32's
-    rounding of the mean, is not blown up.
+    Channels that vary less than a hundredth as much as channels do on average, or less than
+    float32's rounding of the mean, are not blown up.
 
     Args:
         values: `(..., K)`.
@@ -92,13 +92,13 @@ def balanced_probabilities(
     iterations: int = 3,
     global_mean: Any = tf.identity,
 ) -> tf.Tensor:
-    """Compute outputs of the teacher that tell images apart and use all prototypes equally.
+    """Compute teacher targets that tell images apart and use all prototypes equally.
 
-    The logits are centered over the batch, measured by their `spread` and sharpened by a softmax;
-    then prototypes, of which each shall get the same share of the batch, and images, whose
-    probabilities shall add up to one, are scaled in turn (Sinkhorn-Knopp). Nothing depends on the
-    logits' size: a teacher whose images all look nearly alike still has an opinion, and neither
-    uniform outputs nor one prototype for all images are targets that can be reached.
+    The logits are centered over the batch, divided by their `spread` and sharpened by a softmax.
+    Then two scalings alternate (Sinkhorn-Knopp): prototypes are scaled to equal shares of the
+    batch, and images to probabilities that sum to one. Nothing depends on the size of the logits:
+    the targets tell images apart even if all look nearly alike to the teacher, and they can become
+    neither uniform nor one prototype for all images.
 
     Args:
         teacher_logits: `(..., K)`: every positive teacher view of the batch.
@@ -153,10 +153,10 @@ def distillation_loss(
 def cross_entropy(
     targets: Array, student_logits: Array, student_temperature: float = 0.1
 ) -> tf.Tensor:
-    """Compute the cross-entropy of student views and targets of other views of the same images.
+    """Compute the cross-entropy of student views against targets of the images' other views.
 
     The mean over all pairs (teacher view `t`, student view `s`, `s != t`) and over the batch of
-    `-sum_k P_t[k] log P_s[k]`. No pair is formed: the targets of one student view are added up
+    `-sum_k P_t[k] log P_s[k]`. No pairs are formed: the targets of each student view are summed
     first, and `-sum_k P[k] log softmax(z)[k] = logsumexp(z) - sum_k P[k] z[k]`.
 
     Args:
@@ -199,7 +199,7 @@ def uniformity_loss(student_logits: Array, student_temperature: float = 0.1) -> 
     """Compute the cross-entropy of the student's output against the uniform distribution.
 
     `-(1/K) sum_k log P_s[k] = logsumexp(z) - mean(z)` with `z = logits / temperature`: smallest,
-    `log K`, where the student has no opinion.
+    `log K`, if the student's output is uniform.
 
     Args:
         student_logits: `(..., K)`.
@@ -264,6 +264,6 @@ def relative_spread(features: Array, global_mean: Any = tf.identity) -> tf.Tenso
 
 
 def _check_temperature(name, value):
-    """A number is checked; a tensor is a schedule's, whose numbers were."""
+    """Check a number; a tensor is a schedule's, whose numbers were checked before."""
     if not tf.is_tensor(value):
         check_number(name, value, above=0.0)

@@ -1,6 +1,6 @@
-"""How well scores tell normal images from the rest, features tell classes, and how sure that is.
+"""Measures how well scores find anomalies and features tell classes apart, with intervals.
 
-Longer than other modules: a dozen independent functions, more than half of it what they mean.
+Longer than other modules: a dozen independent functions, and much of it explains them.
 """
 
 from __future__ import annotations
@@ -105,9 +105,9 @@ def ood_metric_intervals(
 ) -> dict[str, tuple[float, float]]:
     """Bootstrap intervals of `ood_metrics`: how much they would move with other test images.
 
-    Both sets are drawn anew from themselves, with replacement, `resamples` times; an interval
-    holds the middle `confidence` of a metric's values. It tells nothing of how much another
-    training run would differ.
+    Both sets are resampled with replacement, `resamples` times; an interval holds the middle
+    `confidence` of a metric's values. It says nothing about how much another training run would
+    differ.
 
     Args:
         id_scores: Scores of in-distribution images, `(N,)`, finite.
@@ -150,14 +150,14 @@ def ood_metric_intervals(
 
 
 def share_interval(share: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Compute Wilson's interval of a share: of images flagged, say, or classified rightly.
+    """Compute Wilson's interval of a share, such as images flagged or classified correctly.
 
-    Of a share of 0 or 1 it has width too: no image flagged of ten does not mean that none will be.
+    It has width at a share of 0 or 1 too: none flagged of ten does not mean that none ever will be.
 
     Args:
         share: Share found, in 0-1.
-        count: Number of images that it was found in.
-        confidence: How often the interval is to hold the true share, between 0 and 1.
+        count: Number of images that it is a share of.
+        confidence: How often the interval should hold the true share, between 0 and 1.
 
     Returns:
         `(low, high)`, Python floats.
@@ -196,15 +196,15 @@ def _check_bootstrap(confidence, count):
 
 
 def _resampled_counts(generator, positions, levels):
-    """Tell how many of as many draws fall on each level of score, lowest first."""
+    """Draw as many scores as there are, and count those on each level, lowest first."""
     drawn = generator.integers(0, positions.size, positions.size)
     return np.bincount(positions[drawn], minlength=levels)
 
 
 def _metrics_of_counts(id_counts, ood_counts):
-    """`ood_metrics` of how many scores lie on each level, lowest first; linear in the levels.
+    """Compute `ood_metrics` from counts of scores on each level, lowest first; linear in levels.
 
-    Scikit-learn would sort each resampled set: a hundred times as long for ten thousand images.
+    Scikit-learn would sort each resampled set, a hundred times as slow for ten thousand images.
     """
     id_below, ood_below = np.cumsum(id_counts), np.cumsum(ood_counts)
     id_total, ood_total = id_below[-1], ood_below[-1]
@@ -227,7 +227,7 @@ def _average_precision(counts, true_positives, false_positives):
 
 
 def at_size(maps: Array, size: tuple[int, int]) -> np.ndarray:
-    """Anomaly maps at the size of masks, bilinear.
+    """Resize anomaly maps to the size of masks, bilinearly.
 
     Args:
         maps: Scores of places, float `(N, h, w)`.
@@ -270,12 +270,13 @@ def pixel_auroc(maps: Array, masks: Array) -> float:
 
 
 def aupro(maps: Array, masks: Array, limit: float = 0.3) -> float:
-    """Area under the per-region overlap, over false positive rates from 0 to `limit`.
+    """Compute the area under the per-region overlap, for false positive rates from 0 to `limit`.
 
-    The overlap at a threshold is the share of a damaged region that scores at least as high, mean
-    over all regions (connected components, diagonals included), so that a small one counts as much
-    as a large one. The false positive rate is the share of all sound pixels that do. The area is
-    that of straight lines between thresholds, over `limit`: 1 is perfect.
+    The overlap at a threshold is the share of a damaged region that scores at least as high,
+    averaged over all regions (connected components, diagonals included), so that a small one counts
+    as much as a large one. The false positive rate is the share of all sound pixels that score at
+    least as high. The area is under straight lines between thresholds, divided by `limit`: 1 is
+    perfect.
 
     Args:
         maps: Scores of pixels, float `(N, H, W)`: see `at_size`.
@@ -300,7 +301,7 @@ def aupro(maps: Array, masks: Array, limit: float = 0.3) -> float:
     maps, masks = _pixels(maps, masks)
     regions, count = _regions(masks)
     sizes = np.bincount(regions.ravel(), minlength=count + 1)
-    # What each pixel adds: to the overlap its share of its region, or to the false positives.
+    # What each damaged pixel adds to the overlap; sound ones add to the false positives.
     gain = np.where(masks, 1.0 / (count * sizes[regions]), 0.0).ravel()
     order = np.argsort(-maps, axis=None, kind="stable")
     scores, gain = maps.ravel()[order], gain[order]
@@ -315,10 +316,10 @@ def aupro(maps: Array, masks: Array, limit: float = 0.3) -> float:
 
 
 def region_recall(maps: Array, masks: Array, threshold: float | None) -> float:
-    """Return the share of a damaged region that is flagged, mean over the regions of all images.
+    """Return the share of a damaged region that is flagged, averaged over all images' regions.
 
-    At the threshold of a detector it tells how much of the damage shows at the false alarm rate
-    that was promised.
+    At a detector's threshold, this is how much of the damage shows at the promised false alarm
+    rate.
 
     Args:
         maps: Scores of pixels, float `(N, H, W)`: see `at_size`.
@@ -363,10 +364,7 @@ def _pixels(maps, masks):
 
 
 def _regions(masks):
-    """Return numbers of connected regions from 1 on, 0 elsewhere, `(N, H, W)`.
-
-    How many there are.
-    """
+    """Return connected regions numbered from 1, 0 elsewhere, `(N, H, W)`; and their number."""
     from scipy.ndimage import label
 
     around = np.zeros((3, 3, 3), bool)
@@ -386,8 +384,8 @@ def knn_accuracy(
 
     A check of the features wherever labels exist, with nothing to train. Each of the `k` bank
     images nearest by cosine votes for its label with weight `exp(cos / temperature)`; the label
-    with the most votes is predicted (the smallest such label, if equal). Features need not be
-    normalized. Images are compared with the bank block by block, so memory stays bounded.
+    with the most votes is predicted (in a tie, the smallest). Features need not be normalized.
+    Images are compared with the bank block by block, so memory stays bounded.
 
     Args:
         bank_features: Features with known labels, `(M, D)`, any float dtype.
@@ -398,7 +396,7 @@ def knn_accuracy(
         temperature: Positive; the lower, the more the nearest neighbors weigh.
 
     Returns:
-        Python float, the share of `features` classified rightly.
+        Python float, the share of `features` classified correctly.
 
     Raises:
         ValueError: if shapes or dtypes do not fit, features are not finite, or `k` or
@@ -436,7 +434,7 @@ def knn_accuracy(
         cosines = features[start : start + block] @ bank_features.T
         nearest = np.argpartition(-cosines, k - 1, axis=1)[:, :k]
         cosines = np.take_along_axis(cosines, nearest, axis=1).astype("float64")
-        # Against the largest weight, which changes no vote's rank and cannot overflow.
+        # Relative to the largest weight, which keeps the order of votes and cannot overflow.
         weights = np.exp((cosines - cosines.max(axis=1, keepdims=True)) / temperature)
         votes = np.zeros((len(cosines), len(classes)))
         np.add.at(votes, (np.arange(len(votes))[:, None], bank_classes[nearest]), weights)

@@ -1,4 +1,4 @@
-"""What is asked of a network, and independent copies that are held equal to it."""
+"""Checks of networks, and independent copies that are verified to be equal."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import tensorflow as tf
 
 from sddns_tf.keras_private import layers_of
 
-# Largest difference of an output, relative to its size, that rounding may make.
+# Largest difference in an output that rounding may cause, relative to its size.
 _TOLERANCE = 1e-3
 
-# What `tf.name_scope` takes.
+# What `tf.name_scope` accepts.
 _SCOPE = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_.\\/>-]*")
 
 
 def copy_of(network: keras.Layer, input_shape: tuple, trainable: bool = True) -> keras.Layer:
-    """Return a network of the same layers and values, with variables of its own.
+    """Return a network with the same layers and values, but variables of its own.
 
-    Of a subclass of functional models, such as `ConvNet`, it is a plain functional model. What a
-    layer holds besides its weights, such as the mean of an adapted `Normalization`, is brought
-    along. Both are then run on one input and must agree.
+    The copy of a subclass of functional models, such as `ConvNet`, is a plain functional model.
+    What a layer holds besides its weights, such as the mean of an adapted `Normalization`, is
+    copied too. Both networks are then run on one input and must agree.
 
     Args:
         network: Built Keras model or layer.
@@ -36,7 +36,7 @@ def copy_of(network: keras.Layer, input_shape: tuple, trainable: bool = True) ->
         The copy.
 
     Raises:
-        ValueError: If the copy shares variables with the network or answers otherwise.
+        ValueError: If the copy shares variables with the network or gives other outputs.
 
     Example:
         >>> teacher = copy_of(student, (32, 32, 3), trainable=False)
@@ -47,7 +47,7 @@ def copy_of(network: keras.Layer, input_shape: tuple, trainable: bool = True) ->
         copy(probe, training=False)
     copy.set_weights(network.get_weights())
     for layer in layers_of(copy):
-        # Layers with `adapt` compute from their weights what they use.
+        # Layers with `adapt` derive what they use from their weights.
         if hasattr(layer, "finalize_state"):
             layer.finalize_state()
     copy.trainable = trainable
@@ -99,17 +99,17 @@ def _check_equal(network, copy, probe):
 
 
 def check_backbone(backbone: keras.Model, sizes: tuple) -> int:
-    """Build a backbone if need be, and hold it to what training asks of it.
+    """Build a backbone if needed, and check that it can be trained.
 
     Args:
-        backbone: What was passed as one.
+        backbone: What was passed as the backbone.
         sizes: Sides in pixels of the images that it must take.
 
     Returns:
         Number of its features.
 
     Raises:
-        ValueError: If it is no Keras model, does not take images of each size, does not give one
+        ValueError: If it is not a Keras model, does not take images of each size, does not give one
             vector per image, is quantized, or has names that TensorFlow refuses.
     """
     if not isinstance(backbone, keras.Model):
@@ -154,7 +154,7 @@ def check_backbone(backbone: keras.Model, sizes: tuple) -> int:
 
 
 def check_names(network: keras.Layer) -> None:
-    """Raise a `ValueError` where a layer has a name that TensorFlow takes for no scope of a graph.
+    """Raise a `ValueError` if TensorFlow rejects a layer's name as the scope of a graph.
 
     Args:
         network: Keras model or layer.
@@ -169,9 +169,9 @@ def check_names(network: keras.Layer) -> None:
 
 
 def check_scope(layer: keras.Layer | None) -> None:
-    """Raise a `ValueError` where a layer was built outside of the strategy's scope.
+    """Raise a `ValueError` if a layer was built outside the strategy's scope.
 
-    It would fail in `fit`, with an assertion that says nothing.
+    Otherwise `fit` would fail, with an assertion that explains nothing.
 
     Args:
         layer: Keras layer, or None.
@@ -188,7 +188,7 @@ def check_scope(layer: keras.Layer | None) -> None:
 
 
 def describe_strategy(strategy: tf.distribute.Strategy) -> str:
-    """Return what an error calls a distribution strategy."""
+    """Return what error messages call a distribution strategy."""
     return f"{type(strategy).__name__} ({strategy.num_replicas_in_sync} replicas)"
 
 
@@ -207,11 +207,11 @@ def moving_statistics(norms: list[keras.Layer]) -> list[keras.Variable]:
 def normalizing_by_batch(
     backbone: keras.Layer, norms: list, part: Any, momentum: float
 ) -> Iterator[None]:
-    """Called in training meanwhile, a frozen backbone normalizes by its batch, and drops nothing.
+    """Let a frozen backbone, called in training mode, normalize by its batch and drop nothing.
 
-    Its moving statistics follow those of its batches. Were they the student's, averaged twice, they
-    would fit the teacher's weights too late: the features of a deep network then become constant
-    within the first steps.
+    Its moving statistics follow its own batches. The student's, averaged a second time, would fit
+    the teacher's weights too late: the features of a deep network then become constant within the
+    first steps.
 
     Args:
         backbone: The teacher's.
@@ -219,7 +219,7 @@ def normalizing_by_batch(
         part: `replicas.Part` of the batch.
         momentum: Share of the moving statistics that stays.
     """
-    # Layers that drop something are known by their rate.
+    # Layers that drop something have a `rate`.
     drops = [layer for layer in layers_of(backbone) if getattr(layer, "rate", None)]
     rates, momenta = [drop.rate for drop in drops], [norm.momentum for norm in norms]
     statistics = moving_statistics(norms)
@@ -242,9 +242,9 @@ def normalizing_by_batch(
 
 @contextlib.contextmanager
 def moving_statistics_of(backbone: keras.Layer, part: Any) -> Iterator[None]:
-    """Afterward moving statistics are as the images of a part made them, of none as before.
+    """Make moving statistics follow the images of a part; without a part, restore them afterward.
 
-    Replicas take the mean of theirs: one network, whichever of them is saved.
+    Replicas average theirs, so that all have the same network to save.
 
     Args:
         backbone: The student's.

@@ -1,6 +1,6 @@
 """Pictures as Pillow holds them: what a file's header says, and pixels as uint8 RGB.
 
-Without TensorFlow, so that whoever has a `.tflite` file reads images as the package does.
+Without TensorFlow, so that users of a `.tflite` file can read images as the package does.
 """
 
 import io
@@ -14,11 +14,11 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP")
 _ORIENTATION = 0x0112
 _FLIPPED_LEFT_RIGHT = (2, 3, 6, 7)
 _FLIPPED_UP_DOWN = (3, 4, 7, 8)
-_BIT_DEPTH_OF_PNG = 24  # Place of the byte: Pillow does not tell it of 16-bit color.
+_BIT_DEPTH_OF_PNG = 24  # Offset of the byte: Pillow does not report it for 16-bit color.
 
 
 class Header(NamedTuple):
-    """What a file says of its image before it is decoded.
+    """What a file says about its image before it is decoded.
 
     Attributes:
         height: Rows, as stored.
@@ -37,8 +37,8 @@ class Header(NamedTuple):
 def header(file: bytes) -> Header:
     """Return the header of an image file.
 
-    TensorFlow takes the indices of a palette BMP for gray values, leaves TIFF and WebP alone, and
-    makes what is transparent in a GIF black: those are for Pillow.
+    TensorFlow takes the indices of a palette BMP for gray values, does not read TIFF and WebP, and
+    turns transparent parts of a GIF black: Pillow decodes those formats.
 
     Args:
         file: Contents of the file.
@@ -47,7 +47,7 @@ def header(file: bytes) -> Header:
         `Header`.
 
     Raises:
-        ValueError: If it is no image of `FORMATS`, or its header is damaged.
+        ValueError: If it is not an image in one of `FORMATS`, or its header is damaged.
         PIL.Image.DecompressionBombError: If it has more pixels than Pillow opens.
     """
     if not file:
@@ -70,7 +70,7 @@ def header(file: bytes) -> Header:
 
 
 def decode(file: bytes, exif_orientation: bool = True) -> np.ndarray:
-    """Return pixels of an image file, of the first one where it holds several.
+    """Return the pixels of an image file, or of the first image if it holds several.
 
     Args:
         file: Contents of the file.
@@ -87,8 +87,8 @@ def pixels(picture: Image.Image, exif_orientation: bool = True) -> np.ndarray:
     """Return pixels of a picture of any mode.
 
     A palette becomes its colors, gray becomes RGB, an alpha channel is dropped, and 16 bits become
-    8 by `value // 257`, whatever range the picture uses. (Of 16-bit color in a TIFF, Pillow gives
-    the higher 8 bits.)
+    8 by `value // 257`, whatever range the picture uses. (For 16-bit color in a TIFF, Pillow gives
+    the upper 8 bits.)
 
     Args:
         picture: `PIL.Image.Image`.
@@ -102,7 +102,7 @@ def pixels(picture: Image.Image, exif_orientation: bool = True) -> np.ndarray:
     """
     orientation = orientation_of(picture)
     array = _rgb(picture)
-    if picture.format == "TIFF":  # Pillow has turned it while it was loaded.
+    if picture.format == "TIFF":  # Pillow turned it on loading.
         return (
             array if exif_orientation else turned(array, {6: 8, 8: 6}.get(orientation, orientation))
         )
@@ -121,7 +121,7 @@ def _rgb(picture):
     for premultiplied, mode in (("La", "LA"), ("RGBa", "RGBA")):
         if picture.mode == premultiplied:
             picture = picture.convert(mode)
-    if "transparency" in picture.info:  # Pillow warns where it goes straight to RGB.
+    if "transparency" in picture.info:  # Pillow warns if it goes straight to RGB.
         picture = picture.convert("RGBA")
     return np.asarray(picture.convert("RGB"))
 
@@ -131,10 +131,10 @@ def _repeated(gray):
 
 
 def orientation_of(picture: Image.Image) -> int:
-    """EXIF orientation of a picture, 1 to 8; 1 where it has none that can be read."""
+    """Return the EXIF orientation of a picture, 1 to 8; 1 if it has none that can be read."""
     try:
         orientation = picture.getexif().get(_ORIENTATION, 1)
-    except Exception:  # Whatever Pillow's parsers make of damaged EXIF data.
+    except Exception:  # Damaged EXIF data makes Pillow's parsers raise all kinds of errors.
         return 1
     return orientation if orientation in range(1, 9) else 1
 
@@ -163,6 +163,6 @@ def turned(image, orientation: int):
 
 
 def _transposed(image):
-    import tensorflow as tf  # Who has a tensor has it.
+    import tensorflow as tf  # Whoever has a tensor has TensorFlow.
 
     return tf.transpose(image, [1, 0, 2])

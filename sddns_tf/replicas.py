@@ -1,4 +1,4 @@
-"""One global batch on however many replicas: each one's part of it, and means over all of it."""
+"""One global batch on any number of replicas: each replica's part, and means over the whole."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Part(NamedTuple):
     """Which images of the global batch a replica holds.
 
     Attributes:
-        first: Place of its first image in the global batch, int or scalar int32.
-        total: Images of the global batch, likewise.
-        held: Images that the replica computes with, at least one, likewise.
-        weight: What the replica's mean over its images counts for in a mean over the replicas:
-            its number of images, relative to the average. Float or scalar float32; 0 for a replica
-            that got none and computes with a stand-in.
+        first: Index of its first image in the global batch, int or scalar int32.
+        total: Number of images in the global batch, int or scalar int32.
+        held: Number of images that the replica computes with, at least 1, int or scalar int32.
+        weight: Weight of the replica's mean in a mean over the replicas: its number of images,
+            relative to the average. Float or scalar float32; 0 for a replica that got no images and
+            computes with a stand-in.
     """
 
     first: tf.Tensor | int
@@ -49,8 +49,8 @@ class Part(NamedTuple):
     def mean_of_shares(self, shares: Any) -> Any:
         """Average over the replicas what each has weighted with `share`.
 
-        Gradients of a share are shares: what they pass on the way to other replicas, through
-        means over the global batch, is weighted once and not again.
+        Gradients of a share are shares: what reaches other replicas through means over the global
+        batch is weighted only once.
 
         Args:
             shares: Tensor, or a structure of tensors.
@@ -61,24 +61,24 @@ class Part(NamedTuple):
         context = tf.distribute.get_replica_context()
         if context.num_replicas_in_sync == 1:
             return shares
-        # A tensor of no device, such as the gradient of nothing, cannot be sent to other machines.
+        # A tensor without a device, such as a gradient of nothing, cannot go to other machines.
         shares = tf.nest.map_structure(tf.identity, shares)
         return context.all_reduce(tf.distribute.ReduceOp.MEAN, shares)
 
 
 _current = threading.local()
 
-# Further than any model counts its collectives.
+# More collectives than any model has.
 _KEYS_OF_ONE = 100_000
 _numbered: weakref.WeakSet = weakref.WeakSet()
 _strategies = itertools.count(1)
 
 
 def number_apart(strategy: tf.distribute.Strategy) -> None:
-    """Let the collectives of two strategies in one process not be taken for each other's.
+    """Keep the collectives of two strategies in one process from being mixed up.
 
-    TensorFlow counts the collectives of each `MirroredStrategy` from the same number, and remembers
-    the shape of each number for the life of the process: the second strategy would fail with
+    TensorFlow numbers the collectives of each `MirroredStrategy` from the same start, and remembers
+    the shape for each number for the life of the process: the second strategy would fail with
     "Shape mismatch in the collective instance".
 
     Args:
@@ -96,10 +96,10 @@ def number_apart(strategy: tf.distribute.Strategy) -> None:
 
 
 def part_of(images: tf.Tensor) -> Part:
-    """Return the part of the global batch that the images of this replica are.
+    """Return which part of the global batch the images of this replica are.
 
-    Where the number of images is static, all replicas hold as many. Where it is not, the last
-    batch of an epoch may be uneven, and the replicas tell each other how many they hold.
+    Where the number of images is static, all replicas hold equally many. Otherwise, the last batch
+    of an epoch may be uneven, and the replicas tell each other how many they hold.
 
     Args:
         images: Images of this replica, `(B, ...)`.
@@ -117,7 +117,7 @@ def part_of(images: tf.Tensor) -> Part:
         return Part(replica * count, replicas * count, count, 1.0)
     counts = context.all_gather(tf.reshape(count, [1]), axis=0)
     total = tf.reduce_sum(counts)
-    # A stand-in takes the numbers of the first image: there are none beyond the last one.
+    # A stand-in uses the random numbers of the first image: there are none beyond the last.
     first = tf.where(count > 0, tf.reduce_sum(counts[:replica]), 0)
     weight = tf.cast(count * replicas, tf.float32) / tf.cast(total, tf.float32)
     return Part(first, total, tf.maximum(count, 1), weight)
@@ -126,7 +126,7 @@ def part_of(images: tf.Tensor) -> Part:
 def at_least_one(images: tf.Tensor) -> tf.Tensor:
     """Return the images, or a black one as a stand-in for a replica that got none.
 
-    A mean over no images is not a number, and no weight would make it one again.
+    A mean over no images is NaN, and stays NaN whatever its weight.
 
     Args:
         images: Images of this replica, `(B, H, W, 3)`.
@@ -143,7 +143,7 @@ def at_least_one(images: tf.Tensor) -> tf.Tensor:
 
 @contextlib.contextmanager
 def holding(part: Part) -> Iterator[None]:
-    """While it lasts, random numbers are drawn for this part of the global batch.
+    """Inside this context, random numbers are drawn for this part of the global batch.
 
     Args:
         part: From `part_of`.
@@ -159,15 +159,15 @@ def holding(part: Part) -> Iterator[None]:
 def uniform(shape: Any, seed: int, **kwargs) -> tf.Tensor:
     """Draw uniform numbers whose last axis runs over the images of this replica.
 
-    Under a distribution strategy each replica holds a contiguous part of the global batch. It
-    draws what one device would draw for the whole of it and keeps its own part, so that an image
-    gets the same numbers on any number of devices.
+    Under a distribution strategy each replica holds a contiguous part of the global batch. It draws
+    what one device would draw for the whole batch and keeps its own part, so that an image gets the
+    same numbers on any number of devices.
 
     Args:
         shape: Ints or scalar tensors; the last one is the number of this replica's images, or a
             multiple of it where each image has several views, which then lie together.
         seed: Two integers, the same on all replicas.
-        **kwargs: Of `tf.random.stateless_uniform`: `minval`, `maxval`, `dtype`.
+        **kwargs: Arguments of `tf.random.stateless_uniform`: `minval`, `maxval`, `dtype`.
 
     Returns:
         Tensor of the given shape.
@@ -193,7 +193,7 @@ def uniform(shape: Any, seed: int, **kwargs) -> tf.Tensor:
 def local_devices(strategy: tf.distribute.Strategy) -> int:
     """Return how many devices of this process a strategy spreads a batch over.
 
-    Workers of a cluster count as one: each of them has the whole set of images before it.
+    Workers of a cluster count as one: each of them goes through the whole set of images.
 
     Args:
         strategy: Such as `model.distribute_strategy`.
@@ -214,7 +214,7 @@ def on_all_devices(function: Callable, strategy: tf.distribute.Strategy) -> Call
         strategy: Such as `model.distribute_strategy`.
 
     Returns:
-        The same as a function of batches whose size is a multiple of `local_devices`.
+        The same function, for batches whose size is a multiple of `local_devices`.
     """
     devices = local_devices(strategy)
     if devices == 1:

@@ -1,8 +1,8 @@
 """Values that change with the training step: learning rate, momentum, temperature, weights.
 
 A schedule is a function of the step, so that nothing has to be set from outside and a resumed run
-continues where it stood. All are `keras.optimizers.schedules.LearningRateSchedule`, hence usable
-as the learning rate of any Keras optimizer and everywhere `SelfDistillation` takes a number.
+continues where it left off. Each is a `keras.optimizers.schedules.LearningRateSchedule`, so it can
+be the learning rate of any Keras optimizer, and used wherever `SelfDistillation` takes a schedule.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Linear(keras.optimizers.schedules.LearningRateSchedule):
         start: Value up to `start_step`.
         end: Value from `end_step` on.
         end_step: Step at which `end` is reached.
-        start_step: Step at which `start` is left.
+        start_step: Step at which the change begins.
 
     Example:
         >>> ramp = Linear(0.0, 1.0, start_step=300, end_step=600)

@@ -1,7 +1,7 @@
 """`SelfDistillation`: student, EMA teacher and center, trained on images without labels.
 
-Longer than other modules, as it holds one class: its arguments, its doors, and the training step,
-which reads like the algorithm and belongs beside what it calls.
+Longer than other modules because it is one class: its arguments, its entry points, and the training
+step, which reads like the algorithm and belongs next to what it calls.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _LOGGED = (
     "teacher_spread",
 )
 
-# Of the teacher's batch statistics.
+# For the teacher's batch statistics.
 _STATISTICS_MOMENTUM = schedules.GrowingMomentum(0.99)
 
 # Below this, facebookresearch/dinov2 issue 298 reports that DINO does not train.
@@ -49,17 +49,17 @@ _SMALLEST_BATCH = 32
 class SelfDistillation(keras.Model):
     """Self-distillation with negative sampling, trained by `fit` on unlabeled images.
 
-    A student learns to say of every view of an image what a teacher, the moving average of the
-    student, says of its global views; and to have no opinion on negatives.
+    From every view of an image, a student learns to predict the outputs of a teacher, its own
+    moving average, for the global views; for negatives it learns uniform outputs.
 
-    By default the scale of everything is taken from the batch, whatever the backbone's and
-    however alike its features: they are standardized before the heads, and the targets are
+    By default all scales are taken from the batch, whatever the scale of the backbone's features
+    and however alike they are: features are standardized before the heads, and the targets are
     `losses.balanced_probabilities`. With a `teacher_temperature` the features go to the heads as
-    they are and the targets are centered and sharpened as in the paper, whose constants
-    `SelfDistillation(backbone, views, head=ProjectionHead(), **SelfDistillation.PAPER)` has.
-    Untrained features of different images are nearly the same vector. As they are, they need a
-    temperature, momentum and learning rate that suit the backbone, or the center cancels what
-    little tells images apart and all outputs become uniform.
+    they are, and the targets are centered and sharpened as in the paper;
+    `SelfDistillation(backbone, views, head=ProjectionHead(), **SelfDistillation.PAPER)` has its
+    constants. Untrained features of different images are nearly the same vector. Without
+    standardization they need a temperature, momentum and learning rate that suit the backbone, or
+    the center cancels what little tells images apart and all outputs become uniform.
 
     Calling the model gives the teacher backbone's features. Training batches are images
     `(B, H, W, 3)`, uint8 or float in 0-255, or, where `negatives` needs auxiliary images, a
@@ -71,12 +71,13 @@ class SelfDistillation(keras.Model):
     Under a distribution strategy, build the model (its backbone, head and optimizer too) and
     compile it within `strategy.scope()`; batches are global, and so are losses, center and logs.
     Where the optimizer has `gradient_accumulation_steps`, a step is still a batch, as it is for
-    Keras' learning rate schedules; the teacher and the weight decay move when the optimizer does.
+    Keras' learning rate schedules; the teacher moves and weights decay only when the optimizer
+    updates.
 
     Args:
         backbone: Any Keras model from normalized images `(B, h, w, 3)` to features `(B, D)` that
-            takes the sizes of all views. It becomes the student's; the teacher's is a copy, so
-            load weights to start from before.
+            takes the sizes of all views. It becomes the student's; the teacher's is a copy, so load
+            initial weights first.
         views: `MultiCrop`.
         negatives: `Negatives`, or `None` to train by self-distillation alone.
         head: `ProjectionHead` of the student. Defaults to one that suits small data: 1024
@@ -92,10 +93,10 @@ class SelfDistillation(keras.Model):
         weight_decay: Schedule of the decoupled weight decay of all tensors but biases and
             normalizations, or `None` for the optimizer's own `weight_decay`, from which those are
             exempt too: see `compile`.
-        gradient_clip_norm: Largest norm of the gradient of each single tensor, or `None`.
+        gradient_clip_norm: Largest norm of each tensor's gradient, or `None`.
         frozen_last_layer_steps: Steps for which the head's last layer does not move.
         mean: Mean of each channel of images scaled to 0-1, for normalization.
-        std: Standard deviation of each channel, likewise.
+        std: Standard deviation of each channel of images scaled to 0-1.
         seed: Integer; fixes the views and negatives of every step.
 
     Logs:
@@ -145,7 +146,7 @@ class SelfDistillation(keras.Model):
     ) -> None:
         # Images in 0-255 would lose their last bits if Keras cast them to the global policy.
         super().__init__(**{"autocast": False, **kwargs})
-        # Keras remembers a strategy only where there is one, and takes the current one for none.
+        # Keras stores a strategy only if there is one, and otherwise uses the current one.
         self._built_under = tf.distribute.get_strategy()
         replicas.number_apart(self._built_under)
         for layer in (backbone, head):
@@ -213,8 +214,8 @@ class SelfDistillation(keras.Model):
         """Choose the optimizer; the losses are the model's own.
 
         Weight decay never acts on biases and normalizations, the 1-D tensors, whether it is the
-        optimizer's or the model's `weight_decay` schedule. It acts on the last layer's gain where
-        that is trained, as in the authors' program, which holds it as a matrix of one column.
+        optimizer's or the model's `weight_decay` schedule. It acts on the last layer's gain if that
+        is trained, as in the authors' code, where the gain is a matrix of one column.
 
         Args:
             optimizer: Keras optimizer, or its name.
@@ -250,7 +251,7 @@ class SelfDistillation(keras.Model):
         self.compile(**keras.saving.deserialize_keras_object(config))
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
-        """Nothing is left to build, and Keras' way to a batch fails for dictionaries on machines.
+        """Build nothing: all is built, and Keras' way to get a batch fails for dictionaries.
 
         Under `MultiWorkerMirroredStrategy` it would reduce the dictionary as if it were a tensor.
         """
@@ -275,7 +276,7 @@ class SelfDistillation(keras.Model):
         Args:
             x: Images `(N, H, W, 3)`, uint8 or float in 0-255, or a list of images of one size;
                 where `negatives` needs auxiliary images, a dictionary with the keys `"images"` and
-                `"auxiliary"`, of which fewer are repeated. Or batches of either: a
+                `"auxiliary"`, which are repeated if there are fewer. Or batches of either: a
                 `tf.data.Dataset`, a generator or a `keras.utils.PyDataset`.
             y: None: there are no labels.
             batch_size: As in Keras.
@@ -283,7 +284,7 @@ class SelfDistillation(keras.Model):
             verbose: As in Keras.
             callbacks: As in Keras.
             validation_split: As in Keras.
-            validation_data: As `x`.
+            validation_data: Like `x`.
             shuffle: As in Keras.
             class_weight: None: there are no classes.
             sample_weight: None.
@@ -293,7 +294,7 @@ class SelfDistillation(keras.Model):
             `keras.callbacks.History`.
 
         Raises:
-            ValueError: If `x` is no images in 0-255, or labels are passed.
+            ValueError: If `x` is not images in 0-255, or labels are passed.
         """
         _refuse_labels(y=y, class_weight=class_weight, sample_weight=sample_weight)
         x = image_source(x, "x", trains=True)
@@ -314,7 +315,7 @@ class SelfDistillation(keras.Model):
                 **kwargs,
             )
         finally:
-            # Keras tells callbacks of an end, not of an error.
+            # Keras tells callbacks about the end, not about errors.
             for callback in tf.nest.flatten(getattr(callbacks, "callbacks", callbacks) or []):
                 if hasattr(callback, "release"):
                     callback.release()
@@ -394,7 +395,7 @@ class SelfDistillation(keras.Model):
         return _as_keras_reduces(logs)
 
     def _unpack(self, data):
-        """Images and auxiliary images of a batch, checked while the step is traced, and whose."""
+        """Return images, auxiliary images and `Part` of a batch, checked during tracing."""
         batch, labels, _ = keras.utils.unpack_x_y_sample_weight(data)
         if labels is not None:
             raise ValueError(
@@ -451,7 +452,7 @@ class SelfDistillation(keras.Model):
         return features, self.teacher_head(inputs, training=False)
 
     def _targets(self, teacher_logits, part):
-        """Return what the student shall say of other views of the same images, `(G, B, K)`."""
+        """Return the student's targets for other views of the same images, `(G, B, K)`."""
         if self.teacher_temperature is None:
             return losses.balanced_probabilities(teacher_logits, global_mean=part.mean)
         temperature = self.teacher_temperature(self.step)
@@ -475,8 +476,8 @@ class SelfDistillation(keras.Model):
     def _positive_and_negative_features(self, views, negatives, part, training):
         """Return features `(V, B, D)` and `(N, B, D)`.
 
-        Where the backbone has batch statistics, negatives go apart from the positives and leave
-        the moving statistics as the positives made them.
+        If the backbone has batch statistics, negatives go through it separately and leave the
+        moving statistics as the positives made them.
         """
         if self._norms:
             positive = self._student_features(views, training, part)
@@ -491,14 +492,14 @@ class SelfDistillation(keras.Model):
     def _student_features(self, groups, training, part):
         """Return features `(V, B, D)` of all views of all groups.
 
-        Statistics follow those of a part.
+        Moving statistics follow the images of `part`, or stay as they were if it is None.
         """
         with networks.moving_statistics_of(self.student_backbone, part):
             features = [self._features(self.student_backbone, group, training) for group in groups]
         return tf.concat(features, axis=0)
 
     def _head_inputs(self, features, positive, part):
-        """Features as a head takes them: standardized by the moments of the positive views'."""
+        """Return a head's inputs: features standardized by the moments of the positive views."""
         if self.teacher_temperature is not None:
             return features
         return losses.standardized(features, losses.batch_moments(positive, part.mean))
@@ -518,19 +519,19 @@ class SelfDistillation(keras.Model):
         return {"loss": total, "positive_loss": positive, "negative_loss": negative}
 
     def _gradients(self, tape, loss, part):
-        """Take them of the mean over the global batch, given this replica's share of the loss.
+        """Return gradients of the global batch's mean loss, given this replica's share of the loss.
 
-        Zero for what the loss does not depend on.
+        They are zero for variables that the loss does not depend on.
         """
         sources = [variable.value for variable in self.trainable_variables]
         gradients = tape.gradient(loss, sources, unconnected_gradients="zero")
         return part.mean_of_shares(gradients)
 
     def _update_student(self, gradients):
-        """Clip each tensor's gradient, decay, and let the optimizer move the student.
+        """Clip each tensor's gradient, decay weights, and let the optimizer move the student.
 
         Returns:
-            Whether it moves: not while gradients are accumulated, nor where they overflowed.
+            Whether the student moves: not while gradients accumulate, nor if they overflowed.
         """
         variables = self.trainable_variables
         if self.gradient_clip_norm is not None:
@@ -552,8 +553,8 @@ class SelfDistillation(keras.Model):
                     variable.assign_sub(decay * variable)
         with fused_adam(self.optimizer):
             self.optimizer.apply(gradients, variables)
-        # Putting the values back, rather than dropping the gradients, leaves Adam's moments warm
-        # for the first step that counts, and holds against decay and momentum alike.
+        # Putting the values back, rather than dropping the gradients, keeps Adam's moments warm
+        # for the first step that counts, and undoes decay and momentum too.
         for variable, value in zip(frozen, before, strict=True):
             is_frozen = self.step < self.frozen_last_layer_steps
             variable.assign(tf.where(is_frozen, value, variable))
@@ -566,8 +567,7 @@ class SelfDistillation(keras.Model):
     def _optimizer_moves(self, gradients):
         """Tell whether the optimizer is about to move the variables, by its own count of batches.
 
-        It counts no batch whose gradients overflowed, and moves at the last of those that it
-        accumulates.
+        It skips batches whose gradients overflowed, and moves at the last one that it accumulates.
         """
         finite = True
         if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
@@ -577,9 +577,9 @@ class SelfDistillation(keras.Model):
         return tf.logical_and(finite, is_last)
 
     def _update_teacher(self, student_moves):
-        """Where the student moved, move every float of the teacher toward it.
+        """If the student moved, move every float of the teacher toward it.
 
-        But its batch statistics: they are of its own batches, see `_teacher_outputs`.
+        Its batch statistics are left out; they follow its own batches: see `_teacher_outputs`.
         """
         share = tf.where(student_moves, 1.0 - self.teacher_momentum(self.step), 0.0)
         own = {id(variable) for variable in networks.moving_statistics(self._norms)}
@@ -661,7 +661,7 @@ class SelfDistillation(keras.Model):
 def _clipped(gradients, largest):
     """Scale each tensor down to a norm of `largest`, by `tf.clip_by_norm`'s formula.
 
-    The factors of all tensors are one vector: three operations a tensor instead of seventeen.
+    The factors of all tensors are one vector: three operations per tensor instead of seventeen.
     """
     norms = tf.sqrt(2.0 * tf.stack([tf.cast(tf.nn.l2_loss(g), tf.float32) for g in gradients]))
     factors = tf.unstack(largest / tf.maximum(norms, largest))
@@ -669,7 +669,7 @@ def _clipped(gradients, largest):
 
 
 def _as_keras_reduces(logs):
-    """Of several machines Keras takes the mean of logs over an axis, which scalars lack."""
+    """Add an axis to logs on several machines: Keras averages over one, which scalars lack."""
     resolver = getattr(tf.distribute.get_strategy(), "cluster_resolver", None)
     if resolver is None or not resolver.cluster_spec().as_dict():
         return logs

@@ -16,7 +16,7 @@ import tensorflow as tf
 from sddns_tf import metrics, plots, shifts
 
 PROBES = ("rot90", "rot360", "perm4", "perm16", "pixel_perm", "cut_paste")
-# A network that trains on one of a family tells the others too: see docs/results.md.
+# A network trained on one of a family detects the others too: see docs/results.md.
 FAMILIES = (("rot90", "rot360"), ("perm4", "perm16", "pixel_perm"))
 
 
@@ -28,20 +28,20 @@ def sensitivity(
     seed: int = 0,
     batch_size: int = 256,
 ) -> dict[str, float]:
-    """Measure how well the score tells held-out in-distribution images from their shifted selves.
+    """Measure how well the score tells held-out in-distribution images from shifted copies.
 
     The sensitivity to one probe shift T is the AUROC of the scores of `images` against those of
     `T(images)`. Neither labels nor OOD images are needed. The mean is over the probes other than
-    the shift trained on, so the means of two strategies are of different probes: `compare` compares
-    strategies.
+    the shift trained on, so two strategies' means are over different probes: to compare strategies,
+    use `compare`.
 
     Args:
         detector: Trained `Detector`.
-        images: Held-out in-distribution images, squares, uint8 or float in 0-255, `(N, S, S, 3)`.
+        images: Held-out in-distribution images, square, uint8 or float in 0-255, `(N, S, S, 3)`.
         trained_on: Shift that made the negatives, by name or callable; left out of the mean.
         probes: Names from `shifts.NAMES`, or callables.
         seed: Integer; fixes the draws of the probes.
-        batch_size: Images per forward.
+        batch_size: Images per forward pass.
 
     Returns:
         Dictionary: the AUROC of each probe by name, and their mean as `"mean"`.
@@ -78,9 +78,9 @@ def rank_correlation(
     resamples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """Measure how well sensitivities rank strategies as true AUROCs do: Spearman's correlation.
+    """Measure how well sensitivities rank strategies by true AUROC: Spearman's correlation.
 
-    The interval is the bootstrap's over strategies. Of few strategies it is wide, as it should be;
+    The interval is a bootstrap over strategies. For few strategies it is wide, as it should be;
     draws in which all strategies tie rank nothing and are left out.
 
     Args:
@@ -114,7 +114,7 @@ def rank_correlation(
             f"sensitivities={pairs[0].tolist()}, aurocs={pairs[1].tolist()}"
         )
     # By hand: a draw in which all strategies are alike has no rank correlation and is left out;
-    # of it `scipy.stats.bootstrap` would make an interval of NaN.
+    # `scipy.stats.bootstrap` would make an interval of NaN from it.
     count = pairs.shape[1]
     draws = np.random.default_rng(seed).integers(0, count, (resamples, count))
     drawn = pairs[:, draws]
@@ -126,14 +126,14 @@ def rank_correlation(
 
 
 class Comparison(NamedTuple):
-    """What the sensitivities of several strategies tell.
+    """What the sensitivities of several strategies show.
 
     Attributes:
         means: Dict from each strategy to its mean over probes and runs, the highest first.
         differences: Dict from each other strategy to `(mean, low, high)`: the first strategy minus
             that one. Empty if each has one run.
-        chosen: The first strategy, or None where there are doubts.
-        doubts: Why none is chosen, sentences; empty if one is.
+        chosen: The first strategy, or None if there are doubts.
+        doubts: Reasons why none is chosen, as sentences; empty if one is.
     """
 
     means: dict[str, float]
@@ -145,7 +145,7 @@ class Comparison(NamedTuple):
 def untouched(
     trained_on: Iterable[str | Callable | None], probes: Sequence[str | Callable] = PROBES
 ) -> tuple[str | Callable, ...]:
-    """Return the probes that none of several strategies trains on, nor on one of their family.
+    """Return the probes that no strategy is trained on, nor on another shift of their family.
 
     Args:
         trained_on: The shift of each strategy, by name or callable; None for no negatives.
@@ -170,18 +170,18 @@ def compare(
     probes: Sequence[str],
     confidence: float = 0.95,
 ) -> Comparison:
-    """Compare strategies by the same probes, and choose one if the evidence is more than thin.
+    """Compare strategies on the same probes, and choose one if the evidence is strong enough.
 
-    One is chosen if there are two probes or more, and if its mean lies above that of every other
+    One is chosen if there are at least two probes and its mean is above that of every other
     strategy by more than chance: the interval of the difference, paired by run, lies above 0. The
-    interval is Student's, and Bonferroni's for as many comparisons as there are pairs, because
-    which strategies are compared is seen in the same runs.
+    intervals are Student's, with Bonferroni's correction for all pairs of strategies, because the
+    same runs decide which pairs are compared.
 
     Args:
         found: Dict from each strategy to what `sensitivity` found for each of its runs, with the
             same seeds in the same order for all of them.
         probes: Names of the probes to compare by: those of `untouched`.
-        confidence: How often all intervals are to hold the true differences, between 0 and 1.
+        confidence: How often all intervals should hold the true differences, between 0 and 1.
 
     Returns:
         `Comparison`.
@@ -223,9 +223,9 @@ def permutation_test(
 ) -> tuple[str, float, float]:
     """Test whether the best of several definitions of sensitivity ranks strategies at all.
 
-    Whoever tries many definitions finds one that ranks a few strategies well. So the rank
-    correlation of the best one is compared with that of the best one when the AUROCs are dealt out
-    to the strategies at random. All orders are gone through if there are not more than `resamples`.
+    Of many definitions, one will rank a few strategies well by chance. So the rank correlation of
+    the best one is compared with that of the best one when the AUROCs are assigned to the
+    strategies at random. All orders are tried if there are no more than `resamples`.
 
     Args:
         sensitivities: Dict from the name of *every* definition tried to its value for each

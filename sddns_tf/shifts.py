@@ -1,8 +1,8 @@
 """Shifting transformations that turn a view into a negative.
 
-Each is a function `(images, seed) -> images` of a batch `(B, S, S, 3)` of squares, any number
-type, with one independent draw per image, fixed by the seed and the image's place in the global
-batch, on however many devices. All run in a compiled graph, XLA included.
+Each is a function `(images, seed) -> images` of a batch of square images `(B, S, S, 3)` of any
+number type. It makes one independent draw per image, fixed by the seed and the image's place in the
+global batch, on any number of devices. All run in a compiled graph, XLA included.
 
 Reference:
     Rafiee et al., arXiv 2201.06378: shifts that keep low-level statistics and change high-level
@@ -44,7 +44,7 @@ def rot90(images: Array, seed: int) -> tf.Tensor:
 
 @keras.saving.register_keras_serializable("sddns_tf")
 def rot360(images: Array, seed: int) -> tf.Tensor:
-    """Rotate each image by a uniform angle; bilinear, black where nothing was, size kept."""
+    """Rotate each image by a uniform angle; bilinear, black outside, size kept."""
     _check_squares(images, "rot360")
     angles = uniform([tf.shape(images)[0]], seed, maxval=2.0 * math.pi)
     return rotate(images, angles)
@@ -54,7 +54,7 @@ def rotate(images: Array, angles: Array) -> tf.Tensor:
     """Rotate about the center, counter-clockwise; bilinear, black outside, size kept.
 
     Args:
-        images: Squares `(B, S, S, 3)` of any number type.
+        images: Square images `(B, S, S, 3)` of any number type.
         angles: Radians, float `(B,)`.
 
     Returns:
@@ -109,9 +109,9 @@ def pixel_perm(images: Array, seed: int) -> tf.Tensor:
 
 @keras.saving.register_keras_serializable("sddns_tf")
 def cut_paste(images: Array, seed: int) -> tf.Tensor:
-    """Paste a piece of each image over another place of it, a little darker or brighter.
+    """Paste a piece of each image elsewhere in it, a little darker or brighter.
 
-    Local damage: the piece has 2 to 15 % of the area and an aspect ratio from 0.3 to 3.3, either
+    Local damage: the piece has 2 to 15 % of the area and an aspect ratio from 0.3 to 3.3, both
     drawn on a logarithmic scale; brightness and contrast change by up to 10 %. Not among the
     paper's shifts.
 
@@ -199,11 +199,11 @@ def name_of(shift: str | Callable) -> str:
 
 
 def checked(shift: str | Callable, images: Array, shifted: Array) -> tf.Tensor:
-    """Return what a shift gave, which must have the shape and type of what it was given.
+    """Return what a shift returned, which must have the shape and type of its input.
 
     Args:
         shift: The shift, by name or as a callable, for the error.
-        images: What it was given, `(B, S, S, 3)`.
+        images: Its input, `(B, S, S, 3)`.
         shifted: What it returned.
 
     Returns:
@@ -225,7 +225,7 @@ def checked(shift: str | Callable, images: Array, shifted: Array) -> tf.Tensor:
 
 
 def warn_if_not_savable(shift: str | Callable) -> None:
-    """Warn where a model that makes its negatives with this shift could not be saved.
+    """Warn if a model that makes its negatives with this shift could not be saved.
 
     Args:
         shift: Name or callable.
@@ -263,7 +263,7 @@ def _random_integers(count, maxval, seed):
 
 
 def _random_orders(images, length, seed):
-    """Return independent uniform permutations of `length` things, `(B, length)` int32."""
+    """Return independent uniform permutations of `length` items, `(B, length)` int32."""
     keys = uniform([length, tf.shape(images)[0]], seed)
     return tf.argsort(tf.transpose(keys), axis=-1)
 

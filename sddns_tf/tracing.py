@@ -17,7 +17,7 @@ _current = threading.local()
 def repeats_once() -> Iterator[None]:
     """Inside this context, equal calls of `run_once` and `run_block` share one graph function.
 
-    It is meant for a training step. That of a ViT-S runs 36 blocks and the gradients of 24 of them;
+    It is meant for a training step. With a ViT-S that is 36 blocks and the gradients of 24 of them;
     TensorFlow then traces, differentiates and optimizes only one block for each shape of the
     tokens. Weights are read once too, so they must not change before all blocks have run. Exports
     do without it, because not every converter can read graphs with functions.

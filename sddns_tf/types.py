@@ -1,6 +1,6 @@
-"""What the annotations of the package mean."""
+"""Types for the package's annotations."""
 
 from typing import Any, TypeAlias
 
-# An array or a tensor of any number type: TensorFlow tells type checkers nothing about its own.
+# An array or a tensor of any number type: TensorFlow tells type checkers nothing of its tensors.
 Array: TypeAlias = Any

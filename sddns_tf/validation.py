@@ -1,4 +1,4 @@
-"""The one rule for images and for arguments, and what is said where it is broken."""
+"""The one rule for images and for arguments, and the messages when it is broken."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _FORM = "`{name}` must be uint8 or float in 0-255, of shape (batch, height, widt
 
 
 def check_images(images: Array, name: str = "images") -> Any:
-    """Return the images of a call, refused if they are none: see `image_array` for the rule.
+    """Check the images of a call, and return them: see `image_array` for the rule.
 
-    In a graph, where there are no values, shape and dtype are all that is looked at. Not a number
-    is let through: what a network makes of it is not a number either.
+    In a graph, where there are no values, only shape and dtype are checked. NaN is let through:
+    what a network makes of it is NaN too.
 
     Args:
         images: Tensor or array `(B, H, W, 3)`.
-        name: What a message calls them.
+        name: What error messages call them.
 
     Returns:
         The images.
@@ -49,16 +49,16 @@ def check_images(images: Array, name: str = "images") -> Any:
 
 
 def image_array(images: Array, name: str = "images", *, allow_nan: bool = False) -> np.ndarray:
-    """Return images in memory as one array, by the rule that holds wherever images are taken.
+    """Return images in memory as one array, by the rule that applies wherever images are taken.
 
     They have the shape `(N, H, W, 3)`, N at least 1, and lie in 0-255: as uint8, as any other
-    integers, which become uint8, or as floats. Floats of which none is above 1 are warned of. A
-    list of images of one size is stacked; Pillow's pictures in it may have any mode.
+    integers, which become uint8, or as floats. Floats that are all at most 1 cause a warning. A
+    list of images of one size is stacked; Pillow images in it may have any mode.
 
     Args:
         images: Array, tensor, list or tuple.
-        name: What a message calls them.
-        allow_nan: Whether floats may be not a number.
+        name: What error messages call them.
+        allow_nan: Whether floats may be NaN.
 
     Returns:
         NumPy array `(N, H, W, 3)`, uint8 or float.
@@ -114,7 +114,7 @@ def check_form(images: Array, name: str) -> None:
 
 
 def _is_number(dtype):
-    """Whether a dtype is one of images: integers or floats, no booleans, strings or objects."""
+    """Whether images may have a dtype: integers or floats, not booleans, strings or objects."""
     try:
         dtype = tf.as_dtype(dtype)
     except TypeError:
@@ -123,12 +123,12 @@ def _is_number(dtype):
 
 
 def in_range(values: Any, name: str, allow_nan: bool = False) -> Any:
-    """Return values of images of any shape, refused unless they lie in 0-255.
+    """Check that values of images, of any shape, lie in 0-255, and return them.
 
     Args:
         values: NumPy array of integers or floats, not empty.
-        name: What a message calls them.
-        allow_nan: Whether floats may be not a number.
+        name: What error messages call them.
+        allow_nan: Whether floats may be NaN.
 
     Returns:
         The array; integers as uint8.
@@ -154,7 +154,7 @@ def in_range(values: Any, name: str, allow_nan: bool = False) -> Any:
 
 
 def out_of_range(name: str, low: float, high: float) -> str:
-    """Return what is said of images that reach from `low` to `high`."""
+    """Return the error message for images that range from `low` to `high`."""
     hint = ""
     if low < 0:
         hint = " Pass pixels: they are normalized here."
@@ -164,7 +164,7 @@ def out_of_range(name: str, low: float, high: float) -> str:
 
 
 def warn_of_black(name: str, low: float, high: float) -> None:
-    """Warn of float images in 0-1, which are taken for images in 0-255."""
+    """Warn about float images in 0-1, which are taken for images in 0-255."""
     warnings.warn(
         f"`{name}` are nearly black: expected values in 0-255, received {low:.3g} to {high:.3g}. "
         "Multiply images in 0-1 by 255.",
@@ -173,7 +173,7 @@ def warn_of_black(name: str, low: float, high: float) -> None:
 
 
 def check_int(name: str, value: Any, low: int = 1, high: int | None = None) -> None:
-    """Raise a `ValueError` unless an argument is an int in a range; `True` is none.
+    """Raise a `ValueError` unless an argument is an int in a range; `True` is refused.
 
     Args:
         name: Name of the argument.
@@ -217,7 +217,7 @@ def check_number(
         low: Smallest value allowed, or None.
         high: Largest value allowed, or None.
         above: Number that the value must exceed, or None.
-        below: Number that the value must not reach, or None.
+        below: Number that the value must stay below, or None.
     """
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if (
@@ -296,7 +296,7 @@ def check_numbers(
         Tuple of `count` floats.
 
     Raises:
-        ValueError: If they are not as many, not numbers, or out of range.
+        ValueError: If there are more or fewer, or they are not numbers or out of range.
     """
     if isinstance(values, (str, bytes)) or not hasattr(values, "__len__") or len(values) != count:
         raise ValueError(f"`{name}` must be {count} numbers. Received: {name}={values!r}")

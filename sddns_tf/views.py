@@ -1,6 +1,6 @@
 """The views of an image: DINO's multi-crop, and the negatives made from it.
 
-Longer than other modules: half of it is what the arguments of two classes mean.
+Longer than other modules because the arguments of two classes need much explanation.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from sddns_tf.validation import check_choice, check_int, check_number, check_num
 
 SOURCES = ("in_distribution", "auxiliary", "both")
 
-# torchvision's RandomResizedCrop tries this often before it takes the largest box it may.
+# torchvision's RandomResizedCrop tries this many times before it takes the largest box allowed.
 _CROP_ATTEMPTS = 10
 
-# A Gaussian this narrow has less than 2e-8 on the neighboring pixel: nothing in float32.
+# A Gaussian this narrow puts less than 2e-8 on the neighboring pixel: nothing in float32.
 _LEAST_SIGMA = 0.168
 
 # Numbers that one view needs: two for each attempt at a crop, and one for each other choice.
@@ -34,7 +34,7 @@ class MultiCrop:
 
     A view is a random resized crop (bicubic, antialiased), flipped, color-jittered, turned gray,
     blurred and solarized with the probabilities below. All draws are per view and per image, fixed
-    by the seed and the image's place in the global batch, on however many devices.
+    by the seed and the image's place in the global batch, on any number of devices.
 
     A *group* is all views of one resolution, `(V, B, h, w, 3)` float32 in 0-255. The first group
     holds the global views, the second, if there are any, the local ones.
@@ -44,7 +44,7 @@ class MultiCrop:
         local_views: Number of local views.
         local_size: Side of the local views in pixels. Defaults to half of `image_size`.
         global_area: Smallest and largest share of the image's area in a global view.
-        local_area: The same for a local view. The paper takes `(0.15, 0.4)` for CIFAR.
+        local_area: The same for a local view. The paper uses `(0.15, 0.4)` for CIFAR.
         aspect_ratio: Smallest and largest width / height of the crop.
         flip: Probability of a horizontal flip.
         color_jitter: Probability of the color jitter.
@@ -56,7 +56,7 @@ class MultiCrop:
         blur: Probability of Gaussian blur on the first global, second global and local views.
         blur_sigma: Smallest and largest standard deviation, in pixels, where `image_size` is
             224; scaled with `image_size`, for local views as well.
-        solarize: Probability of solarization on the first global, second global, local views.
+        solarize: Probability of solarization on the first global, second global and local views.
 
     Example:
         >>> views = MultiCrop(image_size=32, local_views=4)
@@ -173,7 +173,7 @@ class MultiCrop:
             blur, solarize = self.blur[2], self.solarize[2]
             return self._views(images, draws, self.local_size, self.local_area, blur, solarize)
 
-        # Positive and negative local views differ in their images and seed alone.
+        # Positive and negative local views differ only in their images and seed.
         return [tracing.run_once((id(self), "local views"), of, tf.cast(images, tf.float32), seed)]
 
     def _views(self, images, draws, size, area, blur, solarize):
@@ -321,7 +321,7 @@ class Negatives:
         ]
 
     def _shift_group(self, group, seed):
-        # All views of an image lie together: a replica's are then a contiguous part of the global
+        # All views of an image are adjacent: a replica's are then a contiguous part of the global
         # batch's, which is what fixes their draws.
         by_image = tf.transpose(group, [1, 0, 2, 3, 4])
         views = tf.reshape(by_image, [-1, *group.shape[2:]])
@@ -363,7 +363,7 @@ class Draws:
         return low + (high - low) * self.unit()
 
     def attempts(self, low: float, high: float) -> tf.Tensor:
-        """Return a number for each attempt of a crop, `(V, B, _CROP_ATTEMPTS)`."""
+        """Return a number for each attempt at a crop, `(V, B, _CROP_ATTEMPTS)`."""
         units = tf.stack([self.unit() for _ in range(_CROP_ATTEMPTS)], axis=-1)
         return low + (high - low) * units
 

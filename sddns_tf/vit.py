@@ -1,6 +1,6 @@
 """Vision transformer whose position embedding follows the size of its input.
 
-In one file on purpose, long as it is: a reader follows an image from its patches to the feature.
+One long file on purpose: a reader can follow an image from its patches to the feature.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from sddns_tf.validation import check_bool, check_int, check_number, check_size
 
 
 def _initializer():
-    # DINO cuts its normal at +-2, a hundred deviations: a plain one. Keras' `TruncatedNormal` cuts
-    # at two deviations, which leaves 0.0176 of 0.02.
-    # A fresh one for each weight: a Keras initializer that is shared draws the same values twice.
+    # DINO cuts its normal at +-2, a hundred standard deviations, so it is a plain normal. Keras'
+    # `TruncatedNormal` cuts at two, which shrinks 0.02 to 0.0176. A fresh one for each weight: a
+    # shared Keras initializer draws the same values twice.
     return keras.initializers.RandomNormal(stddev=0.02)
 
 
@@ -199,7 +199,7 @@ class StochasticDepth(layers.Layer):
         return self.scaled(inputs, self.draw(inputs, training))
 
     def draw(self, inputs: Array, training: bool) -> tf.Tensor:
-        """Return what each sample's branch is multiplied with, `(B, 1, ...)`; `None` for 1."""
+        """Return what each sample's branch is multiplied by, `(B, 1, ...)`; `None` for 1."""
         if not training or self.rate == 0:
             return None
         keep = 1.0 - self.rate
@@ -208,7 +208,7 @@ class StochasticDepth(layers.Layer):
         return ops.where(uniform < keep, 1.0 / keep, 0.0)
 
     def scaled(self, inputs: Array, scale: Any) -> tf.Tensor:
-        """Return the branch with what was drawn for it."""
+        """Return the branch multiplied by what was drawn for it."""
         return inputs if scale is None else inputs * ops.cast(scale, inputs.dtype)
 
     def compute_output_shape(self, input_shape: Any) -> tuple[int | None, ...]:
@@ -224,7 +224,7 @@ class StochasticDepth(layers.Layer):
 
 @keras.saving.register_keras_serializable("sddns_tf")
 class TransformerBlock(layers.Layer):
-    """Pre-norm transformer block: self-attention, then an MLP, each around a residual.
+    """Pre-norm transformer block: self-attention, then an MLP, each with a residual connection.
 
     Args:
         num_heads: Number of attention heads.
@@ -286,10 +286,10 @@ class TransformerBlock(layers.Layer):
         Args:
             tokens: Float tensor `(B, N, D)`.
             training: Whether stochastic depth is on.
-            wanted: Only so many of the first tokens are computed; `None` for all.
-            recompute: Whether to compute again for the gradient rather than keep.
+            wanted: Number of first tokens to compute; `None` for all.
+            recompute: Whether to recompute activations for the gradient rather than keep them.
         """
-        # Drawn here: what is computed again must be the same.
+        # Drawn here, so that a recomputation uses the same draws.
         scales = [self.drop_path.draw(tokens, training) for _ in range(2)]
 
         def branches(tokens, scales):
@@ -304,7 +304,7 @@ class TransformerBlock(layers.Layer):
         return run_block(self, (self._likeness(), wanted), branches, tokens, scales)
 
     def _likeness(self):
-        """All that tells blocks apart but their weights, and what samples lose, which is drawn."""
+        """Return all that tells blocks apart except their weights and their drop rate."""
         parts = [layer for layer in layers_of(self) if layer not in (self, self.drop_path)]
         return repr([{**layer.get_config(), "name": None} for layer in parts])
 
@@ -451,7 +451,7 @@ class VisionTransformer(keras.Model):
 
     def build(self, input_shape: Any) -> None:
         """Create the weights."""
-        # A model that is loaded is built again by Keras.
+        # Keras builds a loaded model again.
         if self.built:
             return
         tokens_shape = (None, 1 + math.prod(self.grid_size), self.hidden_dim)
@@ -475,7 +475,7 @@ class VisionTransformer(keras.Model):
         recompute = bool(self.recompute and training)
         for block in self.blocks[:-1]:
             tokens = block(tokens, training=training, recompute=recompute)
-        # Of the last block's tokens, only the class token is the feature.
+        # Of the last block, only the class token is needed: it becomes the feature.
         tokens = self.blocks[-1](tokens, training=training, wanted=1, recompute=recompute)
         return self.norm(tokens[:, 0])
 
@@ -484,8 +484,9 @@ class VisionTransformer(keras.Model):
 
         Args:
             images: Normalized float images `(B, height, width, 3)`, of known height and width.
-            passed: Ints from 0 to `depth`: of each, the tokens that have passed so many blocks.
-                Defaults to all but the last block, which the feature of an image takes as well.
+            passed: Ints from 0 to `depth`, one for each map: after how many blocks to take the
+                tokens. Defaults to all blocks but the last, which the feature of an image needs as
+                well.
 
         Returns:
             List of tensors `(B, height / patch_size, width / patch_size, hidden_dim)`.
@@ -549,7 +550,7 @@ class VisionTransformer(keras.Model):
             )
         batch, height, width, _ = ops.shape(images)
         if not (isinstance(height, int) and isinstance(width, int)):
-            # The images depend on it, or an error of the reshape may come first.
+            # The images depend on the assertions, or an error of the reshape may come first.
             with tf.control_dependencies(self._size_assertions(height, width)):
                 images = tf.identity(images)
         images = ops.cast(images, self.compute_dtype)
@@ -598,7 +599,7 @@ class VisionTransformer(keras.Model):
             )
             for name, side in (("height", height), ("width", width))
         ]
-        return [one for one in assertions if one is not None]  # None: it holds as it is traced.
+        return [one for one in assertions if one is not None]  # None: it holds while tracing.
 
 
 def vit_tiny(
