@@ -318,7 +318,7 @@ def test_a_killed_worker_loses_and_doubles_nothing(served, images, tmp_path, gra
     finally:
         process.kill()
     assert process.returncode == 1
-    assert "Shards that are done stay" in told.splitlines()[-1]
+    assert "Finished shards are kept" in told.splitlines()[-1]
     done = len(list(scores.glob("part-*")))
     assert 1 <= done < 20
     code, told = score(*arguments)

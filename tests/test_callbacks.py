@@ -60,9 +60,9 @@ UNIFORM = {"teacher_entropy": 0.999, "mean_output_entropy": 0.999, "positive_los
     ("later", "collapse", "advice"),
     [
         # No negatives, so that only the center can have done it.
-        (UNIFORM, "constant features", "the center cancels it"),
+        (UNIFORM, "constant features", "the center cancels what"),
         # Negatives that the student still has an opinion on.
-        ({**UNIFORM, "negative_loss": 1.1 * LN_K}, "constant features", "the center cancels it"),
+        ({**UNIFORM, "negative_loss": 1.1 * LN_K}, "constant features", "the center cancels what"),
         ({**UNIFORM, "negative_loss": LN_K}, "uniform by negatives", "lower `negative_weight`"),
         (
             {**UNIFORM, "negative_loss": LN_K, "feature_std": 0.1},

@@ -355,7 +355,7 @@ def test_rolling_back_goes_on_at_half_the_learning_rate(tmp_path, scheduled, cap
     model = make_model(learning_rate=rate)
     kept = Checkpoint(tmp_path, every=3)
     fit_poisoned(model, [Poison(7), NotFinite(kept, rollbacks=1), kept])
-    assert "Going on from step 6 at half the learning rate" in caplog.text
+    assert "Continuing from step 6 at half the learning rate" in caplog.text
     assert float(model.optimizer.learning_rate) == pytest.approx(0.002)
     assert int(model.step) == 16 - 2
     assert all(np.isfinite(value).all() for value in state(model))

@@ -12,7 +12,7 @@ import pathlib
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sddns_tf"
 
-# From the lowest level up. A room imports only rooms of lower levels, and none of its own level.
+# Lowest level first. A room imports only rooms of lower levels, and none of its own level.
 LEVELS = (
     ("types", "version", "pictures"),
     ("keras_private", "files", "validation", "replicas", "image_ops", "tracing"),

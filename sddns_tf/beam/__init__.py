@@ -1,6 +1,6 @@
 """Scoring, banks and evaluation on Apache Beam: one machine, Flink, Spark or Dataflow.
 
-Needs `pip install "sddns_tf[beam]"`, and is imported only by who asks for it.
+Needs `pip install "sddns_tf[beam]"`. It is imported only on request.
 """
 
 try:

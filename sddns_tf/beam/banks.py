@@ -1,9 +1,9 @@
 """Banks from any number of images on any number of machines: a coreset of coresets.
 
-Features are compressed as they come, and compressed banks are merged in pairs of equal rank, as the
-digits of a binary counter are carried: of n features, none is compressed more than about
-log2(n / rows at once) times. Each center keeps how far the features that it stands for may lie
-from it, so that the error of a score is bounded without the whole bank.
+Features are compressed as they arrive, and compressed banks of equal rank are merged in pairs, like
+carries in a binary counter. So no feature is compressed more than about log2(n / rows at once)
+times, for n features. Each center records how far the features that it stands for may lie from it,
+which bounds the error of a score without the whole bank.
 """
 
 from __future__ import annotations
@@ -38,32 +38,32 @@ class Bank(NamedTuple):
     total: int
 
     def score_error(self, temperature: float = 0.04) -> float:
-        """Tell how far a score may be from that of the whole bank, whatever the image.
+        """Return how much a score may differ from the score over the whole bank, for any image.
 
         A feature f of norm 1 has `|f b - f c| <= |b - c|`, so each term of the score changes by a
-        factor between `exp(-r / temperature)` and `exp(r / temperature)`, r the largest radius,
-        and so does their mean. This is the worst case: docs/scaling.md has differences that were
-        measured, some forty times smaller.
+        factor between `exp(-r / temperature)` and `exp(r / temperature)`, where r is the largest
+        radius, and so does their mean. This is the worst case: differences measured in
+        docs/scaling.md are some forty times smaller.
 
         Args:
-            temperature: Positive float, of the score.
+            temperature: Positive float, the temperature of the score.
 
         Returns:
             Float, the largest radius over the temperature. It holds for scores over the whole bank
-            and not for those over the `k` nearest rows.
+            but not for scores over the `k` nearest rows.
         """
         check_number("temperature", temperature, above=0.0)
         return float(self.radius.max()) / temperature
 
 
 class BankSketch:
-    """A bank that is compressed while features come, and merged with others.
+    """A bank that is compressed as features arrive, and can be merged with others.
 
     Args:
-        size: Largest number of centers in the end; on the way it keeps twice as many for each
-            doubling of the number of features.
+        size: Largest number of centers in the final bank. Until then it keeps twice as many for
+            each doubling of the number of features.
         method: `"kmeans"` or `"kcenter"`: see `bank.compress`.
-        seed: Int, of the compression.
+        seed: Int, seed of the compression.
 
     Example:
     >>> sketch = BankSketch(size=1000)
@@ -95,7 +95,7 @@ class BankSketch:
         return 8 * self._size
 
     def add(self, features: Array) -> None:
-        """Take features.
+        """Add features.
 
         Args:
             features: L2-normalized, float `(D,)` or `(N, D)`.
@@ -110,7 +110,7 @@ class BankSketch:
             self._pending_rows = len(self._pending[0])
 
     def merge(self, other: BankSketch) -> None:
-        """Take what another sketch of the same arguments holds."""
+        """Add the contents of another sketch with the same arguments."""
         for rows in other._pending:
             if len(rows):
                 self.add(rows)
@@ -118,10 +118,10 @@ class BankSketch:
             self._carry(level, part)
 
     def bank(self) -> Bank:
-        """Return the bank of what was taken so far.
+        """Return the bank of the features added so far.
 
         Raises:
-            ValueError: If that is nothing.
+            ValueError: If there are none.
         """
         parts = [*self._levels.values(), *(_raw(rows) for rows in self._pending if len(rows))]
         if not parts:
@@ -152,7 +152,7 @@ class BankSketch:
 
 
 class _Part(NamedTuple):
-    """Centers with how many features each stands for, and how far these may lie from it."""
+    """Centers, the number of features each stands for, and how far these may lie from it."""
 
     centers: np.ndarray
     counts: np.ndarray
@@ -168,12 +168,12 @@ def _union(parts: list[_Part]) -> _Part:
 
 
 class CompressFeatures(beam.CombineFn):
-    """`BankSketch` as a combination of features: one by one or in batches, on many machines.
+    """Combines features with `BankSketch`, one by one or in batches, on many machines.
 
     Args:
         size: As for `BankSketch`.
-        method: Likewise.
-        seed: Likewise.
+        method: As for `BankSketch`.
+        seed: As for `BankSketch`.
 
     Example:
     >>> found = files | ExtractFeatures("extractor.keras")
@@ -190,7 +190,7 @@ class CompressFeatures(beam.CombineFn):
         return BankSketch(*self._arguments)
 
     def add_input(self, sketch: BankSketch, features: Array) -> BankSketch:
-        """Take features `(D,)` or `(N, D)`."""
+        """Add features `(D,)` or `(N, D)`."""
         sketch.add(features)
         return sketch
 
@@ -210,8 +210,8 @@ class ExtractorHandler(ModelHandler[File, Any, Any]):
     """Loads a `FeatureExtractor` once in each process and extracts features of image files.
 
     Args:
-        path: `.keras` file of a `FeatureExtractor`, or of a `Detector`, whose extractor is taken.
-        max_batch_size: Most files in a batch.
+        path: `.keras` file of a `FeatureExtractor`, or of a `Detector`, whose extractor is used.
+        max_batch_size: Largest number of files in a batch.
     """
 
     def __init__(self, path: str | os.PathLike, max_batch_size: int = 64) -> None:
@@ -254,12 +254,12 @@ class ExtractorHandler(ModelHandler[File, Any, Any]):
 
 
 class ExtractFeatures(beam.PTransform):
-    """Keys and image files to keys and features, with dead letters apart.
+    """Maps keyed image files to keyed features, with dead letters in a separate output.
 
     Args:
         path: `.keras` file of a `FeatureExtractor` or a `Detector`, on a file system that workers
-            see.
-        max_batch_size: Most files in a batch.
+            can read.
+        max_batch_size: Largest number of files in a batch.
 
     Returns:
         Two collections: `.features`, pairs of a key and float32 `(D,)`, and `.errors`, pairs of a
@@ -294,7 +294,7 @@ class _DeadLetters(beam.DoFn):
 
 
 def _pixels(file: File) -> Any:
-    """Return uint8 `(H, W, 3)`, or why not."""
+    """Return uint8 `(H, W, 3)`, or the reason why there is none."""
     if isinstance(file, Unreadable):
         return file
     try:

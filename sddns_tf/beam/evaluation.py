@@ -1,7 +1,7 @@
-"""Metrics, thresholds and drift of any number of scores, from sketches that merge.
+"""Metrics, thresholds and drift of any number of scores, from sketches that can be merged.
 
-A sketch counts scores in bins of one width. What it cannot tell is the order of scores within a
-bin, so that every figure comes with the two values between which the exact one lies.
+A sketch counts scores in bins of equal width. It does not know the order of scores within a bin, so
+a metric comes as the two values between which the exact one lies.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from sddns_tf.calibration import largest_flagged_rank
 from sddns_tf.types import Array
 from sddns_tf.validation import check_int, check_number
 
-# Beyond any score: for what is infinite, and for what is not a number, which counts as highest.
+# Beyond any score: for infinite scores, and for NaN, which counts as highest.
 _BEYOND = 2**62
 _PENDING = 4096
 
 
 class ScoreSketch:
-    """How many scores lie in each bin: exact counts, in memory that their number does not change.
+    """Counts the scores in each bin exactly, in memory that does not grow with their number.
 
     Args:
         width: Width of a bin, positive float. Scores are logarithms over a temperature of 0.04 and
-            lie between -22.5 and 27.5 by default, which is 50,000 bins of 0.001 at most.
+            lie between -22.5 and 27.5 by default, so there are at most 50,000 bins of 0.001.
 
     Example:
     >>> sketch = ScoreSketch()
@@ -44,18 +44,18 @@ class ScoreSketch:
         self._pending: list[float] = []
 
     def add(self, scores: Array) -> None:
-        """Take scores.
+        """Add scores.
 
         Args:
-            scores: Float, or floats `(N,)`. Infinite ones and NaN, which the detector takes for
-                higher than all others, are counted beyond the rest.
+            scores: Float, or floats `(N,)`. Infinite ones are counted beyond the rest, and so is
+                NaN, which counts as highest, as in the detector.
         """
         self._pending.extend(np.asarray(scores, np.float64).ravel().tolist())
         if len(self._pending) >= _PENDING:
             self._flush()
 
     def merge(self, other: ScoreSketch) -> None:
-        """Take what another sketch counted.
+        """Add the counts of another sketch.
 
         Raises:
             ValueError: If its bins have another width.
@@ -84,9 +84,9 @@ class ScoreSketch:
     def threshold(self, false_positive_rate: float) -> float:
         """Return the score above which to flag, if these are scores of calibration images.
 
-        As for `Detector`: of exchangeable normal images at most that share lies above it. It is
-        the upper edge of the bin that holds the detector's threshold, so by `width` too high at
-        most, which keeps the promise.
+        As for `Detector`, at most that share of exchangeable normal images lies above it. It is
+        the upper edge of the bin that holds the detector's threshold, so it is at most `width` too
+        high, and the promise still holds.
 
         Args:
             false_positive_rate: Between 0 and 1.
@@ -147,7 +147,7 @@ def sketched_metrics(normal: ScoreSketch, other: ScoreSketch) -> dict[str, tuple
     total, other_total = counts.sum(), other_counts.sum()
 
     def share_below(at: np.ndarray, side: Literal["left", "right"]) -> np.ndarray:
-        """Share of normal scores in bins before those, or up to those."""
+        """Return the share of normal scores in bins before each of `at`, or up to it."""
         before = np.searchsorted(edges, at, side)
         return np.concatenate([[0], np.cumsum(counts)])[before] / total
 
@@ -168,7 +168,7 @@ def sketched_metrics(normal: ScoreSketch, other: ScoreSketch) -> dict[str, tuple
 
 
 class SketchScores(beam.CombineFn):
-    """`ScoreSketch` as a combination of scores.
+    """Combines scores with `ScoreSketch`.
 
     Args:
         width: As for `ScoreSketch`.
@@ -188,7 +188,7 @@ class SketchScores(beam.CombineFn):
         return ScoreSketch(self._width)
 
     def add_input(self, sketch: ScoreSketch, scores: Array) -> ScoreSketch:
-        """Take a score, or scores `(N,)`."""
+        """Add a score, or scores `(N,)`."""
         sketch.add(scores)
         return sketch
 
@@ -205,11 +205,11 @@ class SketchScores(beam.CombineFn):
 
 
 class Thresholds(beam.PTransform):
-    """Scores of calibration images to a threshold for each group, such as a camera.
+    """Maps scores of calibration images to a threshold for each group, such as a camera.
 
     Args:
         false_positive_rate: Largest share of normal images of each group to flag.
-        width: Of the bins, and by how much thresholds may be too high: see `ScoreSketch`.
+        width: Width of the bins, and the most that thresholds may be too high: see `ScoreSketch`.
 
     Returns:
         Collection of pairs of a group and its threshold: see `ScoreSketch.threshold`.
@@ -240,7 +240,7 @@ class Drift(NamedTuple):
     Attributes:
         total: Number of p-values.
         distance: Largest distance between the two distribution functions (Kolmogorov-Smirnov).
-        limit: What the distance exceeds by chance, with the chosen probability.
+        limit: Distance that is exceeded by chance with the chosen probability.
         has_drifted: Whether it exceeds the limit.
     """
 
@@ -251,7 +251,7 @@ class Drift(NamedTuple):
 
 
 class CheckDrift(beam.PTransform):
-    """P-values to whether they have drifted, for each group: a day, a camera, a line.
+    """Checks whether p-values have drifted, for each group, such as a day, a camera or a line.
 
     P-values of normal images are uniform over `1/(N+1), ..., 1` on average over sets of N
     calibration images; for a single set they differ from that as two samples differ from each

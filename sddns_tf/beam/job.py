@@ -1,8 +1,8 @@
-"""Score any number of image files in shards: a job that was killed goes on where it was.
+"""Score any number of image files in shards: a killed job resumes where it stopped.
 
-The folder of a job holds `plan/` (what each shard consists of), `scores/` and `errors/` (one file
-for each shard that is done). The plan is made once. Whoever runs the job again does the shards that
-have no file yet; whatever a lost worker was at is done again and replaces what there may be.
+The folder of a job holds `plan/` (the contents of each shard), `scores/` and `errors/` (one file
+for each finished shard). The plan is made once. Running the job again scores the shards that have
+no file yet. A shard that a lost worker had started is scored again and replaces any file of it.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from sddns_tf.beam.scoring import SavedModelHandler
 from sddns_tf.beam.writing import FORMATS, Item, WriteShards, replacing
 from sddns_tf.validation import check_choice, check_int
 
-# Workers tell every step otherwise, on the terminal of who started the job.
+# Otherwise workers report every step on the terminal that started the job.
 _QUIET = "--default_sdk_harness_log_level=ERROR"
 
 
 class WorkerLostError(Exception):
-    """A worker process of the direct runner ended before its work did."""
+    """A worker process of the direct runner ended before its work was done."""
 
 
 class Totals(NamedTuple):
@@ -64,21 +64,22 @@ class Totals(NamedTuple):
 class ScoringJob:
     """Scores image files with a SavedModel, on any of Beam's runners.
 
-    A shard is some image files, or one TFRecord or Parquet file. Each is written to
-    `output/scores/part-00000.parquet` as soon as it is done, its files without a score to
-    `output/errors/`. Memory does not depend on the number of images, except for the paths, which
-    the process that starts the job lists. Make the same job again after a failure and run it: it
-    does what is missing.
+    A shard is a group of image files, or one TFRecord or Parquet file. As soon as it is finished,
+    its scores are written to `output/scores/part-00000.parquet` and so on, and its files without a
+    score to `output/errors/`. Memory use does not depend on the number of images, except for the
+    list of paths in the process that starts the job. After a failure, create the same job again and
+    run it to score the missing shards.
 
     Args:
-        model: Folder of a SavedModel from `export.saved_model`, on a file system that workers see.
+        model: Folder of a SavedModel from `export.saved_model`, on a file system that workers can
+            read.
         images: Pattern such as `/path/*.png` or `gs://bucket/*.tfrecord`, or paths. See
-            `reading.read` for the files that are understood. A pattern is looked up once, for the
-            plan; paths must be the same again.
-        output: Folder of the job, on a file system that workers see.
+            `reading.read` for the supported files. A pattern is expanded once, for the plan; paths
+            must be the same each time.
+        output: Folder of the job, on a file system that workers can write to.
         format: `"parquet"` or `"csv"`.
         batch_size: Files in a batch.
-        images_per_shard: Files in a shard; a multiple of `batch_size` keeps batches within it.
+        images_per_shard: Files in a shard; a multiple of `batch_size` keeps batches within a shard.
         threads: CPU cores of each worker process, or None for all.
         runner: Name of a Beam runner.
         options: Beam's options, such as `["--direct_num_workers=4"]`.
@@ -122,14 +123,14 @@ class ScoringJob:
         self._shards = _planned(self._output, job, images, images_per_shard)
 
     def run(self) -> Totals:
-        """Score what is missing, and wait for it.
+        """Score the missing shards, and wait for them.
 
         Returns:
             `Totals`.
 
         Raises:
-            WorkerLostError: If a process of the direct runner was killed. Shards that are done stay
-                done; make the same job again and run it.
+            WorkerLostError: If a process of the direct runner was killed. Finished shards are kept;
+                create the same job again and run it.
         """
         scores, errors = (FileSystems.join(self._output, name) for name in ("scores", "errors"))
         done = _names_in(scores)
@@ -159,9 +160,9 @@ class ScoringJob:
 
 
 def _direct_runner(options: PipelineOptions) -> Any:
-    """Return what Beam's `DirectRunner` is without Prism.
+    """Return the runner that Beam's `DirectRunner` uses without Prism.
 
-    Prism is a program that `DirectRunner` downloads where it can, and which knows nothing of
+    Prism is a program that `DirectRunner` downloads if it can, and that does not support
     `--direct_num_workers`.
     """
     encoded = JobServiceHandle.encode_pipeline_options(options.get_all_options())
@@ -171,20 +172,20 @@ def _direct_runner(options: PipelineOptions) -> Any:
 
 @contextlib.contextmanager
 def _ending_with_a_lost_worker() -> Iterator[None]:
-    """End the run where Beam's direct runner would wait forever for a process that was killed.
+    """End the run if a worker is killed; Beam's direct runner would wait for it forever.
 
-    Beam notices it in a thread that it calls `run_worker`, and tells nobody.
+    Beam notices this in a thread that it calls `run_worker`, but does not report it.
     """
     lost: list[Any] = []
     main = threading.get_ident()
-    if main != threading.main_thread().ident:  # Only the main thread can be woken.
+    if main != threading.main_thread().ident:  # Only the main thread can be interrupted.
         yield
         return
     hook, interrupted = threading.excepthook, signal.getsignal(signal.SIGINT)
 
     def told(args: Any) -> None:
         if args.thread is None or args.thread.name != "run_worker":
-            if not lost:  # Afterwards all of Beam's threads complain.
+            if not lost:  # Afterwards all of Beam's threads raise errors.
                 hook(args)
             return
         lost.append(args.exc_value)
@@ -194,7 +195,7 @@ def _ending_with_a_lost_worker() -> Iterator[None]:
 
     def woken(number: int, frame: Any) -> None:
         if lost:
-            raise WorkerLostError(f"{lost[0]}. Shards that are done stay: run the same again")
+            raise WorkerLostError(f"{lost[0]}. Finished shards are kept: run the same job again")
         if callable(interrupted):
             interrupted(number, frame)
 
@@ -210,7 +211,7 @@ def _ending_with_a_lost_worker() -> Iterator[None]:
 def _planned(
     output: str, job: dict[str, str], paths: list[str], images_per_shard: int
 ) -> list[str]:
-    """Return the names of the shards, as an earlier run planned them or planned now."""
+    """Return the names of the shards, from the plan of an earlier run or from a new one."""
     folder = FileSystems.join(output, "plan")
     path = FileSystems.join(folder, "plan.json")
     if FileSystems.exists(path):
@@ -228,13 +229,13 @@ def _planned(
         _write_json(FileSystems.join(folder, f"{_name(count - 1)}.json"), some)
     if not count:
         raise ValueError("`images` must be at least one path. Received: none")
-    # Last, as it says that the plan is complete.
+    # Written last, because it marks the plan as complete.
     _write_json(path, {**job, "shards": count})
     return [_name(number) for number in range(count)]
 
 
 def _cut(paths: Iterable[str], images_per_shard: int) -> Iterator[list[str]]:
-    """Cut paths into shards: so many images, or one container."""
+    """Cut paths into shards of `images_per_shard` images or one container."""
     for alone, some in itertools.groupby(paths, is_container):
         while shard := list(itertools.islice(some, 1 if alone else images_per_shard)):
             yield shard
@@ -257,7 +258,7 @@ def _name(number: int) -> str:
 
 
 def _names_in(folder: str) -> set[str]:
-    """Return the names of the shards that have a file in a folder; none if it is not there."""
+    """Return the names of the shards that have a file in a folder; none if there is no folder."""
     (match,) = FileSystems.match([FileSystems.join(folder, "part-*")])
     names = (FileSystems.split(found.path)[1] for found in match.metadata_list)
     return {name.partition(".")[0] for name in names}
@@ -269,7 +270,7 @@ def _write_json(path: str, value: Any) -> None:
 
 
 def _fingerprint(model: str) -> str:
-    """Return what tells a SavedModel from others: TensorFlow writes a hash of its contents."""
+    """Return what identifies a SavedModel: TensorFlow writes a hash of its contents."""
     with FileSystems.open(FileSystems.join(model, "fingerprint.pb")) as file:
         return hashlib.sha256(file.read()).hexdigest()
 

@@ -1,7 +1,7 @@
-"""Image files wherever they lie, as keys and bytes: single files, TFRecord or Parquet of bytes.
+"""Image files from any file system as keys and bytes: single files, TFRecord or Parquet of bytes.
 
-What cannot be read becomes an `Unreadable` in the place of its bytes: it goes the way of all files
-and ends among the dead letters, and the files beside it are read.
+A file that cannot be read becomes an `Unreadable` instead of bytes. It passes through the pipeline
+like any other and ends up among the dead letters, and the other files are still read.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import apache_beam as beam
 from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
-# Files of a folder or entries of a container that are held at once.
+# Files of a folder or entries of a container that are held in memory at once.
 _AT_ONCE = 64
-_THREADS = 8  # An object store answers after a while, however small the file.
+_THREADS = 8  # An object store takes a while to answer, however small the file.
 
 
 class Unreadable(str):
-    """Why there are no bytes of a file."""
+    """The reason why a file could not be read."""
 
 
 File = bytes | Unreadable
@@ -47,19 +47,19 @@ def matching(pattern: str) -> list[str]:
 
 
 def is_container(path: str) -> bool:
-    """Tell whether a file holds many image files: TFRecord or Parquet, by its name."""
+    """Return whether a file, judging by its name, holds many image files: TFRecord or Parquet."""
     name = path.rpartition("/")[2].lower()
     return ".tfrecord" in name or name.endswith(".parquet")
 
 
 def read(paths: Iterable[str]) -> Iterator[tuple[str, File]]:
-    """Yield the files of these paths, those inside of containers too, in their order.
+    """Yield the files at these paths in order, including those inside containers.
 
     - An image file has its path as its key.
     - A `.tfrecord` file (also `.tfrecord.gz`, `.tfrecord-00000-of-00010`) holds one image file in
       each record; keys are `PATH#0`, `PATH#1` and so on.
-    - A `.parquet` file has one column of bytes, an image file in each row; keys are those of its
-      column `path`, or else as for TFRecord.
+    - A `.parquet` file has one column of bytes, an image file in each row; keys come from the
+      column `path` if there is one, otherwise they are as for TFRecord.
 
     Args:
         paths: Paths on any file system that Beam knows.
@@ -78,7 +78,7 @@ def read(paths: Iterable[str]) -> Iterator[tuple[str, File]]:
 
 
 class ReadFiles(beam.PTransform):
-    """Patterns to keys and bytes: see `read` for the files that are understood.
+    """Maps patterns to keys and bytes: see `read` for the supported files.
 
     Example:
         >>> with beam.Pipeline() as pipeline:
@@ -104,7 +104,7 @@ def _contents(path: str) -> File:
 
 
 def _entries(path: str) -> Iterator[tuple[str, File]]:
-    """Yield the files inside of a container; where it is damaged, what lies before the damage."""
+    """Yield the files inside a container; if it is damaged, those before the damage."""
     entries = _rows if path.lower().endswith(".parquet") else _records
     count = 0
     try:
@@ -128,7 +128,7 @@ def _records(path: str) -> Iterator[tuple[str, bytes]]:
                 yield f"{path}#{number}", record
             done += len(batch)
     except tf.errors.OpError:
-        # The batch with the damage once more, record by record; the damage raises again.
+        # Read the damaged batch again, record by record; the damage raises again.
         for number, record in enumerate(records.skip(done).as_numpy_iterator(), done):
             yield f"{path}#{number}", record
 

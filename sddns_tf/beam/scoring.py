@@ -1,7 +1,7 @@
-"""A SavedModel's answers for image files, as Beam's `RunInference` gives them.
+"""A SavedModel's answers for image files, by Beam's `RunInference`.
 
-Beam's own `TFModelHandlerTensor` loads models with Keras, which does not read SavedModels since
-Keras 3. This one takes the signature `serving_bytes` of what `export.saved_model` wrote.
+Beam's own `TFModelHandlerTensor` loads models with Keras, which has not read SavedModels since
+Keras 3. This handler uses the signature `serving_bytes` that `export.saved_model` writes.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from sddns_tf.beam.reading import File, Unreadable
 from sddns_tf.validation import check_int
 
 _DECODED_ALIKE = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
-# Exif, eXIf or exif, and XMP's Orientation: without these nothing turns a photograph.
+# Exif, eXIf or exif, and XMP's Orientation: without these no photograph is rotated.
 _MAY_BE_TURNED = (b"xif", b"XIf", b"rientation")
 
 
 class Answer(NamedTuple):
-    """What a detector says of one image file.
+    """A detector's answer for one image file. All but `error` are None if there is no score.
 
     Attributes:
-        ood_score: Float, higher is more out-of-distribution; None for a file without a score.
-        p_value: Float, likewise.
-        is_ood: Bool, likewise.
+        ood_score: Float, higher is more out-of-distribution, or None.
+        p_value: Float, or None.
+        is_ood: Bool, or None.
         error: None, or why there is no score.
     """
 
@@ -43,16 +43,16 @@ class SavedModelHandler(ModelHandler[File, Answer, Any]):
     """Loads a detector's SavedModel once in each process and scores batches of image files.
 
     Files that the served graph does not decode as the commands do (TIFF, WebP, a turned photograph;
-    see docs/serving.md) are decoded with Pillow and handed over as PNG, so that every file gets the
-    answer of `sddns score`.
+    see docs/serving.md) are decoded with Pillow and passed on as PNG, so that every file gets the
+    same answer as from `sddns score`.
 
     Args:
         path: Folder of a SavedModel, on any file system that TensorFlow knows.
-        min_batch_size: Fewest files in a batch, or None to let Beam choose. With as many as
-            `max_batch_size` the last bits of answers do not depend on how fast batches were.
-        max_batch_size: Most files in a batch.
-        threads: CPU cores that each process uses, or None for all. It takes effect in processes
-            that have not used TensorFlow before.
+        min_batch_size: Smallest number of files in a batch, or None to let Beam choose. If it
+            equals `max_batch_size`, the last bits of answers do not depend on timing.
+        max_batch_size: Largest number of files in a batch.
+        threads: CPU cores that each process uses, or None for all. It takes effect only in
+            processes that have not used TensorFlow before.
 
     Example:
     >>> handler = SavedModelHandler("exports/parts/1", max_batch_size=64)
@@ -109,12 +109,12 @@ class SavedModelHandler(ModelHandler[File, Answer, Any]):
         return sum(map(len, batch))
 
     def get_metrics_namespace(self) -> str:
-        """Return the name under which Beam counts."""
+        """Return the namespace of Beam's metrics."""
         return "sddns_tf"
 
 
 class Score(beam.PTransform):
-    """Keys and image files to keys and answers, with dead letters apart.
+    """Maps keyed image files to keyed answers, with dead letters in a separate output.
 
     Args:
         handler: `SavedModelHandler`.
@@ -173,7 +173,7 @@ def as_served(file: bytes) -> bytes:
 
 
 def _answers(model: Any, files: list[bytes]) -> list[Answer]:
-    """Score files together; where that fails as a whole, each alone."""
+    """Score files together, or one at a time if that fails as a whole."""
     import tensorflow as tf
 
     if not files:
@@ -193,5 +193,5 @@ def _answers(model: Any, files: list[bytes]) -> list[Answer]:
 
 
 def _finite(score: float) -> float | None:
-    """As `sddns score` writes it: the features of an image may not be finite, its p-value is."""
+    """Return None for a score that is not finite, as `sddns score` does; the p-value stays."""
     return score if math.isfinite(score) else None

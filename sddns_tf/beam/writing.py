@@ -1,7 +1,8 @@
-"""Rows of a shard to one file of Parquet or CSV, which is there whole or not at all.
+"""Write the rows of a shard to one Parquet or CSV file, completely or not at all.
 
-Beam's own sinks make files visible when the whole job is done. Here each shard is: its name is
-fixed, so a second attempt replaces it, and a second run of a job sees what is missing.
+Beam's own sinks make files visible only when the whole job is done. Here each shard appears as soon
+as it is done. Its name is fixed, so a second attempt replaces it, and a second run of a job sees
+which shards are missing.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class Item(NamedTuple):
 class WriteShards(beam.DoFn):
     """Collects the rows of shards and writes each shard as soon as it is complete.
 
-    Rows of a shard must come in one bundle, as they do where reading, scoring and this are one
-    stage. Where they do not the job fails and nothing is written of that shard.
+    The rows of a shard must arrive in one bundle, as they do if reading, scoring and writing are
+    one stage. Otherwise the job fails and nothing of that shard is written.
 
     Args:
         scores: Folder for rows with a score.
@@ -65,7 +66,7 @@ class WriteShards(beam.DoFn):
         self._sizes: dict[str, int] = {}
 
     def process(self, element: tuple[Item, Answer]) -> Iterator[str]:
-        """Take the answer for one file; yield the shard's name if that completed it."""
+        """Add the answer for one file; yield the shard's name if that completes it."""
         shard, place, is_last, _ = element[0]
         rows = self._rows.setdefault(shard, [])
         rows.append(element)
@@ -87,7 +88,7 @@ class WriteShards(beam.DoFn):
         rows = [(item.path, *answer) for item, answer in answers]
         failed = [row for row in rows if row[-1] is not None]
         name = f"{shard}.{self._format}"
-        # Errors first: where there is a file of scores a shard is done.
+        # Errors first, because a file of scores marks the shard as done.
         if failed:
             write_rows(FileSystems.join(self._errors, name), failed, self._format)
         scored = [row for row in rows if row[-1] is None]
@@ -98,7 +99,7 @@ class WriteShards(beam.DoFn):
 
 
 def _printable(path: str) -> str:
-    """Return a path as UTF-8 can hold it: names of files may be any bytes."""
+    """Return a path that UTF-8 can encode; file names may hold any bytes."""
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 

@@ -1,4 +1,4 @@
-"""Callbacks that watch the training and keep it: collapse, separation, checkpoints, pictures."""
+"""Callbacks that monitor and save the training: collapse, separation, checkpoints, pictures."""
 
 from sddns_tf.callbacks import training_state
 from sddns_tf.callbacks.checkpoint import Checkpoint

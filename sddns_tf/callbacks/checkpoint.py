@@ -1,4 +1,4 @@
-"""`Checkpoint`: keeps the training state on disk while a run goes on."""
+"""`Checkpoint`: saves the training state to disk during a run."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from sddns_tf.validation import check_int
 
 @keras.saving.register_keras_serializable("sddns_tf")
 class Checkpoint(keras.callbacks.Callback):
-    """Keeps the training state on disk, so that a killed run goes on as if it had not been.
+    """Saves the training state to disk, so a killed run resumes as if it had never stopped.
 
-    A state is written before the first step (a folder that cannot be written to, or a disk with
-    too little room, is found then), every so many steps, and at the end. On SIGTERM, as before a
-    machine is taken away, the state is written after the current step and the process exits
-    with 0. Of several machines the first one writes; all must see the same folder.
+    A state is written before the first step (so a read-only folder or a disk without enough space
+    fails right away), every `every` steps, and at the end. On SIGTERM, such as before a machine is
+    preempted, the state is written after the current step and the process exits with 0. With
+    several machines only the first one writes, but all must see the same folder.
 
     Args:
-        folder: Path; made if need be.
+        folder: Path; created if it does not exist.
         every: Steps between two writes.
-        keep: How many states to keep, the newest ones.
+        keep: Number of states to keep, the newest ones.
 
     Raises:
         OSError: In `fit`, if the state cannot be written; the message names the folder.
@@ -41,7 +41,7 @@ class Checkpoint(keras.callbacks.Callback):
         >>> batches = data.load(images, batch_size=64, shuffle=True, first_batch=step)
         >>> model.fit(batches, steps_per_epoch=500, epochs=100, callbacks=[checkpoint])
 
-    See `training_state.parts_left` on going on in the middle of an epoch.
+    To resume in the middle of an epoch, see `training_state.parts_left`.
     """
 
     def __init__(self, folder: str | os.PathLike, every: int = 500, keep: int = 2) -> None:
@@ -55,13 +55,13 @@ class Checkpoint(keras.callbacks.Callback):
         self._listens = False
 
     def restore(self, model: keras.Model) -> int:
-        """Put the newest state into a compiled model.
+        """Load the newest state into a compiled model.
 
         Args:
-            model: `SelfDistillation`, built and compiled as the one that was saved.
+            model: `SelfDistillation`, built and compiled like the one that was saved.
 
         Returns:
-            Int; the steps it has done, 0 where nothing was saved.
+            Int, the steps it has done; 0 if nothing was saved.
         """
         training_state.restore(model, self.folder)
         return training_state.step_of(model)
@@ -82,12 +82,12 @@ class Checkpoint(keras.callbacks.Callback):
             self._listens = True
 
     def on_train_batch_begin(self, batch: Array, logs: Any = None) -> None:
-        """Remember where a call of the step, which may be several steps, begins."""
+        """Remember the first step of this call, which may run several."""
         del logs
         self._begin = batch
 
     def on_train_batch_end(self, batch: Array, logs: Any = None) -> None:
-        """Write where it is time to."""
+        """Write a state if one is due."""
         del logs
         self._since += batch - self._begin + 1
         if self._since >= self.every or self._terminated:
@@ -95,21 +95,21 @@ class Checkpoint(keras.callbacks.Callback):
         self._exit_if_terminated()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """A signal may have come during the other callbacks."""
+        """Save and exit if a signal came during the other callbacks."""
         del epoch, logs
         if self._terminated:
             self.save()
         self._exit_if_terminated()
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Write the last state, and give SIGTERM back."""
+        """Write the last state, and restore the SIGTERM handler."""
         del logs
         self.save()
         self.release()
         self._exit_if_terminated()
 
     def release(self) -> None:
-        """Give SIGTERM back to who had it. `fit` sees to it, whether it ends well or not."""
+        """Restore the earlier SIGTERM handler. `fit` calls this, whether it succeeds or fails."""
         if self._listens and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
             self._listens = False
@@ -133,14 +133,14 @@ class Checkpoint(keras.callbacks.Callback):
 
     def _on_sigterm(self, number, frame):
         del number, frame
-        if self._terminated:  # asked twice, or `fit` is over with an error
+        if self._terminated:  # a second signal, or `fit` has failed
             sys.exit(1)
         self._terminated = True
 
     def _exit_if_terminated(self):
         if self._terminated:
             logging.warning(
-                "SIGTERM: step %d is saved in %s", training_state.step_of(self.model), self.folder
+                "SIGTERM: saved step %d in %s", training_state.step_of(self.model), self.folder
             )
             sys.exit(0)
 

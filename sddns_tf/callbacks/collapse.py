@@ -1,4 +1,4 @@
-"""`CollapseMonitor`: says when a training has collapsed, and how."""
+"""`CollapseMonitor`: reports when training has collapsed, and how."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ _WATCHED = (
 )
 _ADVICE = {
     "not started": (
-        "the student says nothing of other views that a uniform output does not. Wait, or try a "
+        "the student predicts other views no better than a uniform output does. Wait, or try a "
         "higher learning rate"
     ),
     "constant features": (
-        "all images look alike to the teacher, and what they have in common says nothing: the "
-        "center cancels it. Leave `teacher_temperature` at None, which standardizes features, or "
-        "try a lower one; a lower learning rate or a warm-up"
+        "all images look alike to the teacher, and the center cancels what they have in common. "
+        "Leave `teacher_temperature` at None, which standardizes features, or try a lower one; "
+        "or try a lower learning rate or a warm-up"
     ),
     "uniform by negatives": (
-        "the student gives all prototypes the same probability, for negatives as asked, and for "
-        "the images too. Try a lower `negative_weight` or one that ramps up later, or negatives "
-        "that look less like the images"
+        "the student gives all prototypes the same probability, for negatives (as intended) but "
+        "also for the images. Try a lower `negative_weight` or one that ramps up later, or "
+        "negatives that look less like the images"
     ),
     "one prototype": (
         "the teacher gives all images the same prototype. Leave `teacher_temperature` at None, "
-        "which balances prototypes, or try a higher one; a lower `center_momentum` or learning rate"
+        "which balances prototypes, or try a higher one; or try a lower `center_momentum` or "
+        "learning rate"
     ),
     "not finite": "the loss is not a finite number. Try a lower learning rate, or float32",
 }
@@ -46,38 +47,38 @@ _ADVICE = {
 
 @keras.saving.register_keras_serializable("sddns_tf")
 class CollapseMonitor(keras.callbacks.Callback):
-    """Says when self-distillation has collapsed, in which direction, and what to try.
+    """Reports when self-distillation has collapsed, in which way, and what to try.
 
-    Told apart are, with K prototypes:
+    It distinguishes these states, with K prototypes:
 
-    - *not finite*: the loss is not a number.
-    - *one prototype*: the teacher gives all probability to one prototype whatever the image; the
+    - *not finite*: the loss is not a finite number.
+    - *one prototype*: the teacher gives all probability to the same prototype for every image; the
       entropy of its mean output is near 0.
-    - *constant features*: the teacher's outputs are uniform, their entropy ln K, since images
-      look alike and the center cancels what they have in common. The features' spread has shrunk
-      to a part of what it was, or nothing else can have done it: there are no negatives, or the
-      student has an opinion on them left.
-    - *uniform by negatives*: the student's outputs are uniform, which makes the positive loss
-      ln K, and the negatives' loss is at its floor, ln K, as well.
-    - *not started*: the teacher tells images apart, and the student does not follow: a positive
-      loss of ln K or more. That one is reported and is no collapse.
+    - *constant features*: the teacher's outputs are uniform, with entropy ln K, because images
+      look alike and the center cancels what they have in common. Either the spread of the features
+      has shrunk, or the negatives cannot be the cause: there are none, or the student's outputs
+      for them are not uniform.
+    - *uniform by negatives*: the student's outputs are uniform, so the positive loss is ln K, and
+      the negative loss is at its floor, also ln K.
+    - *not started*: the teacher tells images apart but the student does not follow: the positive
+      loss is ln K or more. This is reported but is not a collapse.
 
-    Looks at means over windows of `window` steps, or over an epoch where that is shorter. The
-    first collapse is reported, once, and so is a start that does not come.
+    It looks at means over windows of `window` steps, or over an epoch if that is shorter. The
+    first collapse is reported once, and so is a training that does not start.
 
     Args:
-        window: Steps of a window.
-        patience: Windows in a row that must look collapsed.
+        window: Steps per window.
+        patience: Number of windows in a row that must look collapsed.
         uniform_above: `teacher_entropy` or `positive_loss`, relative to ln K, above which outputs
             count as uniform.
-        one_prototype_below: `mean_output_entropy`, likewise, below which all images have one
-            prototype.
+        one_prototype_below: `mean_output_entropy`, relative to ln K, below which all images count
+            as having the same prototype.
         constant_below: `feature_std`, relative to its largest window, below which features count
             as constant.
-        stop_training: Whether to end the training at a collapse.
+        stop_training: Whether to stop training at a collapse.
 
     Attributes:
-        state: What the last windows looked like, one of the above; None where the model learns.
+        state: What the last windows looked like, one of the above; None if the model is learning.
         collapse: The collapse that was reported, or None.
 
     Example:
@@ -111,14 +112,14 @@ class CollapseMonitor(keras.callbacks.Callback):
         self.state = self.collapse = None
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Forget what an earlier run looked like."""
+        """Forget the state of an earlier run."""
         del logs
         self.state = self.collapse = None
         self._windows, self._widest = 0, 0.0
         self._reported: set[str] = set()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Keras' running means start anew with each epoch."""
+        """Start new sums, because Keras resets its running means in each epoch."""
         del epoch, logs
         self._start, self._seen, self._sums = 0, 0, np.zeros(len(_WATCHED))
 
@@ -129,7 +130,7 @@ class CollapseMonitor(keras.callbacks.Callback):
             self._look(logs)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """An epoch shorter than a window is one."""
+        """Treat an epoch shorter than a window as one."""
         del epoch
         if self._start == 0 and self._seen:
             self._look(logs)
@@ -160,7 +161,7 @@ class CollapseMonitor(keras.callbacks.Callback):
         features_shrank = means["feature_std"] < self.constant_below * self._widest
         if teacher_is_uniform and features_shrank:
             return "constant features"
-        # No negatives have a loss of 0.
+        # Without negatives this loss is 0.
         if uniform_loss * 0.99 < means["negative_loss"] < uniform_loss * (2 - self.uniform_above):
             return "uniform by negatives"
         return "constant features" if teacher_is_uniform else "not started"

@@ -1,4 +1,4 @@
-"""`NotFinite`: stops a training, or takes it back, where a number is no longer finite."""
+"""`NotFinite`: stops training, or rolls it back, when a number is not finite."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from sddns_tf.validation import check_int
 
 @keras.saving.register_keras_serializable("sddns_tf")
 class NotFinite(keras.callbacks.Callback):
-    """Stops the training at the step at which a loss or a weight stops being a finite number.
+    """Stops training at the first step at which a loss or a weight is not finite.
 
-    Put it before `Checkpoint` in the list of callbacks, so that what is kept is finite. It reads
-    the losses and all weights after each step.
+    Put it before `Checkpoint` in the list of callbacks, so that only finite states are saved. It
+    checks the losses and all weights after each step.
 
     Args:
         checkpoint: The run's `Checkpoint`, or `None`.
-        rollbacks: How often to go back to the last state of `checkpoint` and on at half the
-            learning rate, before the training is stopped after all. The schedules go back as well;
-            the images do not, and the run has as many steps fewer.
+        rollbacks: How many times to return to the last state of `checkpoint` and continue at half
+            the learning rate before stopping. Schedules go back as well; the images do not, so the
+            run ends short by the steps that were undone.
 
     Raises:
-        RuntimeError: In `fit`; the message tells step, learning rate, the first tensor that is
-            not finite, and the last good state.
+        RuntimeError: In `fit`; the message gives the step, the learning rate, the first tensor
+            that is not finite, and the last good state.
 
     Example:
         >>> kept = Checkpoint("run/checkpoint")
@@ -47,14 +47,14 @@ class NotFinite(keras.callbacks.Callback):
         self.rollbacks = rollbacks
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Compile the look at the weights."""
+        """Compile the check of the weights."""
         del logs
         self._rolled_back = 0
         self._watched = [v for v in self.model.weights if keras.backend.is_float_dtype(v.dtype)]
         self._are_finite = tf.function(self._look)
 
     def on_train_batch_end(self, batch: Array, logs: Any = None) -> None:
-        """Look; go back or stop."""
+        """Check the losses and weights; roll back or stop if one is not finite."""
         del batch
         found = [f"{name} (logged)" for name in ("positive_loss", "negative_loss", "loss")
                  if not np.isfinite(float(logs[name]))]  # fmt: skip
@@ -75,7 +75,7 @@ class NotFinite(keras.callbacks.Callback):
         training_state.scale_learning_rate(self.model, 0.5)
         self.checkpoint.save()
         self.model.reset_metrics()
-        logging.warning("%s Going on from step %d at half the learning rate.", message, step)
+        logging.warning("%s Continuing from step %d at half the learning rate.", message, step)
 
     def _look(self):
         values = [tf.convert_to_tensor(variable.value) for variable in self._watched]

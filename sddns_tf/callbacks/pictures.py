@@ -1,4 +1,4 @@
-"""Pictures of a training for TensorBoard: what the network sees, and how scores separate."""
+"""Pictures of the training for TensorBoard: what the network sees, and how scores separate."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from sddns_tf.validation import check_int, image_array
 
 @keras.saving.register_keras_serializable("sddns_tf")
 class TrainingPictures(keras.callbacks.Callback):
-    """Writes pictures beside the scalars of `keras.callbacks.TensorBoard`.
+    """Writes pictures alongside the scalars of `keras.callbacks.TensorBoard`.
 
-    Once, at the start: the views of some images, and the negatives. Every few epochs: histograms
+    At the start: the views of some images, and the negatives. Every few epochs: histograms
     of the scores of held-out images against those of the same images put through a shift, which
     needs no OOD data.
 
     Args:
-        log_dir: Folder of the event files, that of `keras.callbacks.TensorBoard`.
+        log_dir: Folder of the event files, the same as for `keras.callbacks.TensorBoard`.
         bank_images: In-distribution training images `(M, H, W, 3)`, uint8 or float in 0-255; a
-            thousand do.
-        held_out: In-distribution images that are not trained on, `(N, H, W, 3)`. Of rectangles
-            the square in the middle is shifted, and scored.
+            thousand are enough.
+        held_out: In-distribution images that are not trained on, `(N, H, W, 3)`. Only
+            the central square of each is shifted and scored.
         auxiliary: Auxiliary images `(B, H', W', 3)`, at least eight, to show their negatives;
-            `None` where there are none.
-        every: Epochs between two histograms; the first epoch is shown.
+            `None` if there are none.
+        every: Epochs between histograms, starting with the first epoch.
         shift: Name from `shifts.NAMES`, or a callable.
 
     Example:
@@ -60,7 +60,7 @@ class TrainingPictures(keras.callbacks.Callback):
         self.shift = shift
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Open the event file, show the views, and shift the held-out images once."""
+        """Open the event file, write the views, and shift the held-out images once."""
         del logs
         self._writer = tf.summary.create_file_writer(f"{self.log_dir}/pictures")
         squares = _central_squares(self.held_out)
@@ -76,7 +76,7 @@ class TrainingPictures(keras.callbacks.Callback):
             self._show_views()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Every few epochs, show how scores separate."""
+        """Every few epochs, write how well scores separate."""
         del logs
         if epoch % self.every:
             return
@@ -133,7 +133,7 @@ class TrainingPictures(keras.callbacks.Callback):
 
 def _central_squares(images):
     height, width = images.shape[1:3]
-    side = min(height, width) // 4 * 4  # perm16 takes sides divisible by 4
+    side = min(height, width) // 4 * 4  # perm16 needs sides divisible by 4
     top, left = (height - side) // 2, (width - side) // 2
     return images[:, top : top + side, left : left + side]
 

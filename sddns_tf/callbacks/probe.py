@@ -1,4 +1,4 @@
-"""`OODProbe`: how well scores separate, every few epochs."""
+"""`OODProbe`: measures every few epochs how well scores separate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sddns_tf.validation import check_int, image_array
 
 @keras.saving.register_keras_serializable("sddns_tf")
 class OODProbe(keras.callbacks.Callback):
-    """Measures, every few epochs, how well the teacher's score separates what it should.
+    """Measures every few epochs how well the teacher's score separates normal images from others.
 
     Held-out in-distribution images are scored against the same images put through each shift
     (this needs no OOD data) and against any OOD sets given. The AUROCs go into the logs as
@@ -25,13 +25,13 @@ class OODProbe(keras.callbacks.Callback):
 
     Args:
         bank_images: In-distribution training images `(M, H, W, 3)`, uint8 or float in 0-255; a few
-            thousand do.
+            thousand are enough.
         held_out: In-distribution images that are not trained on, `(N, H, W, 3)`.
         shifts: Names from `shifts.NAMES`, or callables.
-        ood: Dictionary of names and OOD images `(N', H', W', 3)`.
-        every: Epochs between two measurements. The first epoch of each `fit` is measured too, so
-            that a log file which takes its columns from it has them.
-        batch_size: Images per forward.
+        ood: Dictionary from names to OOD images `(N', H', W', 3)`.
+        every: Epochs between two measurements. The first epoch of each `fit` is always measured,
+            because log files take their columns from it.
+        batch_size: Images per forward pass.
 
     Example:
         >>> probe = OODProbe(train[:2000], held_out, shifts=("rot90", "perm4"), every=5)
@@ -76,7 +76,7 @@ class OODProbe(keras.callbacks.Callback):
         )
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Measure, and write into the logs."""
+        """Measure, and add the AUROCs to the logs."""
         if epoch % self.every and not self._is_first:
             return
         self._is_first = False

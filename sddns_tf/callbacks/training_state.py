@@ -1,4 +1,4 @@
-"""Training states on disk, whole or not at all: what a broken run goes on from."""
+"""Training states on disk, written completely or not at all, to resume an interrupted run."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ class ScaledSchedule(keras.optimizers.schedules.LearningRateSchedule):
 def save(model: keras.Model, folder: str | os.PathLike, keep: int = 2) -> pathlib.Path:
     """Write the whole training state of a compiled model: `FOLDER/step-<step>.npz`.
 
-    Weights, teacher, center, step, optimizer and the states of random layers, but not the running
-    means of what is logged. The file is written under another name, brought to the disk and then
-    renamed: a process killed at any moment leaves a whole file or none.
+    It holds the weights, teacher, center, step, optimizer and states of random layers, but not the
+    running means of logged metrics. The file is written under another name, flushed to disk and
+    then renamed, so a process killed at any moment leaves a complete file or none.
 
     Args:
         model: `SelfDistillation`, compiled.
-        folder: Path; made if need be. One process at a time may write there.
-        keep: Int; so many states are kept, the newest ones.
+        folder: Path; created if it does not exist. Only one process at a time may write to it.
+        keep: Int, number of states to keep, the newest ones.
 
     Returns:
         Path of the file.
@@ -79,45 +79,45 @@ def save(model: keras.Model, folder: str | os.PathLike, keep: int = 2) -> pathli
             np.savez(file, **values)
     except OSError as error:
         raise OSError(f"The training state cannot be written to {folder}: {error}") from error
-    # Hidden ones are what a process that was killed had not finished.
+    # Hidden files are unfinished ones, left by a process that was killed.
     for old in [*saved(folder)[:-keep], *folder.glob(".*.step-*.npz")]:
         old.unlink(missing_ok=True)
     return path
 
 
 def step_of(model: keras.Model) -> int:
-    """Return steps that a model has done, on however many devices: an int."""
+    """Return the number of steps that a model has done, on any number of devices: an int."""
     return int(value_of(model.step))
 
 
 def value_of(variable: Any) -> np.ndarray:
     """Return the value of a Keras variable as an array.
 
-    Of one on several devices, that on the first.
+    For a variable on several devices, the value on the first.
     """
     return np.asarray(tf.convert_to_tensor(variable.value))
 
 
 def restore(model: keras.Model, folder: str | os.PathLike) -> pathlib.Path | None:
-    """Put the newest whole training state of a folder into a model.
+    """Load the newest complete training state of a folder into a model.
 
     Args:
-        model: `SelfDistillation`, compiled as the one that was saved.
+        model: `SelfDistillation`, compiled like the one that was saved.
         folder: As for `save`.
 
     Returns:
-        Path of the file, or `None` where there is none. Files that cannot be read are passed over
-        with a warning.
+        Path of the file, or `None` if there is none. Files that cannot be read are skipped with a
+        warning.
 
     Raises:
-        ValueError: If the state is of another model.
+        ValueError: If the state belongs to another model.
     """
     for path in reversed(saved(folder)):
         try:
             with np.load(path, allow_pickle=False) as file:
                 values = dict(file)  # reads all: each array has a checksum
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-            logging.warning("%s cannot be read and is passed over: %s", path, error)
+            logging.warning("Skipped %s, which cannot be read: %s", path, error)
             continue
         _assign(model, values, path)
         return path
@@ -125,12 +125,12 @@ def restore(model: keras.Model, folder: str | os.PathLike) -> pathlib.Path | Non
 
 
 def saved(folder: str | os.PathLike) -> list[pathlib.Path]:
-    """Return paths of a folder's training states, the oldest first."""
+    """Return the paths of a folder's training states, oldest first."""
     return sorted(pathlib.Path(folder).expanduser().glob("step-*.npz"))
 
 
 def parts_left(step: int, steps_per_epoch: int, epochs: int) -> list[tuple[int, dict[str, int]]]:
-    """Return what is left of a training run: the rest of a broken epoch, then whole ones.
+    """Return what is left of a training run: the rest of an interrupted epoch, then whole ones.
 
     Args:
         step: Int; steps done.
@@ -138,7 +138,7 @@ def parts_left(step: int, steps_per_epoch: int, epochs: int) -> list[tuple[int, 
         epochs: Int; epochs of the whole run.
 
     Returns:
-        List of none to two pairs: the number of the first batch, and the arguments `initial_epoch`,
+        List of up to two pairs: the number of the first batch, and the arguments `initial_epoch`,
         `epochs` and `steps_per_epoch` of `fit`.
 
     Example:
@@ -160,7 +160,7 @@ def parts_left(step: int, steps_per_epoch: int, epochs: int) -> list[tuple[int, 
 
 
 def scale_learning_rate(model: keras.Model, factor: float) -> None:
-    """Multiply the learning rate of a compiled model, be it a number or a schedule."""
+    """Multiply the learning rate of a compiled model, whether a number or a schedule."""
     optimizer = inner(model.optimizer)
     schedule = learning_rate_of(optimizer)
     if not isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
@@ -180,7 +180,7 @@ def _learning_rate_factor(model):
 def _variables(model):
     """Return all variables of a training state, by names that are the same in each process.
 
-    Paths are not: Keras counts the layers that a process has made.
+    Paths are not, because Keras numbers the layers that a process has created.
     """
     if model.optimizer is None:
         raise ValueError(f"A training state is that of a compiled model. Received: {model.name}")

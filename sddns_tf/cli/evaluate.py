@@ -5,7 +5,7 @@ r"""Measure how well a detector tells normal images from others.
 
 Reports AUROC, AUPR, FPR95 and the share of images above the calibrated threshold for every set,
 each with a 95 % interval, and the k-NN accuracy of the features if --data and --test have labels.
---test must be images that were used neither for training nor for calibration.
+--test must hold images that were used neither for training nor for calibration.
 
 --model may also be a training model or a backbone (model.keras, backbone.keras). A detector is then
 made from it with --data and --calibration.
@@ -15,8 +15,9 @@ Prints the table as Markdown. Writes table.md, table.csv, results.json and repor
 
 For a local detector, --masks=FOLDER also measures how well its maps show the damage: pixel AUROC,
 AUPRO up to 30 % false positives, and the share of each damaged region above the threshold. FOLDER
-has a folder for each OOD set; the mask of 000.png is 000_mask.png or 000.png in it, not black where
-the damage is. That is the ground_truth folder of MVTec AD. A whole folder in that layout is read by
+has a folder for each OOD set; the mask of 000.png is 000_mask.png or 000.png in it, and is black
+except where the damage is. MVTec AD's ground_truth folders are like this. To read a whole folder in
+that layout:
 
     sddns evaluate --model=bottle.keras --test=mvtec:bottle --output_dir=evaluation
 """
@@ -58,7 +59,7 @@ def parser() -> Parser:
     group.add_argument(
         "--masks",
         metavar="FOLDER",
-        help="Masks of what is damaged, in a folder for each OOD set that is a folder.",
+        help="Masks of the damage, in a folder for each OOD set that is a folder.",
     )
     group.add_argument(
         "--data",
@@ -103,9 +104,7 @@ def parser() -> Parser:
         default="squash",
         help="How images of another aspect ratio are resized, if --model is not a detector.",
     )
-    group.add_argument(
-        "--seed", metavar="N", type=int, default=0, help="Seed of everything random."
-    )
+    group.add_argument("--seed", metavar="N", type=int, default=0, help="Random seed.")
     group = parser.group("report")
     group.add_argument(
         "--resamples",
@@ -180,15 +179,15 @@ def make_detector(model: Any, options: Namespace) -> Any:
 
 
 class Sets(NamedTuple):
-    """What is measured, as `evaluation.evaluate` takes it.
+    """The sets to measure, in the form that `evaluation.evaluate` takes.
 
     Attributes:
         normal: uint8 `(N, H, W, 3)`.
         ood: Dict from a name to images.
         labels: Classes of the normal images, or None.
         labeled: Training images and their classes, or None.
-        masks: Dict from the names of OOD sets that have masks to these.
-        files: Dict from the names of sets that are folders to what their files are called.
+        masks: Dict from the names of OOD sets that have masks to their masks.
+        files: Dict from the names of sets that are folders to the names of their files.
     """
 
     normal: np.ndarray
@@ -238,7 +237,7 @@ def read_sets(options: Namespace, detector: Any) -> Sets:
 
 
 def read_masks(folder: Any, paths: dict[str, Any], reading: dict[str, Any]) -> dict[str, Any]:
-    """Return the masks of the sets that have a folder of them, by name."""
+    """Return masks by the name of the set, for sets that have a folder of masks."""
     if folder is None:
         return {}
     from sddns_tf.data import mvtec

@@ -4,7 +4,7 @@ r"""Write a detector for servers (SavedModel) and for devices (TFLite).
         --tflite=parts.tflite --quantization=dynamic --calibration=folder:parts/held_out
 
 Each export contains everything: resizing, normalization, backbone, bank, score and calibration. It
-is run in a separate process and compared with the detector before it is moved to its place. If the
+is run in a separate process and compared with the detector before it is moved into place. If the
 two disagree, nothing is written. Prints one line of JSON per export.
 
 A .tflite file with slightly different scores (after quantization, or if the bank is compressed to

@@ -81,8 +81,8 @@ def batches(
         data_options: The `DataOptions` of the configuration.
         data_dir: Folder of prepared TFDS data sets, or None.
         images: `Images`.
-        first_batch: None for one epoch. Otherwise the batches are endless and start with the one of
-            this number.
+        first_batch: None for one epoch. Otherwise the batches repeat forever, starting with this
+            one.
 
     Returns:
         `tf.data.Dataset` that `SelfDistillation.fit` takes.

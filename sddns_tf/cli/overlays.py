@@ -17,11 +17,11 @@ def writer(scorer: Scorer, folder: str) -> Callable[[str, np.ndarray, np.ndarray
 
     Args:
         scorer: `Scorer` of a local detector.
-        folder: Folder to write to; made if need be.
+        folder: Folder to write to; created if it does not exist.
 
     Returns:
-        Function from the path of an image file, its pixels as the scorer takes them, uint8
-        `(H, W, 3)`, and their anomaly map, float `(h, w)`.
+        Function that takes the path of an image file, its pixels as the scorer takes them, uint8
+        `(H, W, 3)`, and its anomaly map, float `(h, w)`.
 
     Raises:
         UsageError: If the detector has no maps.
@@ -49,7 +49,7 @@ def writer(scorer: Scorer, folder: str) -> Callable[[str, np.ndarray, np.ndarray
 
 
 def place(folder: str, path: str) -> pathlib.Path:
-    """Return where the overlay of a file goes: `FOLDER/PATH.png`, inside of FOLDER always."""
+    """Return where the overlay of a file goes: `FOLDER/PATH.png`, always inside FOLDER."""
     parts = pathlib.Path(path).parts
     inside = [part for part in parts if part not in ("..", pathlib.Path(path).anchor)]
     target = pathlib.Path(folder).expanduser().joinpath(*inside)
@@ -57,7 +57,7 @@ def place(folder: str, path: str) -> pathlib.Path:
 
 
 def cropped(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return the largest central part with an aspect ratio, as `image_ops.center_crop` does."""
+    """Return the largest central part with the given aspect ratio: see `image_ops.center_crop`."""
     rows, columns = image.shape[:2]
     new_rows = min(rows, max(1, columns * height // width))
     new_columns = min(columns, max(1, rows * width // height))

@@ -45,7 +45,7 @@ class Length(NamedTuple):
         return self.epochs * self.steps_per_epoch
 
     def steps_in(self, epochs: float) -> int:
-        """Return the steps in a number of epochs, which may be a fraction, within the run."""
+        """Return the steps in a number of epochs, which may be fractional, up to the whole run."""
         return min(round(epochs * self.steps_per_epoch), self.steps)
 
 

@@ -8,9 +8,9 @@ error. A file that cannot be read gets an error instead of a score; the others a
 Memory use does not depend on the number of files. A .tflite file is run without TensorFlow. Rows
 are written to OUTPUT.partial, which is renamed to OUTPUT at the end.
 
-Where one process is not enough, Apache Beam scores in shards, also TFRecord and Parquet files of
-image files. OUTPUT then is a folder: rows in OUTPUT/scores, those with an error in OUTPUT/errors.
-The same command again does the shards that are missing after a failure.
+If one process is not enough, --runner scores in shards with Apache Beam. It also reads TFRecord and
+Parquet files of image files. OUTPUT is then a folder: rows in OUTPUT/scores, those with an error in
+OUTPUT/errors. After a failure, run the same command again to score the missing shards.
 
     sddns score --model=exports/parts/1 --images='camera/*.png' --output=scores.parquet \
         --runner=DirectRunner --threads=1 \
@@ -59,8 +59,8 @@ def parser() -> Parser:
         "--images",
         metavar="PATHS",
         help="folder:PATH (with its subfolders), list:FILE (one path per line) or - (such a list "
-        "on stdin). With --runner also a pattern, such as 'camera/*.png' or gs://bucket/**, of "
-        "images, TFRecord or Parquet files.",
+        "on stdin). With --runner also a pattern of image, TFRecord or Parquet files, such as "
+        "'camera/*.png' or gs://bucket/**.",
     )
     group.add_argument(
         "--output",
@@ -70,13 +70,13 @@ def parser() -> Parser:
     group.add_argument(
         "--format",
         choices=("csv", "jsonl", "parquet"),
-        help="Default: jsonl or parquet if the name of --output ends so, otherwise csv. parquet "
-        "is for --runner, jsonl is not.",
+        help="Default: jsonl or parquet if --output has that extension, otherwise csv. parquet "
+        "needs --runner, and jsonl does not work with it.",
     )
     group.add_argument(
         "--maps",
         metavar="FOLDER",
-        help="Folder to write overlays of anomaly maps to, the one of PATH as FOLDER/PATH.png. "
+        help="Folder to write overlays of anomaly maps to, as FOLDER/PATH.png. "
         "Needs a local detector.",
     )
     group = parser.group("speed")
@@ -98,7 +98,7 @@ def parser() -> Parser:
         "--runner",
         metavar="NAME",
         help="DirectRunner (this machine), FlinkRunner, SparkRunner, DataflowRunner. The model "
-        "then is the folder of a SavedModel.",
+        "must then be the folder of a SavedModel.",
     )
     group.add_argument(
         "--runner_options",
@@ -111,7 +111,7 @@ def parser() -> Parser:
         metavar="N",
         type=positive_int,
         default=4096,
-        help="Images that are written together. A TFRecord or Parquet file is a shard of its own.",
+        help="Images that are written together. Each TFRecord or Parquet file is its own shard.",
     )
     return parser
 
@@ -152,13 +152,13 @@ def main(argv: list[str]) -> int:
 
 
 def format_of(output: str | None) -> str:
-    """Return the format of rows that the name of an output means."""
+    """Return the format of rows that the name of an output implies."""
     ending = pathlib.Path(output or "").suffix
     return ending[1:] if ending in (".jsonl", ".parquet") else "csv"
 
 
 def summary(images: int, flagged: int, failed: int) -> str:
-    """Return the last line that a run says."""
+    """Return the last line that a run prints."""
     return f"{images} images, {flagged} of them out of distribution, {failed} not scored"
 
 
@@ -222,7 +222,7 @@ def _in_folder(folder: pathlib.Path) -> Iterator[str]:
 def scored(
     scorer: Scorer, paths: Iterator[str], batch_size: int, write_map: Callable | None = None
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield the rows of one batch after another, in the order of the paths.
+    """Yield the rows of each batch, in the order of the paths.
 
     Args:
         scorer: `Scorer`.
@@ -276,7 +276,7 @@ def read_image(path: str, scorer: Scorer) -> np.ndarray | str:
 
 
 def _fitted(image: np.ndarray, height: int, width: int, resize: str) -> np.ndarray:
-    """Return an image resized as `image_ops.fit` does it, without TensorFlow."""
+    """Return an image resized as by `image_ops.fit`, without TensorFlow."""
     from PIL import Image
 
     if resize == "crop":

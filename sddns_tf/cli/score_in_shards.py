@@ -15,7 +15,7 @@ from sddns_tf.cli.scorers import saved_model_folder
 
 
 def run(options: Namespace, kind: str) -> int:
-    """Score what the options of `sddns score` name.
+    """Score the images that the options of `sddns score` name.
 
     Args:
         options: From the command's parser.
@@ -38,7 +38,7 @@ def run(options: Namespace, kind: str) -> int:
     if images == "-" or images.startswith(("folder:", "list:")):
         images = image_paths(images)
     quiet.import_tensorflow()
-    logging.getLogger().setLevel(logging.ERROR)  # Beam warns of parts that are not installed.
+    logging.getLogger().setLevel(logging.ERROR)  # Beam warns about parts that are not installed.
     with user_input("runner", ImportError):
         from sddns_tf import beam
     with user_input():

@@ -18,12 +18,12 @@ from sddns_tf.cli.errors import UsageError, name_of, user_input
 
 
 class MapScale(NamedTuple):
-    """What a picture of an anomaly map is drawn against.
+    """The scale on which an anomaly map is drawn.
 
     Attributes:
         threshold: Score above which a place is flagged.
         lowest: Score of what is in the bank.
-        crop_to: Height and width to whose aspect ratio the detector crops images, or None.
+        crop_to: Height and width with the aspect ratio that the detector crops to, or None.
     """
 
     threshold: float

@@ -5,20 +5,20 @@ r"""Choose the shift without labels and without OOD data: train one model per st
 
 A strategy is SHIFT:SOURCE, or none for no negatives. All other options are those of `sddns train`
 and apply to every strategy. Each is trained --runs times, with seeds that all strategies share.
-Each model is scored on its held-out images and on the same images transformed by the probes, which
-are the shifts that no strategy trains on, nor on another of their family (rotations; permutations).
-The AUROC between the two, mean over probes and runs, is the sensitivity of the strategy.
+Each model is scored on its held-out images and on the same images transformed by the probes. These
+are the shifts whose family (rotations; permutations) no strategy trains on. The AUROC between the
+two, averaged over probes and runs, is the sensitivity of the strategy.
 
-A strategy is chosen only if it leads by more than chance, by at least two probes. Otherwise the
-command says why not, and the table is only an order.
+A strategy is chosen only if there are at least two probes and its lead is larger than chance.
+Otherwise the command says why not, and the table only ranks the strategies.
 
 With --ood and --test the choice can be checked: the table then also has the true AUROCs. Below it
-is how well the best of all probes and their mean ranks the strategies, and the chance of the best
-of so many doing so in a random order.
+is how well the best of all probes and their mean ranks the strategies, and the chance that the best
+of that many would do as well if the order were random.
 
 Prints the table as Markdown. Writes results.json and sensitivity.png to --output_dir, and a folder
 for each run, STRATEGY/SEED, with the files of `sddns train` and sensitivity.json. If the command
-was stopped, run it again: what is done is not trained again.
+was stopped, run it again: finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ def parser() -> Parser:
         metavar="N",
         type=positive_int,
         default=3,
-        help="Runs of each strategy, with seeds from --seed on. One run chooses nothing.",
+        help="Runs of each strategy, with seeds from --seed on. One run is not enough to choose.",
     )
     group.add_argument("--epochs", metavar="N", type=positive_int, help="Epochs per run.")
     group.add_argument("--output_dir", metavar="FOLDER", help="Folder to write to.")
-    group = parser.group("check of the choice")
+    group = parser.group("checking the choice")
     group.add_argument(
         "--test", metavar="SOURCE", help="Source of fresh normal images, for --ood (split: test)."
     )
@@ -169,7 +169,7 @@ def measure(
         training.check_same_run(config, place.output_dir)
         before = json.loads(path.read_text(encoding="utf-8"))
         if before["asked"] == asked:
-            say("It was done earlier")
+            say("Already done")
             return before
     path.unlink(missing_ok=True)
     detector, images = training.train(config, place)
@@ -212,7 +212,7 @@ def true_aurocs(detector: Any, options: Namespace) -> dict[str, float]:
 
 
 def summary(found: dict[str, list[dict[str, Any]]], probes: tuple[str, ...]) -> dict[str, Any]:
-    """Return the contents of results.json: the choice or the doubts, and the check of the ranks."""
+    """Return the contents of results.json: the choice or the doubts, and the ranking's check."""
     from sddns_tf import sensitivity
 
     measured = {name: [run["sensitivity"] for run in runs] for name, runs in found.items()}
@@ -281,8 +281,8 @@ def table(results: dict[str, Any]) -> str:
     if check := results["ranking"]:
         lines += [
             f"Best of {check['definitions']} rankings of the mean AUROC: {check['best']}, "
-            f"Spearman's correlation {check['spearman']:.2f}; in a random order the best reaches "
-            f"that with a chance of {check['p_value']:.2f}"
+            f"Spearman's correlation {check['spearman']:.2f}; in a random order the best would "
+            f"reach that with probability {check['p_value']:.2f}"
         ]
     return "\n".join(lines)
 
@@ -326,4 +326,4 @@ def main(argv: list[str]) -> None:
         say(f"WARNING: No strategy is chosen: {'; '.join(results['doubts'])}")
     check = results["ranking"]
     if check and check["p_value"] > 0.05:
-        say("WARNING: These sensitivities do not show that they rank the true AUROCs")
+        say("WARNING: No evidence that these sensitivities rank the true AUROCs")

@@ -88,8 +88,8 @@ def damaged_parts(text: str) -> tuple[list[Source], pathlib.Path | None]:
         text: Text of the option `--test`.
 
     Returns:
-        List of `Source`, one for each folder of `test` but the good parts, and the folder of the
-        masks; an empty list and None where the text names no such layout.
+        List of `Source`, one for each folder of `test` except the good parts, and the folder of
+        the masks; an empty list and None if the text names no such layout.
 
     Raises:
         UsageError: If the folder holds no damaged parts.
@@ -173,7 +173,7 @@ def read(option: str, source: Source, **options: Any) -> Any:
 
 
 def file_names(option: str, source: Source, limit: int | None = None) -> list[pathlib.Path] | None:
-    """Return paths of the files that `read` reads of a folder, or None where it is no folder."""
+    """Return the paths of the files that `read` reads from a folder, or None for other sources."""
     if not source.location.startswith("folder:"):
         return None
     from sddns_tf import data

@@ -166,7 +166,7 @@ def add_training_options(parser: Parser) -> None:
         type=positive_int,
         help="Default: one pass through the images.",
     )
-    group.add_argument("--seed", metavar="N", type=int, help="Seed of everything random.")
+    group.add_argument("--seed", metavar="N", type=int, help="Random seed.")
     group.add_argument(
         "--precision",
         choices=("float32", "mixed_bfloat16", "mixed_float16"),

@@ -44,15 +44,15 @@ def load(
 ) -> tf.data.Dataset:
     """Turn any source of images into a batched dataset.
 
-    Gray images and palettes become RGB. An alpha channel is dropped, without compositing on a
-    background. 16-bit values become 8-bit ones by `value // 257`, whatever range a file uses. From
-    a file with several images, such as an animated GIF, the first one is taken. JPEG and PNG are
+    Grayscale and palette images become RGB. An alpha channel is dropped, not composited onto a
+    background. 16-bit values are reduced to 8 bits by `value // 257`, whatever range a file uses.
+    If a file holds several images, such as an animated GIF, the first one is used. JPEG and PNG are
     decoded by TensorFlow, other formats by Pillow.
 
     A folder is searched with its subfolders, in the order of the sorted paths. Links to folders are
     not followed and names that start with a dot are skipped. A warning names files that look like
     images of an unsupported format. Every file is decoded once before this function returns, so
-    that a bad one is found now and not in the middle of an epoch. Labels are dropped; `load_arrays`
+    a bad one is found now, not in the middle of an epoch. Labels are dropped; `load_arrays`
     keeps them.
 
     A small set of files is fastest when held in memory:
@@ -79,31 +79,32 @@ def load(
         image_size: int, or `(height, width)`, in pixels. Images of another size are resized to it
             (bicubic, antialiased). Needed if images differ in size.
         resize: how images of another aspect ratio are resized to `image_size`: `"squash"` distorts
-            them, `"crop"` first cuts off equal parts at two opposite sides. As `resize` of
+            them, `"crop"` first trims two opposite sides equally. Same as `resize` of
             `FeatureExtractor`.
-        exif_orientation: bool, whether to rotate files of a folder, and Pillow images, as their
-            EXIF data say.
+        exif_orientation: bool, whether to rotate a folder's files, and Pillow images, as their
+            EXIF data says.
         min_size: int. An image with a shorter side, before resizing, is an error.
         max_pixels: int. A file whose header states more pixels is not decoded. Folders only.
             (Pillow has a limit of its own, `PIL.Image.MAX_IMAGE_PIXELS`.)
-        on_error: `"raise"`, or `"skip"` to leave out the files of a folder that cannot be used,
-            and log them. `image_files` returns the others.
-        shuffle: bool, whether to use a new order in each iteration. All images are permuted. For
-            a TFDS data set or `tf.data.Dataset` of more than 512 MB, a buffer of 512 MB is.
-        seed: int, seed of the orders.
-        drop_remainder: bool, whether to leave out a shorter last batch. A distribution strategy
-            needs this.
-        first_batch: int. The dataset becomes endless, without breaks between epochs, and starts
-            with the batch of this number. It is what a training run that was stopped after this
-            many steps would have seen next. Earlier images are skipped without being decoded.
+        on_error: `"raise"`, or `"skip"` to skip and log the files of a folder that cannot be used.
+            `image_files` returns the others.
+        shuffle: bool, whether to use a new order in each iteration. All images are permuted,
+            except that a TFDS data set or `tf.data.Dataset` of more than 512 MB is shuffled with a
+            512 MB buffer.
+        seed: int, seed for shuffling.
+        drop_remainder: bool, whether to drop a shorter last batch. A distribution strategy needs
+            this.
+        first_batch: int. If given, the dataset repeats forever, without breaks between epochs, and
+            starts with this batch: the one that a training run stopped after this many steps would
+            have seen next. Earlier images are skipped without being decoded.
 
     Returns:
         A prefetched `tf.data.Dataset` of uint8 `(B, H, W, 3)`.
 
     Raises:
-        ValueError: if the source is missing or empty, or contains something that is not an image,
-            which the message names.
-        TypeError: if `source` is of another type.
+        ValueError: if the source is missing or empty, or contains something that is not an image;
+            the message names it.
+        TypeError: if `source` has another type.
 
     Example:
     ```python
@@ -178,7 +179,7 @@ def load_arrays(
         min_size: as for `load`.
         max_pixels: as for `load`.
         on_error: as for `load`.
-        limit: int, to read only the first images, in stored order.
+        limit: int, largest number of images to read, in stored order.
         with_labels: bool, whether to return the labels too: the feature `label` of a TFDS data
             set, the array `labels` of an `.npz` file, or those of a `tf.data.Dataset`.
 

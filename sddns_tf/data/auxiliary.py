@@ -30,8 +30,8 @@ def with_auxiliary(images: Array, auxiliary: Array | None) -> tf.data.Dataset:
 
     Raises:
         TypeError: if an argument is not a `tf.data.Dataset`.
-        ValueError: if an argument is empty or yields something other than image batches. Whether
-            auxiliary images are valid may turn out only while the dataset runs, as a
+        ValueError: if an argument is empty or yields something other than image batches.
+            Invalid auxiliary images may surface only while the dataset runs, as a
             `tf.errors.InvalidArgumentError`.
 
     Example:
@@ -88,7 +88,7 @@ def _checked_batches(name, dataset):
 
 
 def _complaint(spec):
-    """Return a dataset that fails, to follow a repeated one, which ends only if it is empty."""
+    """Return a dataset that fails. It follows a repeated one, which ends only if it is empty."""
 
     def fail(_):
         with tf.control_dependencies([tf.debugging.Assert(False, [_EMPTY.format("auxiliary")])]):

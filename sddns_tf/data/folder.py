@@ -1,4 +1,4 @@
-"""The image files of a folder: which there are, their sizes, and which cannot be used and why."""
+"""The image files of a folder: which exist, their sizes, and which cannot be used and why."""
 
 import os
 import warnings
@@ -18,7 +18,7 @@ MAX_PIXELS = 64_000_000
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
-# Endings of image formats that are not supported: skipped with a warning.
+# Extensions of image formats that are not supported: skipped with a warning.
 _OTHER_KINDS = frozenset(
     "3fr ai apng arw avif cr2 cr3 cur dcm dcx dds dib djvu dng emf eps exr fit fits fts hdr heic "  # noqa: SIM905
     "heif hif icns ico j2k jfif jp2 jpc jpe jpf jpm jpx jxl jxr mpo nef nrw orf pbm pcx pef pfm "
@@ -47,7 +47,7 @@ class Folder:
         shaping: `pixels.Shaping`.
         max_pixels: A file whose header states more pixels is not decoded.
         on_error: `"raise"` or `"skip"`.
-        exif_orientation: Whether to rotate images as their EXIF data say.
+        exif_orientation: Whether to rotate images as their EXIF data says.
     """
 
     def __init__(self, path, shaping, max_pixels, on_error, exif_orientation):
@@ -62,7 +62,7 @@ class Folder:
         return [file for file, _ in self._inspected(lambda pixels: None)]
 
     def open(self):
-        """Open the folder: records of its files, which are decoded when they are needed."""
+        """Open the folder as records of its files, which are decoded when needed."""
         files = self.files()
         shape = self._shape([file.size for file in files], files)
         decoders = sorted({file.decoder for file in files}, key=_DECODERS.index)
@@ -219,13 +219,13 @@ class Folder:
 
 
 def _warn_of_other_images(paths):
-    """Warn about files that are left out although they look like images."""
+    """Warn about files that are skipped although they look like images."""
     paths = sorted(path for path in paths if path.lower().rpartition(".")[2] in _OTHER_KINDS)
     if paths:
         listed = ", ".join(paths[:10] + ["..."] * (len(paths) > 10))
         warnings.warn(
-            f"{len(paths)} files are left out that look like images of other formats than "
-            f"{', '.join(EXTENSIONS)}. Convert them to use them. Left out: {listed}",
+            f"Skipped {len(paths)} files that look like images of formats other than "
+            f"{', '.join(EXTENSIONS)}. Convert them to use them. Skipped: {listed}",
             stacklevel=2,
         )
 

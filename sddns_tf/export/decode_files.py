@@ -1,8 +1,9 @@
 """Decode image files inside a served graph, with a status for each file instead of an error.
 
-Files that TensorFlow's operations would decode to other pixels than a viewer shows are rejected
-with a status and never scored: BMP files with a color palette or compression, GIF files whose first
-frame is transparent or does not fill the picture, TIFF and WebP. EXIF orientation is not applied.
+Files that TensorFlow's operations would decode to pixels other than those a viewer shows are
+rejected with a status and never scored: BMP files with a color palette or compression, GIF files
+whose first frame is transparent or does not fill the picture, TIFF and WebP. EXIF orientation is
+not applied.
 
 A server may put the requests of several clients into one batch, so a bad file must not make the
 whole batch fail. Files are therefore decoded by a `tf.data` pipeline inside the graph, which can
@@ -27,7 +28,7 @@ _BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF8")
 _OTHER_PIXELS = -1  # Instead of a number of pixels: the decoder would give wrong ones.
 _GRAY_PALETTE = bytes(value for gray in range(256) for value in (gray, gray, gray, 0))
 # Largest number of blocks read from a GIF file. A block has at most 255 bytes, so this allows 16 MB
-# for the first frame, and stops files that are made to take long.
+# for the first frame, and stops files that were crafted to take long.
 _GIF_BLOCKS = 65_536
 _AT_ONCE = 8  # Files of a request that are decoded in parallel, if the server has as many threads.
 
@@ -38,8 +39,8 @@ def decode(
     """Decode image files to images of one size, each with a status instead of an error.
 
     Args:
-        image_bytes: String tensor `(B,)`: JPEG, PNG, BMP or GIF files of any sizes, also gray or
-            with transparency. The first frame of an animated GIF is used.
+        image_bytes: String tensor `(B,)`: JPEG, PNG, BMP or GIF files of any size, including
+            gray and transparent ones. The first frame of an animated GIF is used.
         size: `(height, width)` in pixels to which images are resized.
         max_pixels: Images with more pixels, according to their header, are not decoded.
         resize: How images of another aspect ratio are resized: see `image_ops.fit`.
@@ -87,7 +88,7 @@ def _kinds(files: Array) -> tf.Tensor:
 
 
 def _options() -> tf.data.Options:
-    """Return options without optimization, which takes longer than a pipeline for one request."""
+    """Return options without optimization, which would take longer than a request's pipeline."""
     options = tf.data.Options()
     options.experimental_optimization.apply_default_optimizations = False
     options.autotune.enabled = False
@@ -104,7 +105,7 @@ def _status(kinds: Array, pixels: Array, max_pixels: int) -> tf.Tensor:
 
 
 def _decoded(file: Array) -> tf.Tensor:
-    """Return the pixels of a file as uint8, also of a PNG with 16 bits per channel."""
+    """Return the pixels of a file as uint8, even of a PNG with 16 bits per channel."""
     is_16_bits = (tf.strings.substr(file, 0, 4) == b"\x89PNG") & (
         tf.strings.substr(file, 24, 1) == b"\x10"
     )
@@ -157,7 +158,7 @@ def _neither(file: Array) -> tuple[Array, Array, Array]:
 def _gif(file: Array) -> tuple[Array, Array, Array]:
     """Return the file cut after its first frame, the frame's sides, and whether it is supported.
 
-    The decoder would unpack all frames, and a small file may have very many. It also paints
+    The decoder would unpack all frames, and a small file may have a great many. It also paints
     transparent pixels, and the area around a small frame, black.
     """
     data = tf.cast(tf.io.decode_raw(file, tf.uint8), tf.int32)

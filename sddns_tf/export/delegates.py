@@ -1,11 +1,11 @@
 """Which operations of a `.tflite` file an accelerator would leave to the CPU.
 
-Otherwise one finds out on the device: a delegate runs the operations it supports, and each switch
-between it and the CPU costs time. The lists compare names only; further requirements are in
-`NEEDS`. What a delegate really takes also depends on versions, shapes and drivers. The lists for
-GPU and Core ML follow the makers' pages. Those for Edge TPU and NNAPI were written from memory and
-have not been compared with the pages named beside them: take them as a hint, and try the file on
-the device.
+Without these lists you would only find out on the device: a delegate runs the operations it
+supports, and each switch between it and the CPU costs time. The lists compare names only; further
+requirements are in `NEEDS`. What a delegate really takes also depends on versions, shapes and
+drivers. The lists for GPU and Core ML follow the vendors' pages. Those for Edge TPU and NNAPI were
+written from memory and have not been compared with the pages named beside them: take them as a
+hint, and try the file on the device.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def operators(file: Any) -> list[str]:
 
 
 def calibration_placeholders(capacity: int) -> dict[str, Any]:
-    """Return placeholders for the calibration, by whose values its buffers are found in the file.
+    """Return placeholders for the calibration, whose values serve to find its buffers in the file.
 
     Args:
         capacity: Largest number of calibration scores that the file can hold.
@@ -145,7 +145,7 @@ def calibrate(file: Any, scores: Array, rate: float) -> None:
 
     Args:
         file: Bytearray of a described `.tflite` file.
-        scores: Scores that the file gives calibration images, float32 `(N,)`, with N at most its
+        scores: The file's scores for calibration images, float32 `(N,)`, with N at most its
             `"calibration_room"`.
         rate: False positive rate, a float.
     """

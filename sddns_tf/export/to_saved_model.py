@@ -89,8 +89,8 @@ def saved_model(
     versions of packages, the detector's configuration and calibration, the result of the comparison
     below, and the size and SHA-256 of each file.
 
-    Before the export is moved to its place, it is loaded in a separate process and compared with
-    the detector. It appears in the directory at once and complete, so a server may watch it.
+    Before the export is moved into place, it is loaded in a separate process and compared with the
+    detector. It appears in the directory in one step and complete, so a server may watch it.
 
     Args:
         detector: A `Detector`.

@@ -64,7 +64,7 @@ def tflite(
     batch_size: int | None = None,
     verbose: int | str = "auto",
 ) -> pathlib.Path:
-    """Write a detector as one `.tflite` file that needs built-in operations only.
+    """Write a detector as one `.tflite` file that needs only built-in operations.
 
     Its signature `serving_default` takes `images`, uint8 `(B, h, w, 3)`, already resized to
     `detector.extractor.resolution`. It returns `ood_score`, `p_value` and `is_ood`, each `(B,)`,
@@ -85,7 +85,7 @@ def tflite(
 
     Args:
         detector: A `Detector`.
-        path: Path of the file to write. An existing file is replaced at once and as a whole.
+        path: Path of the file to write. An existing file is replaced atomically.
         quantization: None for float32. `"float16"` stores weights as float16 and computes in
             float32. `"dynamic"` has int8 weights and quantizes activations image by image.
             `"int8"` has int8 weights and activations, with ranges set by representative images.
@@ -269,7 +269,7 @@ def _answer(detector: Any, calibration: dict[str, Any], shape: tuple[int | None,
 def _scores(
     file: bytearray, images: np.ndarray, batch_size: int | None, verbose: int | str
 ) -> np.ndarray:
-    """Return the scores that the file gives images, float32 `(N,)`."""
+    """Return the file's scores for images, float32 `(N,)`."""
     interpreter = _import_litert()(model_content=bytes(file), num_threads=os.cpu_count())
     runner, step = interpreter.get_signature_runner("serving_default"), batch_size or 1
     starts = range(0, len(images), step)

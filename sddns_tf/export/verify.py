@@ -26,7 +26,7 @@ from sddns_tf.validation import image_array
 # with vision transformers of 2, 6 and 12 blocks, were 8e-6, 0.004, 0.083 and, on the representative
 # images, 0.22.
 COSINE_TOLERANCE = {None: 4e-6, "float16": 1e-3, "dynamic": 1e-2, "int8": 2e-2}
-# Allowed error of a map, times that of an image's score: standardizing divides channels by their
+# Allowed error of a map, as a multiple of a score's: standardizing divides channels by their
 # deviation, which may be small compared with the values that were rounded.
 _PLACES = 8
 CHECKED_IMAGES = 16

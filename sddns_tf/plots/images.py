@@ -60,7 +60,7 @@ def most_and_least_anomalous(images: Array, scores: Array, count: int = 8) -> Fi
     Args:
         images: uint8 or float in 0-255, `(B, H, W, 3)`, B at least 2.
         scores: Their OOD scores, `(B,)`, higher meaning more out-of-distribution.
-        count: Images to show at each end, at most; never more than half of the images.
+        count: Largest number of images to show at each end; never more than half of all.
 
     Returns:
         A `matplotlib.figure.Figure`: the least anomalous images above, the lowest score first,
@@ -103,12 +103,12 @@ def most_and_least_anomalous(images: Array, scores: Array, count: int = 8) -> Fi
 def attention_overlay(images: Array, attention: Array, per_head: bool = False) -> Figure:
     """Draw where the network looks: attention of the CLS token over the image.
 
-    One row per image: the image, then the attention averaged over heads and, if asked, that of
-    each head. Every map is scaled from its own lowest to its own highest value.
+    One row per image: the image, then the mean attention over heads and, with `per_head`, the
+    attention of each head. Every map is scaled from its own lowest to its own highest value.
 
     Args:
-        images: uint8 or float in 0-255, `(B, H, W, 3)`, of the network's proportions; they may
-            have more pixels than the network saw.
+        images: uint8 or float in 0-255, `(B, H, W, 3)`, with the aspect ratio of the
+            network's input; they may have more pixels than the network saw.
         attention: Softmax attention of the last block, `(B, heads, 1 + N, 1 + N)`, CLS token
             first, then the N patches row by row.
         per_head: Whether to add one map per head.
@@ -167,7 +167,7 @@ def attention_overlay(images: Array, attention: Array, per_head: bool = False) -
 
 
 def checked_images(images: Array) -> np.ndarray:
-    """Map images to show as uint8 `(B, H, W, 3)`, checked."""
+    """Check images to show, and return them as uint8 `(B, H, W, 3)`."""
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
         raise ValueError(
@@ -188,7 +188,7 @@ def checked_images(images: Array) -> np.ndarray:
 
 
 def captions_of(images: Array, scores: Array, titles: Any) -> list[str]:
-    """Return the lines above each image: at most two of title, one of score."""
+    """Return the lines above each image: at most two for the title, one for the score."""
     captions: list[list[str]] = [[] for _ in images]
     for name, given in (("titles", titles), ("scores", scores)):
         if given is not None and len(given) != len(images):

@@ -20,20 +20,20 @@ _YELLOW, _RED = np.array([240, 228, 66]), np.array([213, 20, 0])
 def overlay(
     image: Array, anomaly_map: Array, threshold: float | None, lowest: float = -22.5
 ) -> np.ndarray:
-    """Return an image with what lies above the threshold painted over it.
+    """Return an image with the places above the threshold painted over.
 
-    Needs NumPy and Pillow only.
+    Needs only NumPy and Pillow.
 
-    One scale holds for all images, and nothing below the threshold is painted: a normal image stays
-    as it is. From the threshold on the paint goes from yellow to red, which is reached twice as far
-    from the bank's places as the threshold is. A line runs around the flagged places.
+    The scale is the same for all images, and nothing below the threshold is painted, so a normal
+    image stays as it is. Above the threshold the color goes from yellow to red, which is reached at
+    twice the threshold's distance from the bank's places. Flagged places are outlined.
 
     Args:
         image: uint8 or float in 0-255, `(H, W, 3)`.
         anomaly_map: Scores of its places, float `(h, w)`.
         threshold: Score above which a place is flagged: `Detector.threshold`.
-        lowest: Score of what is in the bank, `Detector.lowest_score`, which the default is for a
-            detector's own temperature and offset.
+        lowest: Score of what is in the bank: `Detector.lowest_score`. The default is right for a
+            detector with the default temperature and offset.
 
     Returns:
         uint8 array `(H, W, 3)`.
@@ -66,11 +66,11 @@ def anomaly_map(
     titles: Any = None,
     masks: Array | None = None,
 ) -> Figure:
-    """Return images, their anomaly maps and both in one, against the threshold.
+    """Draw images, their anomaly maps and overlays of both, relative to the threshold.
 
     Every map is drawn on the same scale: white at the threshold, blue below it down to what is in
-    the bank, red above it up to twice as far. So a map of a normal image is blue all over, and
-    those of different images, and of different figures of one detector, can be compared.
+    the bank, red above it up to twice as far. So the map of a normal image is blue all over, and
+    maps of different images, in different figures of one detector, can be compared.
 
     Args:
         images: uint8 or float in 0-255, `(B, H, W, 3)`.
@@ -78,7 +78,7 @@ def anomaly_map(
         threshold: Score above which a place is flagged: `Detector.threshold`.
         lowest: Score of what is in the bank: `Detector.lowest_score`.
         titles: One string per image.
-        masks: True where damage is known to be, bool `(B, H, W)`; adds a column.
+        masks: True where there is known damage, bool `(B, H, W)`; adds a column.
 
     Returns:
         A `matplotlib.figure.Figure`.
@@ -121,7 +121,7 @@ def anomaly_map(
 
 
 def _heat(maps, threshold, lowest):
-    """Return maps on the scale of pictures: 0 is in the bank, 1 the threshold, 2 twice as far."""
+    """Return maps on the scale of pictures: 0 in the bank, 1 at the threshold, 2 twice as far."""
     if maps.ndim != 3 or 0 in maps.shape or np.isnan(maps).any():
         raise ValueError(
             "`maps` must be scores of places, (B, h, w). "
@@ -144,6 +144,6 @@ def _resized(values, size, method):
 
 
 def _inside(mask):
-    """Tell where all four neighbors belong to a mask as well."""
+    """Return where all four neighbors belong to the mask as well."""
     padded = np.pad(mask, 1, constant_values=True)
     return padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]

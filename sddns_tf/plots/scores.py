@@ -22,16 +22,16 @@ SCORE_LABEL = "OOD score (higher: more out-of-distribution)"
 def score_histograms(id_scores: Array, ood_scores: Array, threshold: float | None = None) -> Figure:
     """Draw histograms of the scores of normal images against each out-of-distribution set.
 
-    One row per set, all on one axis of scores, with the in-distribution scores repeated in each.
+    One row per set, all on the same score axis, with the in-distribution scores repeated in each.
     Every histogram is scaled to its own peak, so that sets of any size and spread can be
-    compared. Where scores have long tails the axis stops short of them: scores beyond it are
-    counted in the outermost bins, and a note says how many there are.
+    compared. If scores have long tails, the axis stops short of them: scores beyond it are counted
+    in the outermost bins, and a note says how many there are.
 
     Args:
         id_scores: Scores of in-distribution images, `(N,)`, higher meaning more
             out-of-distribution.
         ood_scores: Dict from the name of a set to its scores, `(M,)`.
-        threshold: Score above which images are flagged, as of `Detector`. Adds a line and the
+        threshold: Score above which images are flagged: `Detector.threshold`. Adds a line and the
             share flagged.
 
     Returns:
@@ -158,10 +158,10 @@ def _score_sets(id_scores, ood_scores):
 
 
 def _score_limits(sets):
-    """Return limits that show all of every set but its long tails.
+    """Return limits that show all of every set except its long tails.
 
-    From the 5 and 95 % quantiles, outwards by the distance between them: 4.9 standard deviations
-    of a normal distribution, which thus fits whole.
+    The limits are the 5 and 95 % quantiles, moved outward by the distance between them: 4.9
+    standard deviations of a normal distribution, which thus fits entirely.
     """
     low, high = np.inf, -np.inf
     for scores in sets:

@@ -1,4 +1,4 @@
-"""Colors, fonts and sizes that all pictures share, and how a figure is written."""
+"""Colors, fonts and sizes that all pictures share, and how to save a figure."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LINE_STYLES = ("-", "--", ":", "-.")
 
 
 def save(figure: Any, path: str | os.PathLike) -> pathlib.Path:
-    """Write a figure to a file, whole or not at all.
+    """Write a figure to a file, completely or not at all.
 
     The picture is written beside its destination and renamed when complete, so an interrupted
     run leaves an earlier file as it was. Missing folders are created.
@@ -34,7 +34,7 @@ def save(figure: Any, path: str | os.PathLike) -> pathlib.Path:
         The path as a `pathlib.Path`.
 
     Raises:
-        ValueError: if the suffix is no format that matplotlib writes.
+        ValueError: if the suffix is not a format that matplotlib writes.
 
     Example:
     >>> sddns_tf.plots.save(sddns_tf.plots.training_curves(history.history), "curves.png")
@@ -53,7 +53,7 @@ def save(figure: Any, path: str | os.PathLike) -> pathlib.Path:
 
 
 def figure_of(width: float, height: float) -> Figure:
-    """Return an empty figure of so many inches.
+    """Return an empty figure, given its width and height in inches.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -68,11 +68,11 @@ def figure_of(width: float, height: float) -> Figure:
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Color and dashes of the line of this index."""
+    """Return the color and dashes of the line at an index."""
     style = LINE_STYLES[index // len(LINE_COLORS) % len(LINE_STYLES)]
     return {"color": LINE_COLORS[index % len(LINE_COLORS)], "linestyle": style}
 
 
 def wrapped(text: str, width: int) -> str:
-    """Return a text in lines of at most so many characters."""
+    """Return a text wrapped to lines of at most `width` characters."""
     return "\n".join(line for part in text.split("\n") for line in textwrap.wrap(part, width))

@@ -1,4 +1,4 @@
-"""Curves of what was logged during training."""
+"""Curves of the values logged during training."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def training_curves(history: Any) -> Figure:
     for name, values in curves.items():
         quantity = "loss" if name.endswith("loss") else name.removeprefix("val_")
         panels.setdefault((quantity, len(values)), {})[name] = values
-    # The panel of losses spans the first row, the others follow three abreast.
+    # The panel of losses spans the first row, the others follow, three to a row.
     wide = [panel for panel in panels if panel[0] == "loss"]
     small = [panel for panel in panels if panel[0] != "loss"]
     columns = max(1, min(3, len(small)))
@@ -98,7 +98,7 @@ def _draw_curves(axes, quantity, curves, x_label):
     axes.set_xlim(1 - margin, len(steps) + margin)
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-    # In full on each tick: a power of ten set apart would collide with the legend.
+    # In full on each tick, because a separate power of ten would collide with the legend.
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.8g}"))
     axes.tick_params(labelsize=8)
     axes.grid(color="0.92")

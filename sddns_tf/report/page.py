@@ -208,7 +208,7 @@ def _map(evaluation):
         charts.scatter(points)
         + _legend(dict(enumerate(order)), "point")
         + f'<p class="soft"><small>Principal components of at most '
-        f"{max(map(len, features.values()))} images of each set; they hold {share:.0%} of the "
+        f"{max(map(len, features.values()))} images of each set; they explain {share:.0%} of the "
         "variance.</small></p>"
     )
 

@@ -91,7 +91,7 @@ def durations(name, partner, times):
 
 
 def fastest(candidates):
-    """Return the name and function of the fastest candidate: the best of two calls after one."""
+    """Return the name and function of the fastest candidate: best of two calls after a warm-up."""
     times = {}
     for name, function in candidates.items():
         try:
@@ -157,7 +157,7 @@ def parse(argv):
     parser.add_argument("--quick", action="store_true", help="small networks, three rounds")
     parser.add_argument("--threads", type=int, default=1, help="threads of each side")
     parser.add_argument(
-        "--rounds", type=int, default=7, help="rounds, in which both sides run once"
+        "--rounds", type=int, default=7, help="rounds; in each one both sides run once"
     )
     options = parser.parse_args(argv)
     names = BENCHMARKS if options.benchmarks == "all" else options.benchmarks.split(",")

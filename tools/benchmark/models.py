@@ -1,4 +1,4 @@
-"""Our networks, training steps and detectors that are timed, with images of noise."""
+"""Our networks, training steps and detectors to time, and images of noise."""
 
 import contextlib
 
@@ -120,8 +120,8 @@ def train_step(shape, batch, *, policy="float32", jit_compile=False, ready_made=
 def operations(model, batch):
     """Count the operations that a training step gives TensorFlow to optimize.
 
-    Every node of the step's graph, constants and placeholders too, and every node of the functions
-    that it calls, each function once however often it is called.
+    They are every node of the step's graph, including constants and placeholders, and every node of
+    the functions that it calls, each function counted once.
 
     Args:
         model: From `training_model`.
@@ -140,8 +140,8 @@ def operations(model, batch):
 def multiplications(shape, prototypes, local_views, batch):
     """Return the number of multiplications in the matrix products of one training step.
 
-    The teacher takes 2 global views forward. The student takes 3 global views and twice the local
-    views, forward and backward, which costs three times as much as forward alone. The last block
+    The teacher runs 2 global views forward. The student runs 3 global views and twice the local
+    views forward and backward, which costs three times as much as forward alone. The last block
     computes one token from the keys and values of all.
     """
     size, patch, dim, depth, _ = shape

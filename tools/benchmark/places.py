@@ -1,8 +1,9 @@
-r"""Local detectors: the score of a map beside a forward of ViT-S/16, and building from many images.
+r"""Local detectors: scoring a map, against a ViT-S/16 forward pass, and building from many images.
 
-Building runs in processes of its own, for their peak memory; against as many times the seconds of
-the smallest set. Feature maps are those of one convolution, 28 x 28 places of 384 channels, since
-the network is not what is measured. One size alone, such as 100,000 images:
+Each bank is built in a separate process, to measure its peak memory. The time is compared with that
+of the smallest set, scaled by the number of images. The feature maps are those of one convolution,
+28 x 28 places of 384 channels, because the network is not what is measured. To build only one size,
+such as 100,000 images:
 
     python -m tools.benchmark.places --images=100000
 """
@@ -23,7 +24,7 @@ IMAGES = (1_000, 10_000)
 
 
 def run(settings):
-    """Yield records of scores and of buildings."""
+    """Yield records of scoring and of building."""
     yield from scores(settings)
     smallest = None
     for count in (64, 256) if settings.quick else IMAGES:
@@ -36,7 +37,7 @@ def run(settings):
 
 
 def scores(settings):
-    """Yield a record of the score of each size of map, against a forward of the transformer."""
+    """Yield a record of scoring each size of map, against a forward pass of the transformer."""
     import numpy as np
     import tensorflow as tf
 
@@ -64,7 +65,7 @@ def scores(settings):
 
 
 def one_convolution(side, channels):
-    """Return an extractor of maps `(side, side, channels)` of 224 px images that costs little."""
+    """Return a fast extractor of maps `(side, side, channels)` from 224 px images."""
     import keras
 
     from sddns_tf.features import FeatureExtractor
@@ -78,7 +79,7 @@ def one_convolution(side, channels):
 
 
 def measured_apart(count, threads):
-    """Return what `main` finds of a number of images, in a process of its own."""
+    """Return what `main` prints for a number of images, run in a separate process."""
     options = [f"--images={count}", f"--threads={threads}"]
     command = [sys.executable, "-m", "tools.benchmark.places", *options]
     result = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
@@ -86,7 +87,7 @@ def measured_apart(count, threads):
 
 
 def measure(count, threads):
-    """Return the processor's seconds of building a bank of places, and the peak of the memory."""
+    """Return the CPU seconds to build a bank of places, and the peak memory."""
     import time
 
     import numpy as np
@@ -104,10 +105,10 @@ def measure(count, threads):
 
 
 def main(argv=None):
-    """Print what `measure` finds, as JSON."""
+    """Print the result of `measure` as JSON."""
     parser = argparse.ArgumentParser(prog="places", description="Build a bank of places.")
     parser.add_argument("--images", type=int, default=1_000, help="images to build it from")
-    parser.add_argument("--threads", type=int, default=1, help="of TensorFlow")
+    parser.add_argument("--threads", type=int, default=1, help="TensorFlow's threads")
     options = parser.parse_args(argv)
     print(json.dumps(measure(options.images, options.threads)))
 

@@ -26,7 +26,7 @@ def run(settings):
         keras.utils.clear_session()
         return models.train_step(shape, 16)()
 
-    # Three rounds are enough for what takes many seconds; each is a first step.
+    # Three rounds are enough, because a first step takes many seconds.
     times = harness.take_turns(
         first_step, lambda: pytorch.train_step(torch, shape, 16)(), rounds=3, warm_up=False
     )

@@ -6,7 +6,7 @@
 - `defaults_table`: check that training works with its defaults on different networks and data.
 - `ablate_score`, `compare_exports`: vary the score; measure what each kind of export costs.
 - `shrink_detector`: make the detector that comes with the package from one of those runs.
-- `score_growth`: time and memory of scoring on Apache Beam as images become more. `merged_bank`:
-  how far the scores of a bank merged from shards are from those of the whole bank.
+- `score_growth`: time and memory of scoring on Apache Beam as the number of images grows.
+  `merged_bank`: how far scores of a bank merged from shards are from those of the whole bank.
 - `make_figures`: draw the documentation's pictures of views and shifts.
 """

@@ -5,7 +5,7 @@ The folder `--data_dir` holds prepared TFDS data sets. Among the default ones, `
 train and validation) are not public; prepare your own. The file `--auxiliary_exclude` lists classes
 of the auxiliary set that CIFAR-10 has too; they are left out.
 
-Whatever is chosen is chosen on `--sets=development`: noise, blurred and gray CIFAR-10, and half of
+All choices are made on `--sets=development`: noise, blurred and gray CIFAR-10, and half of
 the auxiliary validation images. `--sets=test` are other data sets, the other half, and fresh
 CIFAR-10 images that development does not use: see docs/results/protocol.md.
 """
@@ -35,7 +35,7 @@ PATHS = ("data_dir", "auxiliary_exclude", "output_dir")  # not recorded as setti
 
 
 class Normal(NamedTuple):
-    """CIFAR-10's images, uint8 `(N, 32, 32, 3)`, and labels for the accuracy of neighbors."""
+    """CIFAR-10's images, uint8 `(N, 32, 32, 3)`, and labels for the k-NN accuracy."""
 
     training: np.ndarray
     calibration: np.ndarray
@@ -90,7 +90,7 @@ def read_held_out(settings):
 
 
 def read_normal(settings):
-    """Return training, calibration and fresh images; fresh ones for a test are the second half."""
+    """Return the images; with `--sets=test`, the fresh ones are the second half of the split."""
     training, training_labels = read(settings, settings.in_distribution, "train", with_labels=True)
     test, labels = read(settings, settings.in_distribution, "test", with_labels=True)
     half = len(test) // 2
@@ -149,7 +149,7 @@ def backbone(settings):
 def depthwise(width):
     """Return four blocks of depthwise convolution and dense layers, pooled by mean and spread.
 
-    The records in docs/results and the detector `cifar10-small` have this network.
+    The records in docs/results and the detector `cifar10-small` use this network.
     """
     layers = keras.layers
     images = keras.Input((None, None, 3))
@@ -176,7 +176,7 @@ def optimizer(settings, steps):
 
 
 def fit(settings, name, make_model, batches_from, callbacks=(), resume=True):
-    """Train a model for `--steps`, going on where an earlier run of that name was stopped.
+    """Train a model for `--steps`, continuing where an earlier run of that name was stopped.
 
     Args:
         settings: Parsed arguments of `parser`.
@@ -184,7 +184,7 @@ def fit(settings, name, make_model, batches_from, callbacks=(), resume=True):
         make_model: Function without arguments that returns the compiled model.
         batches_from: Function from the number of the first batch to an endless dataset.
         callbacks: Keras callbacks.
-        resume: Whether to keep states. It takes a `SelfDistillation`.
+        resume: Whether to save states to resume from. Needs a `SelfDistillation`.
 
     Returns:
         The model, and a dictionary about its training for the record.
@@ -218,7 +218,7 @@ def fit(settings, name, make_model, batches_from, callbacks=(), resume=True):
 
 
 def read_log(path):
-    """Return the columns of a log of Keras, which writes NA for validation where there is none."""
+    """Return the columns of a Keras log, which has NA where there was no validation."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     columns = [key for key, value in rows[0].items() if key != "epoch" and value != "NA"]
@@ -240,7 +240,7 @@ def detector_of(settings, network, normal):
 
 
 def evaluate(detector, normal, ood, features_of, trained_on=None):
-    """Return what a detector reaches.
+    """Return the measurements of a detector.
 
     Args:
         detector: `Detector`, or anything with its `predict`.
@@ -270,7 +270,7 @@ def evaluate(detector, normal, ood, features_of, trained_on=None):
 
 
 def nearest_neighbor_accuracy(normal, features_of, bank_images=10_000):
-    """Return how often the 20 nearest training images tell the class of a fresh one."""
+    """Return how often the 20 nearest training images predict the class of a fresh one."""
     bank = normal.training[:bank_images]
     return metrics.knn_accuracy(
         features_of(bank),

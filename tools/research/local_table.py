@@ -1,4 +1,4 @@
-r"""Figures of docs/local.md: how places of solar cells are told apart, one development split.
+r"""Figures of docs/local.md: local detection on solar cells, on one development split.
 
     pip install -e ".[inspection]" scikit-image
     sddns convert-efficientnet-lite --output=lite0.weights.h5
@@ -6,18 +6,17 @@ r"""Figures of docs/local.md: how places of solar cells are told apart, one deve
     python -m tools.research.local_table --runs_dir=local --only=negatives,mono
     python -m tools.research.local_table --runs_dir=local --table_only
 
-Of the sound
-cells of a type 60 % are the bank, 20 % calibrate and 20 % are fresh; all defective cells are the
-others. Each run writes `NAME.json` to `--runs_dir` and is skipped where that file exists; in the
-end the tables of all runs are printed in Markdown. Experiments:
+Of each type's sound cells, 60 % make the bank, 20 % calibrate and 20 % are fresh; the OOD set is
+all defective cells. Each run writes `NAME.json` to `--runs_dir` and is skipped if that file exists.
+At the end the tables of all runs are printed in Markdown. Experiments:
 
-- `bank`: rows of the bank and places kept of which the coreset chooses them, EfficientNet-lite0
-  trained on ImageNet, 224 px, strides 8 and 16. Milliseconds are the processor's, of one thread,
-  for the score of one image from its feature maps.
-- `standardized`: the default bank of channels that are not standardized (`raw`).
+- `bank`: the number of rows in the bank, and of places kept from which the coreset chooses them,
+  with EfficientNet-lite0 trained on ImageNet, 224 px, strides 8 and 16. Milliseconds are CPU time
+  on one thread to score one image from its feature maps.
+- `standardized`: the default bank without standardizing channels (`raw`).
 - `tokens`: which block of a small vision transformer, trained on the cells, gives the maps.
-- `negatives`: a small convolutional network trained on the cells without negatives, with rotated
-  auxiliary images and with pasted pieces of the cells themselves, and not trained at all.
+- `negatives`: a small convolutional network, untrained or trained on the cells: without negatives,
+  with rotated auxiliary images, or with pasted pieces of the cells themselves.
 """
 
 import argparse
@@ -67,13 +66,13 @@ def parser():
     )
     add = found.add_argument
     add("--runs_dir", required=True, help="folder of the runs' JSON files")
-    add("--only", default="", help="parts of the names of runs; all must occur in the name")
-    add("--seeds", default="0", help="of trained networks, with commas between")
+    add("--only", default="", help="parts, with commas between, that a run's name must all have")
+    add("--seeds", default="0", help="seeds of trained networks, separated by commas")
     add("--train_steps", type=int, default=300, help="training steps of trained networks")
-    add("--split_seed", type=int, default=0, help="of the split")
-    add("--limit", type=int, help="take at most so many cells of a kind, to try it out")
-    add("--weights", help="of EfficientNet-lite0, from `sddns convert-efficientnet-lite`")
-    add("--table_only", action="store_true", help="run nothing, print the tables of what there is")
+    add("--split_seed", type=int, default=0, help="seed of the split")
+    add("--limit", type=int, help="use at most this many cells of each kind, to try it out")
+    add("--weights", help="EfficientNet-lite0's weights, from `sddns convert-efficientnet-lite`")
+    add("--table_only", action="store_true", help="only print the tables of finished runs")
     return found
 
 
@@ -97,7 +96,7 @@ def read_cells(kind, side):
 
 
 def auxiliary_images(count=2_000):
-    """Crops of photographs of scikit-image, which show no cells, uint8 `(count, 64, 64, 3)`."""
+    """Return crops of scikit-image's photographs, none of cells, uint8 `(count, 64, 64, 3)`."""
     import skimage.data
 
     rng = np.random.default_rng(0)
@@ -114,7 +113,7 @@ def auxiliary_images(count=2_000):
 
 
 def small_network():
-    """Return a network of depthwise convolutions, for damage is local and cells are few."""
+    """Return a small depthwise network, because damage is local and cells are few."""
     layers = keras.layers
     images = keras.Input((None, None, 3))
     x = layers.Conv2D(32, 4, strides=2, padding="same")(images)
@@ -141,7 +140,7 @@ def trained(make_network, kind, negatives, seed):
     steps, (source, _, shift) = FLAGS.train_steps, negatives.partition("-")
     model = sddns_tf.SelfDistillation(
         backbone=make_network(),
-        # The camera and its light do not change: nearly whole images, and no color jitter.
+        # The camera and lighting do not change: nearly whole images, and no color jitter.
         views=sddns_tf.MultiCrop(
             SIDE, local_views=2, global_area=(0.6, 1.0), color_jitter=0, grayscale=0
         ),
@@ -181,7 +180,7 @@ def maps_of(make_network, kind, layers, side):
 
 
 def measured(extractor, maps, rows, kept, standardized=True):
-    """Return what a local detector with so many rows, chosen of so many places, is worth."""
+    """Return the measurements of a local detector with `rows` rows chosen from `kept` places."""
     moments, reservoir = Moments(extractor.feature_dim), Reservoir(kept, seed=0)
     for image in maps.bank:
         places = image.reshape(-1, image.shape[-1])
@@ -213,7 +212,7 @@ def measured(extractor, maps, rows, kept, standardized=True):
 
 
 def milliseconds(function, calls=15):
-    """Return the median time of a call on the processor, which other work hardly changes."""
+    """Return the median CPU time of a call, which other work hardly changes."""
     function()
     times = []
     for _ in range(calls):
@@ -229,7 +228,7 @@ def imagenet_network():
 
 
 def run(experiment, kind, setting, seed):
-    """Return what one run measures."""
+    """Return the measurements of one run."""
     if experiment in ("bank", "standardized"):
         found = maps_of(imagenet_network, kind, "auto", 224)
         if experiment == "bank":
@@ -281,7 +280,7 @@ def print_tables(results):
 
 def main(argv=None):
     """Make the runs that are missing, then print the tables of all."""
-    vars(FLAGS).clear()  # What an earlier call left would be taken for given.
+    vars(FLAGS).clear()  # Otherwise options of an earlier call would override the defaults.
     parser().parse_args(argv, FLAGS)
     harness.pin_threads(1)
     only = [part for part in FLAGS.only.split(",") if part]

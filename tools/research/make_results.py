@@ -4,9 +4,9 @@ r"""Make the tables and the figure of the runs of `reproduce_cifar10` and `basel
 
 Prints Markdown tables of the runs in a folder: AUROCs; differences from training without negatives,
 paired by seed; sensitivities, and how well they rank strategies. Means are over the test sets
-alone: sets that are synthetic (noise) or of the negatives' own source (validation images of the
-auxiliary set) stand beside them and are in no mean. The rank correlations are printed with these
-sets too, to show what hangs on them. For several seeds there is a 95 % interval (Student's t).
+alone: sets that are synthetic (noise) or from the negatives' own source (validation images of the
+auxiliary set) are shown beside them but are in no mean. Rank correlations are also printed with
+these sets, to show what depends on them. With several seeds there is a 95 % interval (Student's t).
 
     python -m tools.research.make_results --results=runs/tuning --choose
 
@@ -25,7 +25,7 @@ from sddns_tf import plots, sensitivity
 from tools.research.reproduce_cifar10 import STRATEGIES
 
 TUNED = ("learning_rate", "teacher_temperature")
-SOUND = (0.05, 0.95)  # entropy of the mean output over a uniform one's: neither one point nor all
+SOUND = (0.05, 0.95)  # entropy of the mean output over a uniform one's; beyond these, collapsed
 
 
 def read_runs(folder):
@@ -45,19 +45,19 @@ def read_runs(folder):
 
 
 def with_interval(values):
-    """Return the mean over seeds, with half of the width of its 95 % interval, as text."""
+    """Return the mean over seeds, with half the width of its 95 % interval, as text."""
     if len(values) < 2:
         return f"{np.mean(values):.3f}"
     return f"{np.mean(values):.3f} ± {half_width(values):.3f}"
 
 
 def half_width(values):
-    """Return half of the width of the 95 % interval of a mean."""
+    """Return half the width of the 95 % interval of a mean."""
     return stats.t.interval(0.95, len(values) - 1)[1] * stats.sem(values)
 
 
 def sets_of(runs):
-    """Return the names of the sets that means are over, and of those that stand alone."""
+    """Return the names of the sets that are averaged, and of those that are not."""
     first = next(iter(runs.values()))[0]
     tested = first["flags"].get("ood", "cifar100,dtd32,gtsrb32,mnist").split(",")
     return tested, [name for name in first["ood"] if name not in tested]
@@ -78,7 +78,7 @@ def by_auroc(runs):
 
 
 def print_ood_table(runs):
-    """Print the AUROC of each strategy against each set, and what else tells about a run."""
+    """Print the AUROC of each strategy against each set, and further figures of its runs."""
     tested, alone = sets_of(runs)
     means = ["mean AUROC", "mean FPR95"]
     head = ["", "seeds", "images", *tested, *means, *(f"*{name}*" for name in alone)]
@@ -111,7 +111,7 @@ def mean_if_there(values):
 
 
 def image_counts(records):
-    """Return the number of training images, or from where to where it varies over seeds."""
+    """Return the number of training images, or its range over seeds."""
     counts = sorted({record["images"] for record in records})
     return " to ".join(f"{count:,}" for count in (counts[0], counts[-1])[: len(counts)])
 
@@ -127,7 +127,7 @@ def differences(runs, strategy, sets, baseline="none"):
 
 
 def print_differences(runs):
-    """Print what each strategy of several seeds gains over training without negatives."""
+    """Print what each strategy with several seeds gains over training without negatives."""
     tested, alone = sets_of(runs)
     several = [name for name in by_auroc(runs) if name != "none" and len(runs[name]) > 1]
     if "none" not in runs or not several:
@@ -207,7 +207,7 @@ def print_rankings(runs, probes):
         title: sensitivity.permutation_test({best: values[best]}, aurocs[title])[2]
         for title, (best, _, _) in found.items()
     }
-    print(f"That this one does: {'; '.join(f'{title}: {p:.4f}' for title, p in single.items())}")
+    print(f"For that one alone: {'; '.join(f'{title}: {p:.4f}' for title, p in single.items())}")
 
 
 def print_choice(runs):

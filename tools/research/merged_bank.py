@@ -2,8 +2,8 @@
 
     python -m tools.research.merged_bank --sizes=100,400
 
-Features of crops of photographs, by the detector that comes with the package: 8,000 for the bank,
-1,000 others to score. Differences are those of scores at the default temperature.
+The features are of crops of photographs, from the detector that comes with the package: 8,000 for
+the bank, 1,000 others to score. Differences are between scores at the default temperature.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-r"""Print how often nearest neighbors tell CIFAR-10's classes, to see if features are semantic.
+r"""Print how often nearest neighbors predict CIFAR-10's classes, to see if features are semantic.
 
     python -m tools.research.nearest_neighbors --data_dir=TFDS --width=32 \
         --detector=sddns_tf/trained/cifar10-small.keras
 
-The 20 nearest of 10,000 training images vote for the class of 2,500 test images, by pixels (without
-their mean), by the network with its initial weights, and by the features of the detector. Labels
-are used here and nowhere else.
+The 20 nearest of 10,000 training images vote for the class of 2,500 test images. Distances are
+between pixels (minus their mean), features of the network with its initial weights, and features of
+the detector. Labels are used here and nowhere else.
 
 Reference: the vote is DINO's, Caron et al., arXiv 2104.14294.
 """

