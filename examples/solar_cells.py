@@ -213,6 +213,8 @@ def detector_of(name, cells):
         image_size=size,
         layers=layers,
         bank_size=BANK_SIZE,
+        # Damage is larger than a place, and the grain of a cell is not damage.
+        smoothing=3,
         seed=FLAGS.split_seed,
         verbose=0,
     )

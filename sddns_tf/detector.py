@@ -21,7 +21,7 @@ from sddns_tf.bank import compress, coreset, ood_score
 from sddns_tf.calibration import ending_at, largest_flagged_rank, merged, rounding, snapped
 from sddns_tf.features import FeatureExtractor, extract_features, image_size_of, stream_features
 from sddns_tf.image_sources import image_source
-from sddns_tf.local import counted_places
+from sddns_tf.local import counted_places, smoothed
 from sddns_tf.types import Array
 from sddns_tf.validation import check_int, check_number
 
@@ -60,6 +60,8 @@ class Detector(keras.Model):
         temperature: Positive float, of the score: see `bank.ood_score`.
         offset: Float, subtracted from cosines in the score.
         k: None, or the number of nearest rows of the bank that the score averages over.
+        smoothing: Odd int. A local detector's place scores the mean over a square of so many
+            places on a side; 1 leaves each by itself.
 
     Call arguments:
         images: uint8 or float in 0-255, `(B, H, W, 3)`, of any height and width.
@@ -93,6 +95,7 @@ class Detector(keras.Model):
         temperature: float = 0.04,
         offset: float = 0.1,
         k: int | None = None,
+        smoothing: int = 1,
         **kwargs,
     ) -> None:
         super().__init__(**{**kwargs, "dtype": "float32", "autocast": False})
@@ -102,11 +105,13 @@ class Detector(keras.Model):
         check_number("offset", offset)
         if k is not None:
             check_int("k", k)
+        _check_smoothing(smoothing, extractor.map_size is not None)
         self.extractor = extractor
         self.extractor.trainable = False
         self.temperature = float(temperature)
         self.offset = float(offset)
         self.k = k
+        self.smoothing = smoothing
         if self.is_local:
             self.counted = self._add_state("counted", extractor.map_size, 1.0)
         self._make_state(bank_size, calibration_size)
@@ -156,6 +161,7 @@ class Detector(keras.Model):
         temperature: float = 0.04,
         offset: float = 0.1,
         k: int | None = None,
+        smoothing: int = 1,
         bank_size: int | None = None,
         bank_method: str = "kmeans",
         batch_size: int | None = None,
@@ -193,6 +199,9 @@ class Detector(keras.Model):
             offset: Float, subtracted from cosines in the score.
             k: None, or the number of nearest rows of the bank that the score averages over. For
                 places, None means 1.
+            smoothing: Odd int. A local detector's place scores the mean over a square of so many
+                places on a side; 1, the default, leaves each by itself. 3 suits damage that is
+                larger than a place, and images whose texture is irregular.
             bank_size: None keeps the features of all bank images; an int keeps at most that many
                 centers: see `bank.compress`. For places, the default keeps 5,000, chosen by
                 `bank.coreset` from twenty times as many drawn at random.
@@ -211,6 +220,7 @@ class Detector(keras.Model):
                 a layer gives no map, a mask does not fit, or features are not finite.
         """
         # Checked first, so that no computation is wasted.
+        _check_smoothing(smoothing, layers is not None)
         bank_images = image_source(bank_images, "bank_images")
         calibration_images = image_source(calibration_images, "calibration_images")
         resolution = image_size_of(bank_images) if resolution is None else resolution
@@ -227,7 +237,9 @@ class Detector(keras.Model):
         extractor = FeatureExtractor(
             backbone, image_size, resolution, layers=layers, resize=resize, mean=mean, std=std
         ).snapshot()
-        score: dict[str, Any] = {"temperature": temperature, "offset": offset, "k": k}
+        score: dict[str, Any] = {
+            "temperature": temperature, "offset": offset, "k": k, "smoothing": smoothing
+        }  # fmt: skip
         options: dict[str, Any] = {"batch_size": batch_size or 256, "verbose": verbose}
         if layers is not None:
             options["batch_size"] = batch_size or building.PLACES_BATCH
@@ -294,6 +306,7 @@ class Detector(keras.Model):
         temperature: float = 0.04,
         offset: float = 0.1,
         k: int | None = None,
+        smoothing: int = 1,
         bank_size: int | None = None,
         bank_method: str = "kmeans",
         seed: int = 0,
@@ -318,6 +331,7 @@ class Detector(keras.Model):
             offset: Float, subtracted from cosines in the score.
             k: None, or the number of nearest rows of the bank that the score averages over. For
                 places, None means 1.
+            smoothing: As for `from_images`.
             bank_size: None keeps the bank; an int compresses it to at most that many centers.
             bank_method: `"kmeans"` or `"kcenter"`, for features of whole images.
             seed: Int, for the compression.
@@ -363,6 +377,7 @@ class Detector(keras.Model):
             temperature=temperature,
             offset=offset,
             k=1 if local and k is None else k,
+            smoothing=smoothing,
         )
         if local:
             detector.counted.assign(counted_places(ignore, extractor.map_size))
@@ -493,13 +508,16 @@ class Detector(keras.Model):
             answers["anomaly_map"] = ending_at(found["anomaly_map"], score)
         return answers
 
-    def scores(self, features: Array, block_size: int | None = None) -> dict[str, tf.Tensor]:
+    def scores(
+        self, features: Array, block_size: int | None = None, smooth: bool = True
+    ) -> dict[str, tf.Tensor]:
         """Return scores as measured, before they are snapped to calibration scores.
 
         Args:
             features: As for `answer`.
             block_size: For a local detector, rows of the bank to compare at once: see
                 `bank.ood_score`.
+            smooth: Whether places are averaged as the detector's `smoothing` says.
 
         Returns:
             Dict of `"ood_score"`, float32 `(B,)`, and for a local detector `"anomaly_map"`, float32
@@ -512,6 +530,8 @@ class Detector(keras.Model):
         maps = self._score(places, metric="euclidean", block_size=block_size or _BLOCK_OF_PLACES)
         maps = tf.reshape(maps, [-1, *self.extractor.map_size])
         maps = tf.where(tf.math.is_nan(maps), math.inf, maps)
+        if self.smoothing > 1 and smooth:
+            maps = smoothed(maps, self.counted, self.smoothing)
         maps = tf.minimum(maps, tf.where(self.counted > 0.5, math.inf, self.lowest_score))
         return {"ood_score": tf.reduce_max(maps, axis=[1, 2]), "anomaly_map": maps}
 
@@ -635,7 +655,9 @@ class Detector(keras.Model):
         if not self.is_local:
             building.check_finite(features, "new")
             return features
-        places = features[self.scores(features)["anomaly_map"] > self.calibration_scores[0]]
+        # Each by itself: once these are in the bank, no mean over places can stand out either.
+        maps = self.scores(features, smooth=False)["anomaly_map"]
+        places = features[maps > self.calibration_scores[0]]
         building.check_finite(places, "new", "places")
         return places
 
@@ -712,6 +734,7 @@ class Detector(keras.Model):
             "temperature": self.temperature,
             "offset": self.offset,
             "k": self.k,
+            "smoothing": self.smoothing,
         }
 
     @classmethod
@@ -727,6 +750,17 @@ def _compressed(features, size, method, seed, local):
         return compress(features, size, method, seed)
     rows = coreset(features, size, seed)
     return rows, np.full(len(rows), 1.0 / len(rows), np.float32)
+
+
+def _check_smoothing(smoothing, local):
+    check_int("smoothing", smoothing)
+    if smoothing % 2 == 0:
+        raise ValueError(f"`smoothing` must be odd. Received: {smoothing}")
+    if smoothing > 1 and not local:
+        raise ValueError(
+            "`smoothing` averages over places, and this detector compares whole images: pass "
+            f"`layers` as well. Received: smoothing={smoothing} without layers"
+        )
 
 
 def _check_no_ignore(ignore):

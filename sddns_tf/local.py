@@ -279,6 +279,27 @@ def combined(maps):
     return tf.concat(found, axis=-1) if len(found) > 1 else found[0]
 
 
+def smoothed(maps, counted, side):
+    """Average maps of scores over squares of places.
+
+    Args:
+        maps: Float32 `(B, h, w)`.
+        counted: Float32 `(h, w)`, 1 for places that count and 0 for those that do not. Like the
+            padding, these are in no mean.
+        side: Odd int, places on a side of a square.
+
+    Returns:
+        Float32 `(B, h, w)`; 0 where no place of the square counts.
+    """
+
+    def pooled(x):
+        return tf.nn.avg_pool2d(x[..., tf.newaxis], side, 1, "SAME")[..., 0]
+
+    sums = pooled(tf.where(counted > 0.5, maps, 0.0))
+    # At the least one place of a square: TFLite has no division that leaves out zeros.
+    return sums / tf.maximum(pooled(counted[tf.newaxis]), 1.0 / side**2)
+
+
 class Moments:
     """Mean and deviation of each channel over all places of a stream of maps."""
 

@@ -354,9 +354,16 @@ def test_ignored_places_count_for_nothing(kind, everywhere, tmp_path):
     assert everywhere.predict(images, verbose=0)["is_ood"][30:].all()
 
 
-def test_false_alarms_are_accepted_as_normal():
+@pytest.mark.parametrize("smoothing", [1, 3])
+def test_false_alarms_are_accepted_as_normal(smoothing):
     one = Detector.from_images(
-        convnet(), bricks(60, 0), bricks(59, 1), layers="auto", bank_size=300, verbose=0
+        convnet(),
+        bricks(60, 0),
+        bricks(59, 1),
+        layers="auto",
+        bank_size=300,
+        smoothing=smoothing,
+        verbose=0,
     )
     alarms, others = damaged(5, 3), bricks(30, 2)
     before = one.predict(np.concatenate([alarms, others]), verbose=0)
@@ -371,6 +378,38 @@ def test_false_alarms_are_accepted_as_normal():
     copy = type(one).from_config(one.get_config())
     copy.set_weights(one.get_weights())
     np.testing.assert_array_equal(copy(alarms)["ood_score"], one(alarms)["ood_score"])
+
+
+def test_smoothing_is_the_mean_over_neighbors_that_count():
+    mask = np.zeros((8, 8), bool)
+    mask[:, :3] = mask[7, 7] = True
+    options = {"layers": "eight", "ignore": mask, "bank_size": 100, "verbose": 0}
+    plain, smooth = (
+        Detector.from_images(
+            convnet(), bricks(60, 0), bricks(59, 1), 0.1, smoothing=side, **options
+        )
+        for side in (1, 3)
+    )
+    images = np.concatenate([bricks(5, 2), damaged(5, 2)])
+    each = plain.scores(plain.features(images))["anomaly_map"].numpy()
+    around = ndimage.uniform_filter(np.where(mask, 0.0, each), (1, 3, 3), mode="constant")
+    counted = ndimage.uniform_filter(np.where(mask, 0.0, 1.0), 3, mode="constant")
+    expected = np.where(mask, smooth.lowest_score, around / np.maximum(counted, 1e-9))
+    found = smooth.scores(smooth.features(images))["anomaly_map"].numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    answers = smooth.predict(images, verbose=0)
+    check_promise(smooth, answers)
+    assert answers["is_ood"][5:].all()
+    copy = smooth.calibrated_on(bricks(59, 1), verbose=0)
+    np.testing.assert_array_equal(copy.predict(images, verbose=0)["is_ood"], answers["is_ood"])
+
+
+def test_wrong_smoothing_is_named(detector):
+    arguments = (bricks(20, 0), bricks(19, 1))
+    with pytest.raises(ValueError, match=r"`smoothing` must be odd\. Received: 2"):
+        Detector.from_images(convnet(), *arguments, layers="eight", smoothing=2, verbose=0)
+    with pytest.raises(ValueError, match=r"compares whole images.*Received: smoothing=3"):
+        Detector.from_images(convnet(), *arguments, smoothing=3, verbose=0)
 
 
 def test_half_precision_gives_the_map_of_single_precision(detector):

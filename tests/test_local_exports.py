@@ -105,6 +105,28 @@ def test_every_variant_gives_the_map(detector, images, files, quantization):
     assert answers["is_ood"][6:].all() and not answers["is_ood"][:6].all()
 
 
+def test_a_smoothed_map_is_exported(images, tmp_path):
+    mask = np.zeros((8, 8), bool)
+    mask[:2] = True
+    smooth = Detector.from_images(
+        convnet(),
+        bricks(60, 0),
+        bricks(59, 1),
+        0.1,
+        layers="eight",
+        ignore=mask,
+        smoothing=3,
+        bank_size=100,
+        verbose=0,
+    )
+    path = export.tflite(smooth, tmp_path / "smooth.tflite", batch_size=1, verbose=0)
+    runner = Interpreter(str(path)).get_signature_runner("serving_default")
+    maps = np.concatenate([runner(images=image[np.newaxis])["anomaly_map"] for image in images])
+    expected = smooth.predict(images, verbose=0)["anomaly_map"]
+    assert close(smooth, maps, expected, verify.COSINE_TOLERANCE[None])
+    assert not {"CUSTOM", "DELEGATE"} & set(metadata.operators(path.read_bytes()))
+
+
 def test_shapes_are_fixed_and_operations_built_in(files):
     interpreter = Interpreter(str(files[None]))
     interpreter.allocate_tensors()

@@ -144,6 +144,7 @@ def _detector(detector: Any) -> dict[str, Any]:
         "temperature": detector.temperature,
         "offset": detector.offset,
         "k": detector.k,
+        "smoothing": detector.smoothing,
         "calibration_images": detector.calibration_scores.shape[0],
         "false_positive_rate": detector.false_positive_rate,
         "threshold": detector.threshold,
