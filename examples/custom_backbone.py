@@ -30,7 +30,7 @@ flags.DEFINE_list(
     "backbones", ["own", "mobilenet_v3", "keras_cv", "keras_hub"], "Names, separated by commas."
 )
 flags.DEFINE_integer("steps", 20, "Training steps per backbone.", lower_bound=1)
-flags.DEFINE_integer("seed", 0, "Seed of everything random.")
+flags.DEFINE_integer("seed", 0, "Random seed.")
 
 IMAGE_SIZE = 56
 BATCH_SIZE = 16

@@ -29,7 +29,7 @@ from sddns_tf import metrics, plots, schedules, sensitivity, shifts
 FLAGS = flags.FLAGS
 flags.DEFINE_string("output_dir", "custom_shift_output", "Folder to write the picture to.")
 flags.DEFINE_integer("steps", 200, "Training steps with each shift.", lower_bound=10)
-flags.DEFINE_integer("seed", 0, "Seed of everything random.")
+flags.DEFINE_integer("seed", 0, "Random seed.")
 
 IMAGE_SIZE = 32
 BATCH_SIZE = 48

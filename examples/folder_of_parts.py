@@ -55,7 +55,7 @@ flags.DEFINE_string("output_dir", "parts_output", "Folder to write to.")
 flags.DEFINE_integer("image_size", 64, "Side in pixels to which photographs are resized.")
 flags.DEFINE_integer("steps", 300, "Training steps.", lower_bound=10)
 flags.DEFINE_float("false_positive_rate", 0.05, "Largest share of good parts to flag.", 0.0, 1.0)
-flags.DEFINE_integer("seed", 0, "Seed of everything random.")
+flags.DEFINE_integer("seed", 0, "Random seed.")
 
 BATCH_SIZE = 32
 HELD_OUT_SHARE = 0.2

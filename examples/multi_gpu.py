@@ -26,7 +26,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_integer("virtual_cpus", 0, "Number of devices into which to divide the CPU.")
 flags.DEFINE_integer("batch_size", 64, "Images per step, over all devices.", lower_bound=1)
 flags.DEFINE_integer("steps", 10, "Steps in each of two epochs.", lower_bound=1)
-flags.DEFINE_integer("seed", 0, "Seed of everything random.")
+flags.DEFINE_integer("seed", 0, "Random seed.")
 
 IMAGE_SIZE = 32
 

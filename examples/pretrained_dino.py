@@ -34,7 +34,7 @@ flags.DEFINE_string("check", None, "Folder of images to check.")
 flags.DEFINE_integer(
     "count", 200, "Number of crops of each photograph, if there are no folders.", lower_bound=20
 )
-flags.DEFINE_integer("seed", 0, "Seed of everything random.")
+flags.DEFINE_integer("seed", 0, "Random seed.")
 
 TRAINED_AT = 224
 BATCH_SIZE = 16

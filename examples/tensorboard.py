@@ -26,7 +26,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("output_dir", "tensorboard_output", "Folder to write logs to.")
 flags.DEFINE_integer("epochs", 6, "Number of epochs.", lower_bound=1)
 flags.DEFINE_integer("steps", 20, "Steps per epoch.", lower_bound=1)
-flags.DEFINE_integer("seed", 0, "Seed of everything random.")
+flags.DEFINE_integer("seed", 0, "Random seed.")
 
 IMAGE_SIZE = 32
 BATCH_SIZE = 48

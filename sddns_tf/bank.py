@@ -38,7 +38,7 @@ def ood_score(
 
     For features of norm 1, the similarity `s` is the cosine. For features whose channels are
     standardized by the bank (`metric="euclidean"`), it is `1 - |f - b|^2 / (2 D)`, one minus half
-    the mean squared difference per channel. Like the cosine, this is 1 for equal features and 0 on
+    the mean squared difference per channel. It is 1 for equal features, as the cosine is, and 0 on
     average for two rows of the bank; where both have the norm `sqrt(D)`, it is the cosine. The
     score is then minus the logarithm of a Parzen window estimate of the density, with Gaussian
     windows of variance `D * temperature`.
@@ -258,7 +258,7 @@ def coreset(places: Array, size: int, seed: int = 0) -> np.ndarray:
     """Choose rows for a bank of places, each the farthest from those chosen before it.
 
     Greedy k-center by Euclidean distance. With more than 64 channels, distances are taken in 64
-    random directions, which changes them by up to a few percent.
+    random directions, which changes them by some 10 percent.
 
     Args:
         places: Standardized features of places, float `(M, C)`.

@@ -8,7 +8,7 @@ from sddns_tf.bank import Reservoir, coreset
 from sddns_tf.features import stream_features
 from sddns_tf.local import Moments
 
-# Features this near are those of one image: the square root of twice such a cosine, and room.
+# Features this near are those of one image: its batch moves them by less.
 _SHARED_DISTANCE = 1e-4
 # The coreset chooses among this many random places per row of the bank.
 _PLACES_FOR_A_ROW = 20

@@ -162,7 +162,7 @@ class FeatureExtractor(keras.Model):
         features = self.backbone(images, training=False)
         return tf.math.l2_normalize(tf.cast(features, tf.float32), axis=-1)
 
-    def standardize(self, mean: Sequence[float], deviation: Any) -> Array:
+    def standardize(self, mean: Sequence[float], deviation: Any) -> None:
         """Set the mean and standard deviation of each channel over the bank, in place.
 
         Args:

@@ -65,7 +65,8 @@ def save_keras(save: Any, filepath: str | os.PathLike, *args, **kwargs) -> None:
 
     Args:
         save: Keras' own `save` of the model.
-        filepath: Path to save to. Anything else, such as an open file, is passed to Keras as it is.
+        filepath: Path of a `.keras` file. Anything else, such as an open file, is left to Keras, as
+            is a save that must not overwrite.
         *args: As for Keras.
         **kwargs: As for Keras.
     """

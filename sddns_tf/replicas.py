@@ -61,7 +61,8 @@ class Part(NamedTuple):
         context = tf.distribute.get_replica_context()
         if context.num_replicas_in_sync == 1:
             return shares
-        # A tensor without a device, such as a gradient of nothing, cannot go to other machines.
+        # A tensor without a device, such as the zero gradient of a variable that nothing uses,
+        # cannot go to other machines.
         shares = tf.nest.map_structure(tf.identity, shares)
         return context.all_reduce(tf.distribute.ReduceOp.MEAN, shares)
 
@@ -156,7 +157,7 @@ def holding(part: Part) -> Iterator[None]:
         _current.part = before
 
 
-def uniform(shape: Any, seed: int, **kwargs) -> tf.Tensor:
+def uniform(shape: Any, seed: Any, **kwargs) -> tf.Tensor:
     """Draw uniform numbers whose last axis runs over the images of this replica.
 
     Under a distribution strategy each replica holds a contiguous part of the global batch. It draws

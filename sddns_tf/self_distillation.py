@@ -604,7 +604,7 @@ class SelfDistillation(keras.Model):
         if images is not None and images * count * batches < _SMALLEST_BATCH:
             warnings.warn(
                 f"DINO needs batches of at least {_SMALLEST_BATCH} images, better hundreds: the "
-                "center and the negatives are means over the batch. Received: "
+                "center and the balanced targets depend on the whole batch. Received: "
                 f"{images} images x {count} replicas x {batches} accumulated batches.",
                 stacklevel=2,
             )

@@ -284,7 +284,7 @@ def permutation_test(
     return name, float(found.statistic), float(found.pvalue)
 
 
-def bar_chart(sensitivities: Array, aurocs: Array | None = None) -> Figure:
+def bar_chart(sensitivities: dict[str, float], aurocs: dict[str, float] | None = None) -> Figure:
     """Draw the sensitivity of each strategy, the highest first, beside its true AUROC.
 
     Args:
@@ -297,7 +297,7 @@ def bar_chart(sensitivities: Array, aurocs: Array | None = None) -> Figure:
     Example:
         >>> figure = bar_chart({"rot90": 0.91, "perm4": 0.84}, {"rot90": 0.93, "perm4": 0.85})
     """
-    names = sorted(sensitivities, key=sensitivities.get)
+    names = sorted(sensitivities, key=sensitivities.__getitem__)
     bars = {"sensitivity (no labels, no OOD data)": (sensitivities, plots.BLUE)}
     if aurocs:
         bars["true AUROC"] = (aurocs, plots.VERMILION)

@@ -24,14 +24,14 @@ from sddns_tf.types import Array
 
 
 @keras.saving.register_keras_serializable("sddns_tf")
-def identity(images: Array, seed: int) -> tf.Tensor:
+def identity(images: Array, seed: Array) -> tf.Tensor:
     """Leave images as they are: the auxiliary image itself is the negative. `seed` is not used."""
     del seed
     return images
 
 
 @keras.saving.register_keras_serializable("sddns_tf")
-def rot90(images: Array, seed: int) -> tf.Tensor:
+def rot90(images: Array, seed: Array) -> tf.Tensor:
     """Rotate each image by 90, 180 or 270 degrees, never by 0."""
     _check_squares(images, "rot90")
     turns = _random_integers(tf.shape(images)[0], 3, seed)[:, tf.newaxis, tf.newaxis, tf.newaxis]
@@ -43,7 +43,7 @@ def rot90(images: Array, seed: int) -> tf.Tensor:
 
 
 @keras.saving.register_keras_serializable("sddns_tf")
-def rot360(images: Array, seed: int) -> tf.Tensor:
+def rot360(images: Array, seed: Array) -> tf.Tensor:
     """Rotate each image by a uniform angle; bilinear, black outside, size kept."""
     _check_squares(images, "rot360")
     angles = uniform([tf.shape(images)[0]], seed, maxval=2.0 * math.pi)
@@ -84,7 +84,7 @@ def rotate(images: Array, angles: Array) -> tf.Tensor:
 
 
 @keras.saving.register_keras_serializable("sddns_tf")
-def perm4(images: Array, seed: int) -> tf.Tensor:
+def perm4(images: Array, seed: Array) -> tf.Tensor:
     """Put the 2x2 grid of patches in a random order other than the identity."""
     orders = list(itertools.permutations(range(4)))[1:]
     draw = _random_integers(tf.shape(images)[0], len(orders), seed)
@@ -92,13 +92,13 @@ def perm4(images: Array, seed: int) -> tf.Tensor:
 
 
 @keras.saving.register_keras_serializable("sddns_tf")
-def perm16(images: Array, seed: int) -> tf.Tensor:
+def perm16(images: Array, seed: Array) -> tf.Tensor:
     """Put the 4x4 grid of patches in a random order."""
     return _reorder_patches(images, _random_orders(images, 16, seed), 4, "perm16")
 
 
 @keras.saving.register_keras_serializable("sddns_tf")
-def pixel_perm(images: Array, seed: int) -> tf.Tensor:
+def pixel_perm(images: Array, seed: Array) -> tf.Tensor:
     """Put all pixels in one random order, the same for each channel."""
     _check_squares(images, "pixel_perm")
     size = images.shape[1]
@@ -108,7 +108,7 @@ def pixel_perm(images: Array, seed: int) -> tf.Tensor:
 
 
 @keras.saving.register_keras_serializable("sddns_tf")
-def cut_paste(images: Array, seed: int) -> tf.Tensor:
+def cut_paste(images: Array, seed: Array) -> tf.Tensor:
     """Paste a piece of each image elsewhere in it, a little darker or brighter.
 
     Local damage: the piece has 2 to 15 % of the area and an aspect ratio from 0.3 to 3.3, both

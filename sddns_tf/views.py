@@ -127,7 +127,7 @@ class MultiCrop:
         """Sides of the views in pixels, one per group."""
         return (self.image_size, self.local_size) if self.local_views else (self.image_size,)
 
-    def __call__(self, images: Array, seed: int) -> list[tf.Tensor]:
+    def __call__(self, images: Array, seed: Array) -> list[tf.Tensor]:
         """Draw all views of each image.
 
         Args:
@@ -141,7 +141,7 @@ class MultiCrop:
         groups = [self._global_views(images, tf.constant([[0], [1]]), global_seed)]
         return groups + self._local_views(images, local_seed)
 
-    def negative(self, images: Array, seed: int) -> list[tf.Tensor]:
+    def negative(self, images: Array, seed: Array) -> list[tf.Tensor]:
         """Draw the views a negative is made from: one global, of either recipe, and the local ones.
 
         Args:
@@ -291,7 +291,7 @@ class Negatives:
         return self.source != "in_distribution"
 
     def __call__(
-        self, views: Any, images: Array, auxiliary: Array | None, seed: int
+        self, views: Any, images: Array, auxiliary: Array | None, seed: Array
     ) -> list[tf.Tensor]:
         """Draw the negatives of a batch.
 

@@ -172,7 +172,7 @@ class CollapseMonitor(keras.callbacks.Callback):
         seen = ", ".join(f"{name}={value:.4f}" for name, value in means.items())
         logging.warning(
             f"{what} at step {training_state.step_of(self.model)}: {_ADVICE[self.state]}. "
-            f"In the last {self.window} steps: {seen}."
+            f"In the last steps: {seen}."
         )
         if self.state == "not started":
             return

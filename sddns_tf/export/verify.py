@@ -58,12 +58,6 @@ def save(path: pathlib.Path, detector: Any, signatures: Mapping[str, Callable]) 
     tf.saved_model.save(module, str(path), signatures=signatures)
 
 
-def answer_images(detector: Any, size: tuple[int | None, int | None]) -> Callable:
-    """Return the detector as a function of uint8 images of a size, which may be (None, None)."""
-    images = tf.TensorSpec([None, *size, 3], tf.uint8, name="images")
-    return tf.function(lambda images: detector(images), input_signature=[images], autograph=False)
-
-
 def resolution(detector: Any) -> tuple[int, int]:
     """Return the size to which the detector resizes images first."""
     return detector.extractor.resolution or detector.extractor.image_size
