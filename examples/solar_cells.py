@@ -52,6 +52,7 @@ flags.DEFINE_list("types", "mono,poly,both", "Types of cell.")
 flags.DEFINE_list("networks", "brightness,pixels,frozen", "What to compare; see above.")
 flags.DEFINE_string("output_dir", "solar_output", "Folder to write to.")
 flags.DEFINE_integer("split_seed", 0, "Seed of the split and of everything else that is random.")
+flags.DEFINE_integer("smoothing", 3, "Places over which scores are averaged; 1: none.")
 flags.DEFINE_integer("train_images", None, "Train on so many sound cells of a type, not on all.")
 flags.DEFINE_integer("limit", None, "Read so many photographs of a kind, to try the script.")
 flags.DEFINE_integer("steps", None, "Training steps, to try the script.", lower_bound=10)
@@ -214,7 +215,7 @@ def detector_of(name, cells):
         layers=layers,
         bank_size=BANK_SIZE,
         # Damage is larger than a place, and the grain of a cell is not damage.
-        smoothing=3,
+        smoothing=FLAGS.smoothing,
         seed=FLAGS.split_seed,
         verbose=0,
     )
