@@ -150,6 +150,17 @@ def test_numbers_are_told_before_the_first_epoch_ends(capsys):
     assert [line.split()[1] for line in told] == ["4", "7", "10"]  # every 30 s
 
 
+def test_a_long_first_step_is_told(capsys):
+    now = iter([0.0, 95.0, 96.0, 102.0])
+    progress = Progress(100, clock=lambda: next(now))
+    progress.on_train_begin()
+    for batch in range(3):
+        progress.on_train_batch_end(batch, {"loss": 1.5})
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].startswith("Step 1 of 100 took 1.6 min, compilation included")
+    assert told[1].startswith("Step 3 of 100: 3.5 s a step")
+
+
 def test_beside_a_progress_bar_only_the_first_line_is_told(capsys):
     now = iter(np.arange(0.0, 4000.0, 10.0))
     progress = Progress(100, advice=lambda s: [f"{s:g} s"], once=True, clock=lambda: next(now))

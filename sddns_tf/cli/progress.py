@@ -11,13 +11,15 @@ from sddns_tf.cli.console import say
 
 _SECONDS_BETWEEN_LINES = 30.0
 _FIRST_SECONDS = 5.0
+_LONG_FIRST_STEP = 20.0
 
 
 class Progress(keras.callbacks.Callback):
     """Callback that prints a line every half minute: step, seconds per step, time left.
 
     The first line comes after a few seconds, so that the duration of a run is known early, with
-    what takes most of it. The first step, in which the graph is compiled, is not timed.
+    what takes most of it. The first step, in which the graph is compiled, is not counted; where it
+    alone takes long, it is reported, as an upper bound of the others.
 
     Args:
         total_steps: Steps of the whole run.
@@ -42,8 +44,15 @@ class Progress(keras.callbacks.Callback):
         self.step = steps_done
         self._clock = clock
         self._first_step = 0
+        self._began: float | None = None
         self._started: float | None = None
         self._last_line: float | None = None
+
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        """Note when the first step begins."""
+        del logs
+        if self._began is None:
+            self._began = self._clock()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         """Count the step and print a line if one is due."""
@@ -52,6 +61,13 @@ class Progress(keras.callbacks.Callback):
         now = self._clock()
         if self._started is None:
             self._started, self._first_step = now, self.step
+            if self._began is not None and now - self._began >= _LONG_FIRST_STEP:
+                say(
+                    "\n"
+                    * self.once
+                    + f"Step {self.step:,} of {self.total_steps:,} took {duration(now - self._began)}, "
+                    "compilation included; the next ones are faster"
+                )
             return
         if self.once and self._last_line is not None:
             return
