@@ -61,13 +61,11 @@ class Progress(keras.callbacks.Callback):
         now = self._clock()
         if self._started is None:
             self._started, self._first_step = now, self.step
-            if self._began is not None and now - self._began >= _LONG_FIRST_STEP:
-                say(
-                    "\n"
-                    * self.once
-                    + f"Step {self.step:,} of {self.total_steps:,} took {duration(now - self._began)}, "
-                    "compilation included; the next ones are faster"
-                )
+            passed = 0.0 if self._began is None else now - self._began
+            if passed >= _LONG_FIRST_STEP:
+                step = f"Step {self.step:,} of {self.total_steps:,}"
+                took = f"took {duration(passed)}, compilation included; the next ones are faster"
+                say("\n" * self.once + f"{step} {took}")
             return
         if self.once and self._last_line is not None:
             return
