@@ -18,9 +18,9 @@ Prints for each type, and for both types in one detector, how well each of `--ne
 - `scratch`: a small network, trained on the cells alone in the same way.
 
 The first three are the default and take about three minutes on two free CPU cores; the other two
-train, for two to four minutes each per type. The last three compare places in a photograph with places in
-sound cells, so they can say where: `--output_dir` gets a report that shows the maps, plus a
-`.keras` and a `.tflite` file for each. `results.json` holds all figures; what is in it is not run
+train, for two to four minutes each per type. The last three compare places in a photograph with
+places in sound cells, so they can say where: `--output_dir` gets a report that shows the maps, plus
+a `.keras` and a `.tflite` file for each. `results.json` holds all figures; what is in it is not run
 again.
 
 The detector of both types has one bank. It flags at most the promised share of sound cells on
