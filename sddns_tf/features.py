@@ -13,7 +13,7 @@ import tensorflow as tf
 from sddns_tf import image_ops, local
 from sddns_tf.image_sources import image_source
 from sddns_tf.networks import check_names, copy_of
-from sddns_tf.replicas import local_devices, on_all_devices
+from sddns_tf.replicas import applied, local_devices, on_all_devices
 from sddns_tf.types import Array
 from sddns_tf.validation import (
     check_choice,
@@ -155,7 +155,9 @@ class FeatureExtractor(keras.Model):
 
     def call(self, images: Array) -> tf.Tensor:
         """Map images `(B, H, W, 3)` to features `(B, D)` or feature maps `(B, h, w, C)`."""
-        images = self.preprocess(images)
+        return applied(self._features, self.preprocess(images))
+
+    def _features(self, images):
         if self.layer_names is not None:
             maps = local.combined(self._inner_maps(images))
             return (maps - self.channel_mean) / self.channel_deviation

@@ -142,6 +142,24 @@ def at_least_one(images: tf.Tensor) -> tf.Tensor:
     return tf.ensure_shape(padded, images.shape)
 
 
+def applied(network: Callable, images: tf.Tensor) -> tf.Tensor:
+    """Return a network's outputs for the images of this replica, which may be none.
+
+    The network then sees a stand-in: oneDNN's fused convolutions fail on an empty batch.
+
+    Args:
+        network: Function from images `(B, H, W, 3)` to a tensor `(B, ...)`.
+        images: Images of this replica.
+
+    Returns:
+        Tensor `(B, ...)`.
+    """
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1 or images.shape[0] is not None:
+        return network(images)
+    return network(at_least_one(images))[: tf.shape(images)[0]]
+
+
 @contextlib.contextmanager
 def holding(part: Part) -> Iterator[None]:
     """Inside this context, random numbers are drawn for this part of the global batch.

@@ -6,6 +6,7 @@ step, which reads like the algorithm and belongs next to what it calls.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
@@ -207,7 +208,8 @@ class SelfDistillation(keras.Model):
         """
         images = validation.check_images(images)
         images = image_ops.resize(images, self.views.image_size, self.views.image_size)
-        features = self.teacher_backbone(self._normalize(images), training=False)
+        network = functools.partial(self.teacher_backbone, training=False)
+        features = replicas.applied(network, self._normalize(images))
         return tf.math.l2_normalize(tf.cast(features, tf.float32), axis=-1)
 
     def compile(self, optimizer: Any, **kwargs) -> None:
