@@ -18,7 +18,8 @@ import json
 import pathlib
 
 import numpy as np
-import scipy.stats
+
+from tools.research.make_results import signed
 
 PARTNER = "PatchCore"
 
@@ -46,14 +47,6 @@ def read(folder):
     return found
 
 
-def with_interval(values):
-    """Return a mean difference with the half width of its 95 % interval, as text."""
-    if len(values) < 2:
-        return f"{np.mean(values):+.3f}"
-    half = scipy.stats.t.interval(0.95, len(values) - 1)[1] * scipy.stats.sem(values)
-    return f"{np.mean(values):+.3f} ± {half:.3f}"
-
-
 def flagged(rows):
     """Return the share of all fresh cells of some splits that were flagged, as text."""
     if not all("fresh_flagged" in row for row in rows):
@@ -77,7 +70,7 @@ def main(argv=None):
             for split in splits
             if {(kind, network), (kind, options.reference)} <= split.keys()
         ]
-        difference = with_interval(pairs) if pairs and network != options.reference else ""
+        difference = "" if not pairs or network == options.reference else signed(pairs)
         each = ", ".join(f"{auroc:.3f}" for auroc in aurocs)
         print(
             f"| {kind} | {network} | {len(rows)} | {np.mean(aurocs):.3f} | {each} | "

@@ -143,7 +143,9 @@ def print_differences(runs):
 
 
 def signed(values):
-    """Return a mean difference with its interval, as text."""
+    """Return a mean difference with its interval, if there are several values, as text."""
+    if len(values) < 2:
+        return f"{np.mean(values):+.3f}"
     return f"{np.mean(values):+.3f} ± {half_width(values):.3f}"
 
 
