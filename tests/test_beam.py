@@ -212,9 +212,9 @@ def test_a_second_run_does_what_is_missing(served, photographs, tmp_path):
     for name in ("part-00000.parquet", "part-00002.parquet", "part-00003.parquet"):
         assert (scores / name).stat().st_mtime_ns == kept[name]
     assert job().run().images == 0
-    with pytest.raises(ValueError, match="that of this very job"):
+    with pytest.raises(ValueError, match="in which this job was started before"):
         job(format="csv")
-    with pytest.raises(ValueError, match="that of this very job"):
+    with pytest.raises(ValueError, match="in which this job was started before"):
         ScoringJob(served, f"{photographs}/*.png", tmp_path / "out")
 
 

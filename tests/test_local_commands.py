@@ -117,7 +117,7 @@ def test_what_is_wrong_with_masks_is_told(wall, local, tmp_path):
     patch = f"folder:{wall}/test/patch"
     fails("--ood is needed", good)
     fails(
-        "--masks must hold a folder of the name of an OOD set: a", good, f"--ood=a={patch}", masks
+        "--masks must hold a folder named like an OOD set: a", good, f"--ood=a={patch}", masks
     )
     fails("must have names of their own", f"--test=mvtec:{wall}", f"--ood=patch={patch}")
     fails("must hold test/good and folders of damaged parts", f"--test=mvtec:{wall}/train")
@@ -125,7 +125,7 @@ def test_what_is_wrong_with_masks_is_told(wall, local, tmp_path):
         "--calibration takes no mvtec:PATH", f"--test=mvtec:{wall}", f"--calibration=mvtec:{wall}"
     )
     np.savez(tmp_path / "patch.npz", images=damaged(3, 0))
-    fails("--masks need images that are files", good, f"--ood=npz:{tmp_path}/patch.npz", masks)
+    fails("images of an OOD set must be files", good, f"--ood=npz:{tmp_path}/patch.npz", masks)
     fails("The mask of .*005.png is missing", good, f"--ood=dark={patch},patch={good[7:]}", masks)
     whole = tmp_path / "whole.keras"
     Detector.from_images(convnet(), bricks(20, 0), bricks(19, 1), verbose=0).save(whole)

@@ -220,8 +220,8 @@ def _planned(
         count = plan.pop("shards")
         if plan != job:
             raise ValueError(
-                "`output` must be a new folder, or that of this very job. "
-                f"Received: {output}, which holds the job {plan} and not {job}"
+                "`output` must be a new folder, or one in which this job was started before. "
+                f"Received: {output}, where another job was started, {plan}, instead of {job}"
             )
         return [_name(number) for number in range(count)]
     count = 0

@@ -183,7 +183,10 @@ def _variables(model):
     Paths are not, because Keras numbers the layers that a process has created.
     """
     if model.optimizer is None:
-        raise ValueError(f"A training state is that of a compiled model. Received: {model.name}")
+        raise ValueError(
+            "The model must be compiled before its training state is saved or restored. "
+            f"Received: {model.name}, which has no optimizer"
+        )
     logged = {id(variable) for metric in model.metrics for variable in metric.variables}
     named = [(v.name, v) for v in model.variables if id(v) not in logged]
     named += [("optimizer", v) for v in model.optimizer.variables]

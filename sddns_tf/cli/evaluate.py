@@ -246,14 +246,14 @@ def read_masks(folder: Any, paths: dict[str, Any], reading: dict[str, Any]) -> d
     named = {name: several for name, several in paths.items() if (folder / name).is_dir()}
     if not named:
         raise UsageError(
-            f"--masks must hold a folder of the name of an OOD set: {', '.join(paths)}. "
+            f"--masks must hold a folder named like an OOD set: {', '.join(paths)}. "
             f"Received: {folder}"
         )
     for name, several in named.items():
         if several is None:
             raise UsageError(
-                f"--masks need images that are files in a folder. Received: --ood has {name}, "
-                "which is no folder"
+                "With --masks, the images of an OOD set must be files in a folder. "
+                f"Received: --ood={name}=..., which is not a folder"
             )
     size, resize = reading["image_size"], reading["resize"]
     with user_input("masks"):
