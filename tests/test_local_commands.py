@@ -116,9 +116,7 @@ def test_what_is_wrong_with_masks_is_told(wall, local, tmp_path):
     good, masks = f"--test=folder:{wall}/test/good", f"--masks={wall}/ground_truth"
     patch = f"folder:{wall}/test/patch"
     fails("--ood is needed", good)
-    fails(
-        "--masks must hold a folder named like an OOD set: a", good, f"--ood=a={patch}", masks
-    )
+    fails("--masks must hold a folder named like an OOD set: a", good, f"--ood=a={patch}", masks)
     fails("must have names of their own", f"--test=mvtec:{wall}", f"--ood=patch={patch}")
     fails("must hold test/good and folders of damaged parts", f"--test=mvtec:{wall}/train")
     fails(

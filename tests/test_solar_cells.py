@@ -91,6 +91,23 @@ def test_the_benchmark_stands_beside_patchcore(output, capsys, flags_of_others):
     assert all(0.1 < value < 100 for value in record["megabytes"])
 
 
+def test_fewer_calibration_images_keep_the_promise_less_surely(output, capsys, flags_of_others):
+    from tools.research import calibration_curve
+
+    if not (output / "mono_frozen").exists():
+        run(output, "--types=mono", "--networks=frozen")
+    capsys.readouterr()
+    calibration_curve.main([f"--output_dir={output}", "--limit=60", "--rate=0.2", "--counts=6,18"])
+    rows = json.loads((output / "calibration_mono_frozen.json").read_text())
+    assert capsys.readouterr().out.count("\n") == 4
+    for row in rows.values():
+        # Cells are exchangeable over the draws: one in five of them at most, but for chance.
+        assert row["mean"][0] < 0.2 + 0.02
+        assert row["range"][0][0] <= row["mean"][0] <= row["range"][0][1]
+    widths = [np.ptp(row["range"][1]) for row in rows.values()]
+    assert widths[1] < widths[0]
+
+
 def test_patchcore_scores_by_the_nearest_place():
     """Against distances computed one by one, and the weight of its paper's equation 7."""
     torch = pytest.importorskip("torch")
