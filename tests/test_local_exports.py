@@ -18,6 +18,7 @@ from sddns_tf.export import delegates, metadata, verify
 pytest.importorskip("ai_edge_litert")
 pytest.importorskip("ai_edge_quantizer")
 from ai_edge_litert.interpreter import Interpreter
+from ai_edge_litert.schema_py_generated import BuiltinOperator
 
 VARIANTS = (None, "float16", "dynamic", "int8")
 EXAMPLE = pathlib.Path(__file__).parents[1] / "examples" / "edge_inference.py"
@@ -141,10 +142,15 @@ def test_what_delegates_refuse_is_told(detector, files, capsys, tmp_path):
     about = metadata.description(files[None].read_bytes())
     operators = metadata.operators(files[None].read_bytes())
     assert about["refused_by_delegates"] == delegates.refused(operators)
-    assert "GATHER" in about["refused_by_delegates"]["GPU"]
+    assert "GATHER" in about["refused_by_delegates"]["Edge TPU"]
     assert delegates.refused(["CONV_2D", "ADD"]) == {name: [] for name in delegates.TAKEN}
     export.tflite(detector, tmp_path / "a.tflite", batch_size=1, verbose=1)
     assert delegates.report(operators, None, 1) in capsys.readouterr().out
+
+
+def test_operations_of_delegates_are_named_as_in_files():
+    for taken in delegates.TAKEN.values():
+        assert taken <= set(vars(BuiltinOperator))
 
 
 def test_another_map_is_discarded(detector, images):
