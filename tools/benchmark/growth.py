@@ -20,7 +20,7 @@ STEPS = {
     "batch": (64, 256),
     "size": (64, 128, 256),
 }
-QUICK_STEPS = {"prototypes": (16_384,), "batch": (64,)}
+QUICK_STEPS = {"batch": (64,)}
 
 
 def run(settings):

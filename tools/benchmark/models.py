@@ -17,7 +17,7 @@ def random_images(count, size, seed=0):
 
 def training_shape(settings):
     """Return image size, patch, width, depth and heads of ViT-S/4 at 32 px, or a small one."""
-    return (32, 4, 192, 6, 3) if settings.quick else (32, 4, 384, 12, 6)
+    return (32, 4, 96, 3, 3) if settings.quick else (32, 4, 384, 12, 6)
 
 
 def scoring_shape(settings):

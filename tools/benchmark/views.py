@@ -20,7 +20,8 @@ def run(settings):
     negatives = sddns_tf.Negatives("rot90", source="both")
     images, auxiliary = models.random_images(64, 32), models.random_images(64, 32, seed=1)
 
-    @tf.function(jit_compile=True)
+    # A compilation takes half a minute.
+    @tf.function(jit_compile=not settings.quick)
     def step(images, auxiliary, seed):
         return crops(images, seed), negatives(crops, images, auxiliary, seed + 1)
 
