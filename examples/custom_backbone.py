@@ -155,6 +155,7 @@ def main(argv):
             bank_images=training,
             calibration_images=calibration,
             image_size=IMAGE_SIZE,
+            standardize=True,  # as training with the default targets does
             verbose=0,
         )
         scores = [detector.predict(x, verbose=0)["ood_score"] for x in (test, gravel)]

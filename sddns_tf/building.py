@@ -4,8 +4,8 @@ import warnings
 
 import numpy as np
 
-from sddns_tf.bank import Reservoir, coreset
-from sddns_tf.features import stream_features
+from sddns_tf.bank import Reservoir, coreset, ood_score
+from sddns_tf.features import standardized, stream_features
 from sddns_tf.local import Moments
 
 # Features this near are those of one image: its batch moves them by less.
@@ -45,6 +45,30 @@ def bank_of_places(extractor, images, counted, size, seed=0, **options):
     extractor.standardize(moments.mean, moments.deviation)
     rows = (reservoir.rows - moments.mean.astype(np.float32)) / moments.deviation.astype(np.float32)
     return coreset(rows, size, seed)
+
+
+def moments_of(features):
+    """Return the mean and the standard deviation of each channel, float32 `(D,)`."""
+    moments = Moments(features.shape[1])
+    moments.add(features)
+    return moments.mean.astype(np.float32), moments.deviation.astype(np.float32)
+
+
+def scores_against(bank, others, standardize):
+    """Score features of whole images as a detector with its default settings does.
+
+    Args:
+        bank: L2-normalized features of the bank's images, `(M, D)`.
+        others: List of such features of other images, `(N, D)`.
+        standardize: Whether all are standardized by the bank first.
+
+    Returns:
+        List of NumPy arrays `(N,)`.
+    """
+    if standardize:
+        moments = moments_of(bank)
+        bank, *others = (standardized(features, *moments) for features in (bank, *others))
+    return [ood_score(features, bank).numpy() for features in others]
 
 
 def checked_features(name, features, extractor, is_map=False):

@@ -12,21 +12,21 @@ from sddns_tf.validation import check_number
 
 # How much a cosine of one image may vary with its batch; exports are held to it too.
 COSINE_ROUNDING = 4e-6
-# The same for a place's similarity to the bank: unusual places have features longer than 1.
-PLACE_ROUNDING = 1.6e-5
+# The same for standardized features: dividing by small deviations enlarges what was rounded.
+STANDARDIZED_ROUNDING = 1.6e-5
 
 
-def rounding(temperature: float, is_local: bool = False) -> float:
+def rounding(temperature: float, standardized: bool = False) -> float:
     """Return how much the score of one image may vary with its batch or in an export.
 
     Args:
         temperature: Positive float, temperature of the score: see `bank.ood_score`.
-        is_local: Whether it is the score of a place.
+        standardized: Whether features are standardized, as those of places are.
 
     Returns:
-        Float: 1e-4 at a temperature of 0.04, or 4e-4 for a place.
+        Float: 1e-4 at a temperature of 0.04, or 4e-4 for standardized features.
     """
-    return (PLACE_ROUNDING if is_local else COSINE_ROUNDING) / temperature
+    return (STANDARDIZED_ROUNDING if standardized else COSINE_ROUNDING) / temperature
 
 
 def largest_flagged_rank(calibration_size: int, false_positive_rate: float) -> int:

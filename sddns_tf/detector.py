@@ -19,7 +19,13 @@ import tensorflow as tf
 from sddns_tf import building, files, image_ops
 from sddns_tf.bank import compress, coreset, ood_score
 from sddns_tf.calibration import ending_at, largest_flagged_rank, merged, rounding, snapped
-from sddns_tf.features import FeatureExtractor, extract_features, image_size_of, stream_features
+from sddns_tf.features import (
+    FeatureExtractor,
+    extract_features,
+    image_size_of,
+    standardized,
+    stream_features,
+)
 from sddns_tf.image_sources import image_source
 from sddns_tf.local import counted_places, smoothed
 from sddns_tf.types import Array
@@ -79,7 +85,10 @@ class Detector(keras.Model):
 
     Example:
     >>> detector = Detector.from_images(
-    ...     model.teacher_backbone, bank_images=train_images, calibration_images=held_out_images
+    ...     model.teacher_backbone,
+    ...     bank_images=train_images,
+    ...     calibration_images=held_out_images,
+    ...     standardize=model.teacher_temperature is None,
     ... )
     >>> detector.predict(images)["is_ood"]
     array([False,  True])
@@ -154,6 +163,7 @@ class Detector(keras.Model):
         image_size: int | tuple[int, int] | None = None,
         resolution: int | tuple[int, int] | None = None,
         layers: Any = None,
+        standardize: bool = False,
         ignore: Any = None,
         resize: str = "squash",
         mean: Sequence[float] = image_ops.IMAGENET_MEAN,
@@ -188,6 +198,11 @@ class Detector(keras.Model):
             layers: None, or the layers of the backbone whose maps are compared place by place:
                 names, `"auto"` or `"tokens"`, see `FeatureExtractor`. The detector is then a local
                 one, and its answers include an `anomaly_map`.
+            standardize: Whether each channel of the features is standardized by its mean and
+                deviation over the bank, and the result L2-normalized again. `True` for the
+                features of a `SelfDistillation` without a `teacher_temperature`: it standardizes
+                them too when it trains, and compared as they are, they hardly tell images apart.
+                `False`, the paper's score, for others. Maps of `layers` always are standardized.
             ignore: None, or the places that a local detector leaves out of the bank and the scores,
                 such as a serial number: a bool mask `(h, w)` of the map or of the image, or the
                 path of an image file that is not black there. The promise then applies to the rest.
@@ -235,7 +250,14 @@ class Detector(keras.Model):
                 f"The backbone has no weights yet: train or build it. Received: {backbone}."
             )
         extractor = FeatureExtractor(
-            backbone, image_size, resolution, layers=layers, resize=resize, mean=mean, std=std
+            backbone,
+            image_size,
+            resolution,
+            layers=layers,
+            standardized=standardize,
+            resize=resize,
+            mean=mean,
+            std=std,
         ).snapshot()
         score: dict[str, Any] = {
             "temperature": temperature, "offset": offset, "k": k, "smoothing": smoothing
@@ -259,9 +281,17 @@ class Detector(keras.Model):
             extractor, calibration_images, name="calibration_images", **options
         )
         largest_flagged_rank(len(calibration_features), false_positive_rate)
+        bank_features = extract_features(extractor, bank_images, name="bank_images", **options)
+        if standardize:
+            moments = building.moments_of(bank_features)
+            extractor.standardize(*moments)
+            bank_features, calibration_features = (
+                standardized(features, *moments).numpy()
+                for features in (bank_features, calibration_features)
+            )
         return cls.from_features(
             extractor,
-            extract_features(extractor, bank_images, name="bank_images", **options),
+            bank_features,
             calibration_features,
             false_positive_rate,
             bank_size=bank_size,
@@ -688,7 +718,7 @@ class Detector(keras.Model):
         A score at most this far above a calibration score counts as equal to it, so that equal
         images get equal answers. See `snapped`.
         """
-        return rounding(self.temperature, self.is_local)
+        return rounding(self.temperature, self.extractor.standardized)
 
     def _stream(self, images, batch_size, verbose):
         size = batch_size or (building.PLACES_BATCH if self.is_local else 256)

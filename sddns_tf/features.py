@@ -58,7 +58,8 @@ class FeatureExtractor(keras.Model):
     With `layers` it gives maps of what these layers see in each place: averaged over 3 x 3 places,
     resized to the grid of the first layer (bilinear) and concatenated. Each channel has its mean
     over the bank subtracted and is divided by its standard deviation. Both are weights, 0 and 1
-    until `standardize` sets them.
+    until `standardize` sets them. With `standardized=True` the same is done to the L2-normalized
+    features of whole images, which are then L2-normalized again.
 
     Args:
         backbone: Keras model from normalized float images `(B, h, w, 3)` to features `(B, D)`.
@@ -67,6 +68,7 @@ class FeatureExtractor(keras.Model):
             layers, or `"auto"`, the last layers at strides 8 and 16. For a vision transformer:
             `"tokens"`, those that enter the last block, which cost nothing extra, or names of
             blocks. See `local.inner_maps`.
+        standardized: Whether channels of features are standardized; those of maps always are.
         image_size: Size of the backbone's input in pixels, an int or (height, width). Defaults
             to the size that the backbone was made for, else to `resolution`.
         resolution: Native resolution of in-distribution images in pixels, an int or (height,
@@ -103,6 +105,7 @@ class FeatureExtractor(keras.Model):
         resolution: int | tuple[int, int] | None = None,
         *,
         layers: Any = None,
+        standardized: bool = False,
         resize: str = "squash",
         mean: Sequence[float] = image_ops.IMAGENET_MEAN,
         std: Sequence[float] = image_ops.IMAGENET_STD,
@@ -132,6 +135,10 @@ class FeatureExtractor(keras.Model):
             self.feature_dim = _feature_dim(backbone, inputs)
         else:
             self._prepare_maps(layers)
+        self.standardized = bool(standardized) or layers is not None
+        if self.standardized:
+            self.channel_mean = self._add_moment("channel_mean", "zeros")
+            self.channel_deviation = self._add_moment("channel_deviation", "ones")
         self.built = True
 
     def _prepare_maps(self, layers):
@@ -141,16 +148,15 @@ class FeatureExtractor(keras.Model):
         self.layer_names = names
         self.map_size = tuple(int(side) for side in grids[0][:2])
         self.feature_dim = int(sum(channels for *_, channels in grids))
-        self.channel_mean, self.channel_deviation = (
-            self.add_weight(
-                shape=(self.feature_dim,),
-                initializer=value,
-                dtype="float32",
-                trainable=False,
-                autocast=False,
-                name=name,
-            )
-            for name, value in (("channel_mean", "zeros"), ("channel_deviation", "ones"))
+
+    def _add_moment(self, name, value):
+        return self.add_weight(
+            shape=(self.feature_dim,),
+            initializer=value,
+            dtype="float32",
+            trainable=False,
+            autocast=False,
+            name=name,
         )
 
     def call(self, images: Array) -> tf.Tensor:
@@ -161,19 +167,25 @@ class FeatureExtractor(keras.Model):
         if self.layer_names is not None:
             maps = local.combined(self._inner_maps(images))
             return (maps - self.channel_mean) / self.channel_deviation
-        features = self.backbone(images, training=False)
-        return tf.math.l2_normalize(tf.cast(features, tf.float32), axis=-1)
+        features = tf.cast(self.backbone(images, training=False), tf.float32)
+        features = tf.math.l2_normalize(features, axis=-1)
+        if not self.standardized:
+            return features
+        return standardized(features, self.channel_mean, self.channel_deviation)
 
-    def standardize(self, mean: Sequence[float], deviation: Any) -> None:
+    def standardize(self, mean: Array, deviation: Array) -> None:
         """Set the mean and standard deviation of each channel over the bank, in place.
 
         Args:
-            mean: Float `(C,)`, mean of the maps as they were before.
-            deviation: Positive float `(C,)`, standard deviation of the same maps.
+            mean: Float `(C,)`, mean of the maps as they were before; for features of whole images,
+                of the L2-normalized features without standardizing.
+            deviation: Positive float `(C,)`, standard deviation of the same.
         """
-        before, spread = self.channel_mean.numpy(), self.channel_deviation.numpy()
-        self.channel_mean.assign(before + spread * mean)
-        self.channel_deviation.assign(spread * deviation)
+        if self.layer_names is not None:
+            before, spread = self.channel_mean.numpy(), self.channel_deviation.numpy()
+            mean, deviation = before + spread * mean, spread * deviation
+        self.channel_mean.assign(mean)
+        self.channel_deviation.assign(deviation)
 
     def at_resolution(self, images: Array) -> tf.Tensor:
         """Return images at the resolution that shows everything the backbone sees of them.
@@ -229,6 +241,7 @@ class FeatureExtractor(keras.Model):
             "image_size": self.image_size,
             "resolution": self.resolution,
             "layers": self.layer_names,
+            "standardized": self.standardized,
             "resize": self.resize,
             "mean": self.mean,
             "std": self.std,
@@ -239,6 +252,20 @@ class FeatureExtractor(keras.Model):
         """Return the extractor that a configuration describes, including its backbone."""
         backbone = keras.saving.deserialize_keras_object(config["backbone"])
         return cls(**{**config, "backbone": backbone})
+
+
+def standardized(features: Array, mean: Array, deviation: Array) -> tf.Tensor:
+    """Standardize L2-normalized features of whole images, and L2-normalize them again.
+
+    Args:
+        features: Float32 `(B, D)`.
+        mean: `(D,)`.
+        deviation: `(D,)`, positive.
+
+    Returns:
+        Float32 `(B, D)`.
+    """
+    return tf.math.l2_normalize((features - mean) / deviation, axis=-1)
 
 
 def _feature_dim(backbone, inputs):

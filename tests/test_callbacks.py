@@ -149,13 +149,16 @@ def test_uniform_collapse_by_negatives_of_a_real_run_is_caught(images):
     assert int(model.step) < 240
 
 
-def test_probe_writes_the_aurocs_of_the_teacher_into_the_history(images, tmp_path):
+@pytest.mark.parametrize("teacher_temperature", [None, 0.04])
+def test_probe_writes_the_aurocs_of_the_teacher_into_the_history(
+    images, tmp_path, teacher_temperature
+):
     noise = np.random.default_rng(2).integers(0, 256, (24, 20, 20, 3), np.uint8)
     probe = OODProbe(
         images[:32], images[32:], shifts=("rot90", upside_down), ood={"noise": noise}, every=2
     )
     log = tmp_path / "log.csv"
-    model = make_model()
+    model = make_model(teacher_temperature=teacher_temperature)
     model.compile(keras.optimizers.Adam(1e-3))
     history = model.fit(
         images[:32],
@@ -171,8 +174,15 @@ def test_probe_writes_the_aurocs_of_the_teacher_into_the_history(images, tmp_pat
         raw = model.teacher_backbone(image_ops.normalize(resized), training=False).numpy()
         return raw / np.linalg.norm(raw, axis=1, keepdims=True)
 
+    def compared(rows):
+        if teacher_temperature is None:  # As the head saw them.
+            known = features(images[:32])
+            rows = (rows - known.mean(axis=0)) / known.std(axis=0)
+            rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        return rows
+
     def scores(batch):
-        cosines = features(batch) @ features(images[:32]).T
+        cosines = compared(features(batch)) @ compared(features(images[:32])).T
         return -np.log(np.mean(np.exp((cosines - 0.1) / 0.04), axis=1))
 
     normal = scores(images[32:])

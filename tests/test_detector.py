@@ -10,7 +10,7 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sddns_tf import image_ops
+from sddns_tf import export, image_ops
 from sddns_tf.calibration import largest_flagged_rank, merged, snapped
 from sddns_tf.detector import Detector
 from sddns_tf.features import FeatureExtractor, extract_features
@@ -75,6 +75,53 @@ def test_score_is_the_paper_formula_on_the_images():
     expected = -np.log(np.mean(np.exp((cosines - 0.2) / 0.05), axis=1))
     np.testing.assert_allclose(detector(images)["ood_score"], expected, rtol=1e-4)
     np.testing.assert_allclose(detector.features(images), features(images), atol=1e-5)
+
+
+def test_standardized_features_are_compared_as_the_bank_sees_them(tmp_path):
+    backbone, images = conv_backbone(), grass(6, 2)
+    detector = make_detector(backbone, standardize=True)
+    known, new = (
+        (lambda rows: rows / np.linalg.norm(rows, axis=1, keepdims=True))(
+            backbone(image_ops.normalize(some)).numpy().astype(np.float64)
+        )
+        for some in (grass(30, 0), images)
+    )
+    known, new = ((rows - known.mean(axis=0)) / known.std(axis=0) for rows in (known, new))
+    known, new = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (known, new))
+    np.testing.assert_allclose(detector.features(images), new, atol=1e-4)
+    expected = -np.log(np.mean(np.exp((new @ known.T - 0.1) / 0.04), axis=1))
+    found = detector.predict(images, verbose=0)
+    np.testing.assert_allclose(found["ood_score"], expected, rtol=1e-3, atol=1e-3)
+    assert not np.allclose(found["ood_score"], make_detector(backbone)(images)["ood_score"])
+    detector.save(tmp_path / "detector.keras")
+    loaded = keras.models.load_model(tmp_path / "detector.keras")
+    assert_same(loaded.predict(images, verbose=0), found)
+    # The same images score the same, up to rounding, alone and in a batch.
+    alone = [detector(images[i : i + 1])["ood_score"].numpy()[0] for i in range(6)]
+    np.testing.assert_allclose(alone, found["ood_score"], atol=detector.rounding)
+
+
+def test_standardized_features_are_exported(tmp_path):
+    """A `.tflite` file and a SavedModel check themselves against the detector."""
+    detector = make_detector(standardize=True)
+    for quantization in (None, "float16", "dynamic", "int8"):
+        path = tmp_path / f"{quantization}.tflite"
+        export.tflite(detector, path, quantization, grass(30, 5), grass(19, 1), verbose=0)
+        assert path.stat().st_size
+    export.saved_model(detector, tmp_path / "saved", images=grass(8, 5))
+    served = tf.saved_model.load(str(tmp_path / "saved" / "1"))
+    images = grass(6, 2)
+    np.testing.assert_allclose(
+        served.signatures["serving_default"](images=tf.constant(images))["ood_score"],
+        detector(images)["ood_score"],
+        atol=detector.rounding,
+    )
+
+
+def test_maps_are_always_standardized():
+    backbone = conv_backbone()
+    assert FeatureExtractor(backbone, 32, layers=backbone.layers[1].name).standardized
+    assert not FeatureExtractor(conv_backbone(), 32).standardized
 
 
 def test_out_of_distribution_photographs_are_flagged():
@@ -310,7 +357,12 @@ def test_calibration_images_in_the_bank_are_called_out():
     for batch_size in (7, 256):
         with pytest.warns(UserWarning, match="15 of the 19 calibration images are in the bank"):
             Detector.from_images(
-                conv_backbone(), bank, calibration, batch_size=batch_size, verbose=0
+                conv_backbone(),
+                bank,
+                calibration,
+                batch_size=batch_size,
+                verbose=0,
+                standardize=batch_size == 7,
             )
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from sddns_tf import bank, plots, shifts
+from sddns_tf import building, plots, shifts
 from sddns_tf.callbacks import training_state
 from sddns_tf.features import FeatureExtractor, extract_features
 from sddns_tf.types import Array
@@ -80,8 +80,11 @@ class TrainingPictures(keras.callbacks.Callback):
         del logs
         if epoch % self.every:
             return
-        rows = self._features(self.bank_images)
-        normal, shifted = (bank.ood_score(self._features(x), rows).numpy() for x in self._sets)
+        normal, shifted = building.scores_against(
+            self._features(self.bank_images),
+            [self._features(images) for images in self._sets],
+            standardize=self.model.teacher_temperature is None,
+        )
         name = shifts.name_of(self.shift)
         with self._writer.as_default(step=epoch):
             tf.summary.histogram("scores/held_out", normal)

@@ -8,7 +8,7 @@ from typing import Any, Self
 import keras
 import tensorflow as tf
 
-from sddns_tf import bank, metrics, shifts
+from sddns_tf import building, metrics, shifts
 from sddns_tf.features import FeatureExtractor, extract_features
 from sddns_tf.types import Array
 from sddns_tf.validation import check_int, image_array
@@ -80,11 +80,13 @@ class OODProbe(keras.callbacks.Callback):
         if epoch % self.every and not self._is_first:
             return
         self._is_first = False
-        features = self._features(self.bank_images)
-        scores = bank.ood_score(self._features(self.held_out), features).numpy()
-        for name, images in self._sets.items():
-            ood_scores = bank.ood_score(self._features(images), features).numpy()
-            logs[f"auroc_{name}"] = metrics.ood_metrics(scores, ood_scores)["auroc"]
+        normal, *others = building.scores_against(
+            self._features(self.bank_images),
+            [self._features(images) for images in (self.held_out, *self._sets.values())],
+            standardize=self.model.teacher_temperature is None,
+        )
+        for name, scores in zip(self._sets, others, strict=True):
+            logs[f"auroc_{name}"] = metrics.ood_metrics(normal, scores)["auroc"]
 
     def _features(self, images):
         return extract_features(self._extractor, images, batch_size=self.batch_size, verbose=0)

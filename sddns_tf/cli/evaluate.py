@@ -151,7 +151,12 @@ def make_detector(model: Any, options: Namespace) -> Any:
 
     given = {}
     if isinstance(model, sddns_tf.SelfDistillation):
-        given = {"mean": model.mean, "std": model.std, "image_size": model.views.image_size}
+        given = {
+            "mean": model.mean,
+            "std": model.std,
+            "image_size": model.views.image_size,
+            "standardize": model.teacher_temperature is None,
+        }
         model = model.teacher_backbone
     settings = [configuration.parse_setting(text) for text in options.set]
     for key, value in settings:
@@ -173,8 +178,7 @@ def make_detector(model: Any, options: Namespace) -> Any:
             resize=options.resize,
             seed=options.seed,
             verbose=verbose(),
-            **given,
-            **config["detector"],
+            **{**given, **config["detector"]},
         )
 
 

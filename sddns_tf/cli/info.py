@@ -134,6 +134,7 @@ def _detector(detector: Any) -> dict[str, Any]:
     return {
         "backbone": _network(extractor.backbone),
         "layers": extractor.layer_names,
+        "standardized": extractor.standardized,
         "resolution": extractor.resolution,
         "resize": extractor.resize,
         "image_size": extractor.image_size,

@@ -346,7 +346,8 @@ def write_results(
             std=model.std,
             seed=config["seed"],
             verbose=verbose(),
-            **config["detector"],
+            # Features are compared as the heads see them.
+            **{"standardize": model.teacher_temperature is None, **config["detector"]},
         )
     for name, value in (
         ("model", model), ("backbone", model.teacher_backbone), ("detector", detector)

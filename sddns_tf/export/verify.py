@@ -26,9 +26,10 @@ from sddns_tf.validation import image_array
 # with vision transformers of 2, 6 and 12 blocks, were 8e-6, 0.004, 0.083 and, on the representative
 # images, 0.22.
 COSINE_TOLERANCE = {None: 4e-6, "float16": 1e-3, "dynamic": 1e-2, "int8": 2e-2}
-# Allowed error of a map, as a multiple of a score's: standardizing divides channels by their
-# deviation, which may be small compared with the values that were rounded.
-_PLACES = 8
+# Allowed error with standardized features, as those of maps are, as a multiple of that without:
+# standardizing divides channels by their deviation, which may be small compared with the values
+# that were rounded.
+_STANDARDIZED = 8
 CHECKED_IMAGES = 16
 
 
@@ -115,7 +116,7 @@ def run_apart(program: str, folder: pathlib.Path, images: np.ndarray) -> dict[st
 def score_tolerance(detector: Any, tolerance: float) -> float:
     """Return the allowed error of a score, given that of a cosine."""
     tolerance = max(tolerance, _rounding(detector)) / detector.temperature
-    return tolerance * (_PLACES if detector.is_local else 1)
+    return tolerance * (_STANDARDIZED if detector.extractor.standardized else 1)
 
 
 def check_answers(

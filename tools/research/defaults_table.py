@@ -8,9 +8,10 @@ Trains every combination of data, backbone, negatives, settings and seed for 400
 with `keras.optimizers.AdamW(1e-3)` and two global views. Nothing else is set: the settings
 `default` use the constructor's defaults, `paper` the paper's constants. Each run writes
 `NAME.json`, and is skipped if that file exists. At the end a Markdown table of all runs is printed:
-k-NN accuracy (CIFAR-10) or mean AUROC (other data) of the trained and the untrained network, and
-the positive loss and the entropy of the teacher's targets relative to ln K. Outputs count as
-uniform if either is above 0.995.
+k-NN accuracy (CIFAR-10) or mean AUROC (other data) of the trained network and of the untrained one
+(with standardized features or as they are, whichever is better for it), and the positive loss and
+the entropy of the teacher's targets relative to ln K. Outputs count as uniform if either is above
+0.995.
 
 `cifar10` needs prepared TFDS data sets (`cifar10`, and `--auxiliary` for auxiliary images),
 `textures` needs scikit-image, and `cells` needs the package `elpv-dataset`: 300 photographs of
@@ -238,27 +239,36 @@ def make_batches(data, model, seed):
 
 
 def quality(model, data):
-    """Return the k-NN accuracy if there are labels, else the mean AUROC over the OOD sets."""
+    """Return k-NN accuracy if there are labels, else mean AUROC over the OOD sets.
+
+    Dict of the quality of the features `raw`, as they are, and `standardized` by the bank.
+    """
     import numpy as np
 
-    from sddns_tf import bank, metrics
+    from sddns_tf import building, metrics
+    from sddns_tf.features import standardized
 
     def features(images):
         return model.predict(images, batch_size=256, verbose=0)
 
-    known = features(data["bank"])
+    bank, normal = features(data["bank"]), features(data["test"])
     if "ood" not in data:
-        return metrics.knn_accuracy(
-            known, data["bank_labels"], features(data["test"]), data["test_labels"]
-        )
-
-    def scores(images):
-        return bank.ood_score(features(images), known)
-
-    normal = scores(data["test"])
-    return float(
-        np.mean([metrics.ood_metrics(normal, scores(ood))["auroc"] for ood in data["ood"].values()])
-    )
+        moments = building.moments_of(bank)
+        sides = {
+            "raw": (bank, normal),
+            "standardized": [standardized(x, *moments).numpy() for x in (bank, normal)],
+        }
+        return {
+            name: metrics.knn_accuracy(known, data["bank_labels"], tested, data["test_labels"])
+            for name, (known, tested) in sides.items()
+        }
+    others = [normal, *(features(images) for images in data["ood"].values())]
+    found = {}
+    for name in ("raw", "standardized"):
+        fresh, *scores = building.scores_against(bank, others, standardize=name == "standardized")
+        aurocs = [metrics.ood_metrics(fresh, ood)["auroc"] for ood in scores]
+        found[name] = float(np.mean(aurocs))
+    return found
 
 
 def run(data, name, backbone, negatives, settings, seed):
@@ -286,11 +296,21 @@ def run(data, name, backbone, negatives, settings, seed):
         "batch_size": FLAGS.batch_size,
         "seconds": time.perf_counter() - start,
         "measure": "AUROC" if "ood" in data else "k-NN",
-        "untrained": float(untrained),
-        "trained": float(quality(model, data)),
+        "untrained": untrained,
+        "trained": quality(model, data),
         "prototypes": model.student_head.num_prototypes,
         "history": {key: np.float64(values).tolist() for key, values in history.items()},
     }
+
+
+def compared(result):
+    """Return the quality before and after training.
+
+    Trained features are compared as the head saw them: standardized with the default targets, as
+    they are with the paper's. Untrained ones count as what is better for them.
+    """
+    seen = "raw" if result["settings"] == "paper" else "standardized"
+    return max(result["untrained"].values()), result["trained"][seen]
 
 
 def print_table(results):
@@ -308,18 +328,19 @@ def print_table(results):
         return [names.index(name) for names, name in zip(order, key[:3], strict=True)] + [key[3]]
 
     for key in sorted(rows, key=place):
-        cells = [*map(str, key), f"{next(iter(rows[key].values()))['untrained']:.3f}"]
+        cells = [*map(str, key), f"{compared(next(iter(rows[key].values())))[0]:.3f}"]
         for settings in SETTINGS:
             result = rows[key].get(settings)
             if result is None:
                 cells += ["", "", ""]
                 continue
-            better = "" if result["trained"] > result["untrained"] else " (worse)"
+            before, after = compared(result)
+            better = "" if after > before else " (worse)"
             loss = result["history"]["positive_loss"][-1] / math.log(result["prototypes"])
             entropy = result["history"]["teacher_entropy"][-1]
             # NaN counts as uniform too.
             uniform = "" if max(loss, entropy) <= UNIFORM else " uniform"
-            cells += [f"{result['trained']:.3f}{better}", f"{loss:.3f}", f"{entropy:.3f}{uniform}"]
+            cells += [f"{after:.3f}{better}", f"{loss:.3f}", f"{entropy:.3f}{uniform}"]
         print("|", " | ".join(cells), "|")
 
 
@@ -343,7 +364,8 @@ def main(argv=None):
         if source not in data:
             data = {source: read_data(source)}
         result = run(data[source], source, backbone, negatives, settings, seed)
-        say(f"  {result['untrained']:.3f} to {result['trained']:.3f}")
+        before, after = compared(result)
+        say(f"  {before:.3f} to {after:.3f}")
         path.write_text(json.dumps(result, indent=1))
     print_table([json.loads(path.read_text()) for path in sorted(runs_dir.glob("*.json"))])
 
