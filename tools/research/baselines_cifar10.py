@@ -73,6 +73,7 @@ def main(argv=None):
     """Run one baseline, unless its result exists."""
     parser = cifar10.parser(__doc__)
     parser.add_argument("--baseline", default="untrained", choices=BASELINES)
+    parser.add_argument("--standardize", action="store_true", help="features, by the bank")
     settings = parser.parse_args(argv)
 
     name = f"{settings.baseline}-{settings.seed}"
@@ -97,7 +98,7 @@ def main(argv=None):
                     resume=False,
                 )
                 backbone = model.layers[0]
-            scorer = cifar10.detector_of(settings, backbone, normal)
+            scorer = cifar10.detector_of(settings, backbone, normal, settings.standardize)
             features_of = cifar10.features_with(scorer.extractor)
         ood = cifar10.read_ood(settings, normal)
         return {

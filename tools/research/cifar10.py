@@ -228,13 +228,14 @@ def read_log(path):
 # --- Measurements -------------------------------------------------------------------------------
 
 
-def detector_of(settings, network, normal):
+def detector_of(settings, network, normal, standardize=False):
     """Return the detector of a run, made from `network`."""
     return sddns_tf.Detector.from_images(
         network,
         bank_images=normal.training[: settings.bank_images],
         calibration_images=normal.calibration,
         image_size=SIDE,
+        standardize=standardize,
         verbose=0,
     )
 

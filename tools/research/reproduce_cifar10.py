@@ -93,7 +93,8 @@ def main(argv=None):
             lambda first: cifar10.training_batches(settings, normal.training, auxiliary, first),
             [sddns_tf.callbacks.CollapseMonitor()],
         )
-        detector = cifar10.detector_of(settings, model.teacher_backbone, normal)
+        balanced = settings.teacher_temperature is None
+        detector = cifar10.detector_of(settings, model.teacher_backbone, normal, balanced)
         detector.save(pathlib.Path(settings.output_dir) / f"{name}.keras")
         trained_on = settings.shift if settings.shift not in ("", "identity") else None
         features_of = cifar10.features_with(detector.extractor)
