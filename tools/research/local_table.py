@@ -48,6 +48,7 @@ DEFAULT = (5_000, 100_000)
 NEGATIVES = ("untrained", "none", "auxiliary-rot90", "in_distribution-cut_paste")
 BATCH_SIZE = 32
 SIDE, DEPTH = 64, 4
+UNRECORDED = ("runs_dir", "weights", "table_only")  # They say nothing of a run.
 
 
 class Cells(NamedTuple):
@@ -294,7 +295,8 @@ def main(argv=None):
         start = time.perf_counter()
         result = run(*parts)
         named = dict(zip(("experiment", "type", "setting", "seed"), parts, strict=True))
-        files.write_json(path, {**named, **result, "flags": {**vars(FLAGS), "runs_dir": None}})
+        flags = {key: value for key, value in vars(FLAGS).items() if key not in UNRECORDED}
+        files.write_json(path, {**named, **result, "flags": flags})
         say(f"{name}: AUROC {result['auroc']:.3f}, {time.perf_counter() - start:.0f} s")
     print_tables([json.loads(path.read_text()) for path in sorted(runs_dir.glob("*.json"))])
 
