@@ -32,7 +32,7 @@ def parser():
     add("--split_seed", type=int, default=0, help="that the example was given")
     add("--limit", type=int, help="that the example was given")
     add("--rate", type=float, default=0.05, help="promised rate of false alarms")
-    add("--counts", default="20,40,60,80,118", help="numbers of images to calibrate with")
+    add("--counts", default="20,40,60,80,118,150", help="numbers of images to calibrate with")
     add("--draws", type=int, default=1_000, help="for each number of images")
     return found
 
