@@ -172,25 +172,27 @@ def compress(
     method: str = "kmeans",
     seed: int = 0,
     *,
+    metric: str = "cosine",
     weights: Array | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compress a bank to a smaller one that scores like the whole one.
 
     Args:
-        features: L2-normalized features `(M, D)`.
+        features: Features `(M, D)`: L2-normalized, or standardized for `metric="euclidean"`.
         size: Largest number of centers to keep.
-        method: `"kmeans"` is spherical k-means: centers are the normalized means of their members.
-            `"kcenter"` is the greedy k-center coreset: a subset of the features, each the farthest
-            from those chosen before it.
+        method: `"kmeans"` takes the means of clusters, and with cosines normalizes them (spherical
+            k-means). `"kcenter"` is the greedy k-center coreset: a subset of the features, each the
+            farthest from those chosen before it.
         seed: Int; equal seeds give equal banks.
+        metric: `"cosine"` or `"euclidean"`, of the score.
         weights: Positive weights `(M,)` of the features, such as those of a compressed bank, or
             None for equal ones. They do not affect which features `"kcenter"` takes.
 
     Returns:
-        Centers, float32 `(M', D)` of L2 norm 1 with `M' <= size` (a center without members is left
-        out), and their weights, float32 `(M',)`: each center's share of the features. They sum to
-        1, so that the weighted mean over the centers stands for the mean over the features. With
-        `size >= M` the result is the features themselves, weighted as they were.
+        Centers, float32 `(M', D)` with `M' <= size` (a center without members is left out), with
+        cosines of L2 norm 1, and their weights, float32 `(M',)`: each center's share of the
+        features. They sum to 1, so that the weighted mean over the centers stands for the mean over
+        the features. With `size >= M` the result is the features themselves, weighted as they were.
 
     Raises:
         ValueError: If the features are not a finite matrix, `size` is not positive, `method` is
@@ -209,6 +211,7 @@ def compress(
     check_int("seed", seed, low=0, high=2**32 - 1)
     methods = {"kmeans": _kmeans_centers, "kcenter": _kcenter_centers}
     check_choice("method", method, sorted(methods))
+    check_choice("metric", metric, METRICS)
     shares = np.ones(len(features)) if weights is None else np.asarray(weights, np.float64)
     if shares.shape != (len(features),) or not ((shares > 0) & np.isfinite(shares)).all():
         raise ValueError(
@@ -221,6 +224,9 @@ def compress(
     from sklearn.metrics import pairwise_distances_argmin
 
     centers = methods[method](features, size, seed, weights)
+    if method == "kmeans" and metric == "cosine":
+        # Members that cancel out leave no direction; such a center stays near zero, not undefined.
+        centers = centers / np.maximum(np.linalg.norm(centers, axis=1, keepdims=True), 1e-6)
     nearest = pairwise_distances_argmin(features, centers)
     members = np.bincount(nearest, shares, minlength=len(centers))
     kept = members > 0
@@ -244,9 +250,7 @@ def _kmeans_centers(features, size, seed, weights):
         clusters = KMeans(size, random_state=seed)
     else:
         clusters = MiniBatchKMeans(size, random_state=seed, batch_size=max(4096, 2 * size))
-    centers = clusters.fit(features, sample_weight=weights).cluster_centers_.astype(np.float32)
-    # Members that cancel out leave no direction; such a center stays near zero, not undefined.
-    return centers / np.maximum(np.linalg.norm(centers, axis=1, keepdims=True), 1e-6)
+    return clusters.fit(features, sample_weight=weights).cluster_centers_.astype(np.float32)
 
 
 def _kcenter_centers(features, size, seed, weights):

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 
 from sddns_tf.bank import Reservoir, coreset, ood_score
-from sddns_tf.features import standardized, stream_features
+from sddns_tf.features import stream_features
 from sddns_tf.local import Moments
 
 # Features this near are those of one image: its batch moves them by less.
@@ -65,10 +65,11 @@ def scores_against(bank, others, standardize):
     Returns:
         List of NumPy arrays `(N,)`.
     """
+    metric = "cosine"
     if standardize:
-        moments = moments_of(bank)
-        bank, *others = (standardized(features, *moments) for features in (bank, *others))
-    return [ood_score(features, bank).numpy() for features in others]
+        metric, (mean, deviation) = "euclidean", moments_of(bank)
+        bank, *others = ((features - mean) / deviation for features in (bank, *others))
+    return [ood_score(features, bank, metric=metric).numpy() for features in others]
 
 
 def checked_features(name, features, extractor, is_map=False):
@@ -98,7 +99,7 @@ def checked_features(name, features, extractor, is_map=False):
     kind = "images" if is_map or not local else "places"
     check_finite(features.reshape(len(features), -1), name.removesuffix("_features"), kind)
     lengths = np.linalg.norm(features, axis=-1)
-    if not local and np.abs(lengths - 1.0).max() > 0.01:
+    if not extractor.standardized and np.abs(lengths - 1.0).max() > 0.01:
         raise ValueError(
             f"`{name}` must be L2-normalized, as `extract_features` gives them. Received: rows of "
             f"length {lengths.min():.3g} to {lengths.max():.3g}"
@@ -149,11 +150,13 @@ def count_shared(bank_features, calibration_features):
     places = bank_features @ direction
     order = np.argsort(places)
     places, wanted = places[order], calibration_features @ direction
-    reach = _SHARED_DISTANCE * np.linalg.norm(direction)
+    # Standardized features are longer than 1.
+    distance = _SHARED_DISTANCE * np.linalg.norm(bank_features, axis=1).mean()
+    reach = distance * np.linalg.norm(direction)
     first = np.searchsorted(places, wanted - reach)
     last = np.searchsorted(places, wanted + reach)
     shared = 0
     for row, start, stop in zip(calibration_features, first, last, strict=True):
         near = bank_features[order[start:stop]]
-        shared += bool((np.linalg.norm(near - row, axis=1) <= _SHARED_DISTANCE).any())
+        shared += bool((np.linalg.norm(near - row, axis=1) <= distance).any())
     return shared

@@ -19,13 +19,7 @@ import tensorflow as tf
 from sddns_tf import building, files, image_ops
 from sddns_tf.bank import compress, coreset, ood_score
 from sddns_tf.calibration import ending_at, largest_flagged_rank, merged, rounding, snapped
-from sddns_tf.features import (
-    FeatureExtractor,
-    extract_features,
-    image_size_of,
-    standardized,
-    stream_features,
-)
+from sddns_tf.features import FeatureExtractor, extract_features, image_size_of, stream_features
 from sddns_tf.image_sources import image_source
 from sddns_tf.local import counted_places, smoothed
 from sddns_tf.types import Array
@@ -198,11 +192,12 @@ class Detector(keras.Model):
             layers: None, or the layers of the backbone whose maps are compared place by place:
                 names, `"auto"` or `"tokens"`, see `FeatureExtractor`. The detector is then a local
                 one, and its answers include an `anomaly_map`.
-            standardize: Whether each channel of the features is standardized by its mean and
-                deviation over the bank, and the result L2-normalized again. `True` for the
-                features of a `SelfDistillation` without a `teacher_temperature`: it standardizes
-                them too when it trains, and compared as they are, they hardly tell images apart.
-                `False`, the paper's score, for others. Maps of `layers` always are standardized.
+            standardize: Whether each channel of the L2-normalized features is standardized by its
+                mean and deviation over the bank, and distances are compared in place of cosines,
+                as for places. `True` for a `SelfDistillation` without a `teacher_temperature`: it
+                standardizes features too when it trains, and compared as they are, they hardly
+                tell images apart. `False`, the paper's score, for others. Maps of `layers` always
+                are standardized.
             ignore: None, or the places that a local detector leaves out of the bank and the scores,
                 such as a serial number: a bool mask `(h, w)` of the map or of the image, or the
                 path of an image file that is not black there. The promise then applies to the rest.
@@ -283,11 +278,10 @@ class Detector(keras.Model):
         largest_flagged_rank(len(calibration_features), false_positive_rate)
         bank_features = extract_features(extractor, bank_images, name="bank_images", **options)
         if standardize:
-            moments = building.moments_of(bank_features)
-            extractor.standardize(*moments)
+            mean, deviation = building.moments_of(bank_features)
+            extractor.standardize(mean, deviation)
             bank_features, calibration_features = (
-                standardized(features, *moments).numpy()
-                for features in (bank_features, calibration_features)
+                (features - mean) / deviation for features in (bank_features, calibration_features)
             )
         return cls.from_features(
             extractor,
@@ -350,7 +344,8 @@ class Detector(keras.Model):
         Args:
             extractor: `FeatureExtractor` that gave the features. The detector uses it without
                 copying it.
-            bank_features: L2-normalized features of in-distribution images, float `(M, D)`.
+            bank_features: Features of in-distribution images, float `(M, D)`, L2-normalized unless
+                the extractor standardizes them.
             calibration_features: The same for images that are neither trained on nor in the bank,
                 `(N, D)`.
             false_positive_rate: Largest share of normal images to flag, between 0 and 1.
@@ -399,7 +394,7 @@ class Detector(keras.Model):
                     "A weighted bank is compressed already. "
                     f"Received: bank_size={bank_size} and `bank_weights`"
                 )
-            features, weights = _compressed(features, bank_size, bank_method, seed, local)
+            features, weights = _compressed(features, bank_size, bank_method, seed, extractor)
         detector = cls(
             extractor,
             bank_size=len(features),
@@ -444,7 +439,7 @@ class Detector(keras.Model):
                 f"The bank is compressed already, to {len(weights)} weighted centers. "
                 f"Received: size={size}"
             )
-        centers, weights = _compressed(self.bank.numpy(), size, method, seed, self.is_local)
+        centers, weights = _compressed(self.bank.numpy(), size, method, seed, self.extractor)
         return self._with(centers, weights, self.calibration_scores.numpy())
 
     def calibrated_on(
@@ -518,7 +513,8 @@ class Detector(keras.Model):
         """Return the detector's answers for images whose features were already extracted.
 
         Args:
-            features: Float32 `(B, D)` of L2 norm 1; for a local detector, maps `(B, h, w, C)`.
+            features: Float32 `(B, D)`, as the extractor gives them; for a local detector, maps
+                `(B, h, w, C)`.
 
         Returns:
             Dict of tensors, as for a call.
@@ -557,7 +553,7 @@ class Detector(keras.Model):
         if not self.is_local:
             return {"ood_score": self._score(features)}
         places = tf.reshape(features, [-1, self.extractor.feature_dim])
-        maps = self._score(places, metric="euclidean", block_size=block_size or _BLOCK_OF_PLACES)
+        maps = self._score(places, block_size=block_size or _BLOCK_OF_PLACES)
         maps = tf.reshape(maps, [-1, *self.extractor.map_size])
         maps = tf.where(tf.math.is_nan(maps), math.inf, maps)
         if self.smoothing > 1 and smooth:
@@ -567,7 +563,8 @@ class Detector(keras.Model):
 
     def _score(self, features, **kwargs):
         arguments = (self.bank, self.temperature, self.offset, self.k)
-        return ood_score(features, *arguments, weights=self.bank_weights, **kwargs)
+        metric = _metric(self.extractor)
+        return ood_score(features, *arguments, metric=metric, weights=self.bank_weights, **kwargs)
 
     def _snapped(self, score):
         return snapped(score, self.calibration_scores, self.rounding)
@@ -605,7 +602,7 @@ class Detector(keras.Model):
         files.save_keras(super().save, filepath, *args, **kwargs)
 
     def features(self, images: Array) -> tf.Tensor:
-        """Return L2-normalized features of a batch of images, or feature maps.
+        """Return the extractor's features of a batch of images, or feature maps.
 
         Args:
             images: uint8 or float in 0-255, `(B, H, W, 3)`, of any height and width.
@@ -774,12 +771,16 @@ class Detector(keras.Model):
         return cls(**{**config, "extractor": extractor})
 
 
-def _compressed(features, size, method, seed, local):
+def _compressed(features, size, method, seed, extractor):
     """Return rows of a smaller bank and their weights."""
-    if not local:
-        return compress(features, size, method, seed)
+    if extractor.map_size is None:
+        return compress(features, size, method, seed, metric=_metric(extractor))
     rows = coreset(features, size, seed)
     return rows, np.full(len(rows), 1.0 / len(rows), np.float32)
+
+
+def _metric(extractor):
+    return "euclidean" if extractor.standardized else "cosine"
 
 
 def _check_smoothing(smoothing, local):

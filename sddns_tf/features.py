@@ -59,7 +59,7 @@ class FeatureExtractor(keras.Model):
     resized to the grid of the first layer (bilinear) and concatenated. Each channel has its mean
     over the bank subtracted and is divided by its standard deviation. Both are weights, 0 and 1
     until `standardize` sets them. With `standardized=True` the same is done to the L2-normalized
-    features of whole images, which are then L2-normalized again.
+    features of whole images.
 
     Args:
         backbone: Keras model from normalized float images `(B, h, w, 3)` to features `(B, D)`.
@@ -82,7 +82,8 @@ class FeatureExtractor(keras.Model):
         images: uint8 or float in 0-255, `(B, H, W, 3)`, of any height and width.
 
     Returns:
-        Float32 features `(B, D)` of L2 norm 1; with layers, feature maps `(B, h, w, C)`.
+        Float32 features `(B, D)`, of L2 norm 1 unless standardized; with layers, feature maps
+        `(B, h, w, C)`.
 
     Raises:
         ValueError: If the backbone's input size is unknown, its output is not `(B, D)`, or a layer
@@ -171,21 +172,18 @@ class FeatureExtractor(keras.Model):
         features = tf.math.l2_normalize(features, axis=-1)
         if not self.standardized:
             return features
-        return standardized(features, self.channel_mean, self.channel_deviation)
+        return (features - self.channel_mean) / self.channel_deviation
 
     def standardize(self, mean: Array, deviation: Array) -> None:
         """Set the mean and standard deviation of each channel over the bank, in place.
 
         Args:
-            mean: Float `(C,)`, mean of the maps as they were before; for features of whole images,
-                of the L2-normalized features without standardizing.
+            mean: Float `(C,)`, mean of the maps or features as they were before.
             deviation: Positive float `(C,)`, standard deviation of the same.
         """
-        if self.layer_names is not None:
-            before, spread = self.channel_mean.numpy(), self.channel_deviation.numpy()
-            mean, deviation = before + spread * mean, spread * deviation
-        self.channel_mean.assign(mean)
-        self.channel_deviation.assign(deviation)
+        before, spread = self.channel_mean.numpy(), self.channel_deviation.numpy()
+        self.channel_mean.assign(before + spread * mean)
+        self.channel_deviation.assign(spread * deviation)
 
     def at_resolution(self, images: Array) -> tf.Tensor:
         """Return images at the resolution that shows everything the backbone sees of them.
@@ -254,20 +252,6 @@ class FeatureExtractor(keras.Model):
         return cls(**{**config, "backbone": backbone})
 
 
-def standardized(features: Array, mean: Array, deviation: Array) -> tf.Tensor:
-    """Standardize L2-normalized features of whole images, and L2-normalize them again.
-
-    Args:
-        features: Float32 `(B, D)`.
-        mean: `(D,)`.
-        deviation: `(D,)`, positive.
-
-    Returns:
-        Float32 `(B, D)`.
-    """
-    return tf.math.l2_normalize((features - mean) / deviation, axis=-1)
-
-
 def _feature_dim(backbone, inputs):
     shape = getattr(backbone.compute_output_spec(inputs), "shape", None)
     if shape is None or len(shape) != 2 or shape[-1] is None:
@@ -304,8 +288,8 @@ def extract_features(
         name: What error messages call the images.
 
     Returns:
-        NumPy array `(N, D)`, float32, rows of L2 norm 1, in the order of the images; for an
-        extractor with `layers`, feature maps `(N, h, w, C)`.
+        NumPy array `(N, D)`, float32, in the order of the images, rows of L2 norm 1 unless the
+        extractor standardizes them; for an extractor with `layers`, feature maps `(N, h, w, C)`.
 
     Raises:
         ValueError: If there are no images, or they are not images in 0-255.

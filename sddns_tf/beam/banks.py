@@ -226,10 +226,11 @@ class ExtractorHandler(ModelHandler[File, Any, Any]):
 
         model = keras.saving.load_model(self._path, compile=False)
         extractor = getattr(model, "extractor", model)
-        if extractor.map_size is not None:
+        if extractor.standardized:
             raise ValueError(
-                "A bank of places is not made here: the extractor must give one feature vector per "
-                f"image. Received: {self._path}, which has layers {extractor.layer_names}"
+                "Banks of places, and of other features that are standardized by the bank, are not "
+                "made here: the extractor must give one L2-normalized feature vector per image. "
+                f"Received: {self._path}, with layers={extractor.layer_names} and standardized=True"
             )
         spec = tf.TensorSpec([None, None, None, 3], tf.uint8)
         return tf.function(lambda x: extractor(x), input_signature=[spec], autograph=False)

@@ -130,8 +130,8 @@ def check_answers(
         answers: Dict of arrays whose names begin with `prefix`.
         prefix: String.
         tolerance: Allowed error of a cosine: see `score_tolerance`. Distances between standardized
-            features are not bounded, and their rounding error grows with them. A place with the
-            score `s` may therefore differ by `1 + temperature * (s - lowest score)` times as much.
+            features are not bounded, and their rounding error grows with them. Such a score `s`
+            may therefore differ by `1 + temperature * (s - lowest score)` times as much.
 
     Returns:
         The largest difference of a score.
@@ -168,9 +168,9 @@ def check_answers(
 
 
 def _off(detector: Any, scores: Array, expected: Array) -> np.ndarray:
-    """Return the errors of scores; those of places relative to their distance from the bank."""
+    """Return errors of scores; where distances are compared, relative to that from the bank."""
     difference = np.abs(scores - expected)
-    if not detector.is_local:
+    if not detector.extractor.standardized:
         return difference
     return difference / (1.0 + detector.temperature * (expected - detector.lowest_score))
 
@@ -179,7 +179,7 @@ def check_features(detector: Any, images: Array, features: Array) -> None:
     """Raise a `RuntimeError` unless features agree with the detector's."""
     with tf.device("CPU:0"):
         expected = detector.features(images).numpy()
-    # Values of standardized maps are not bounded.
+    # Values of standardized features are not bounded.
     bound = max(1e-4, _rounding(detector)) * max(1.0, np.abs(expected).max())
     _check_difference("features", np.max(np.abs(features - expected)), bound, len(images))
 

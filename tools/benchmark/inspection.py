@@ -5,14 +5,19 @@ r"""Solar cells: our detector of `examples/solar_cells.py` beside PatchCore with
 
 One split, the same photographs on both sides. PatchCore compares places of strides 8 and 16 at the
 grid of stride 8, as its paper does, ours those of stride 16; both keep as many rows, of as many
-places drawn at random. Its latency is that of OpenVINO and ours that of TFLite, of one photograph
-with its map, one thread each, in turns. Needs `pip install -e ".[inspection]"
-efficientnet-lite-pytorch openvino ai-edge-litert`.
+places drawn at random. Its latency, memory and file are those of OpenVINO and ours those of TFLite:
+one photograph with its map, one thread each, in turns. Memory is what a process has more
+after it has loaded the file and scored, apart from Python and the runtime. Needs
+`pip install -e ".[inspection]" efficientnet-lite-pytorch openvino ai-edge-litert`.
 """
 
 import argparse
+import importlib
 import json
 import pathlib
+import resource
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -21,6 +26,7 @@ from sddns_tf import files, metrics
 from tools.benchmark import harness
 from tools.benchmark.partners import patchcore
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 ROWS = 10_000
 
 
@@ -48,15 +54,48 @@ def cells_of(options):
     return solar_cells.read_cells(options.type)
 
 
-def ours(folder):
+def tflite_call(path):
     """Return the detector's call on one photograph, in TFLite with one thread."""
     from ai_edge_litert.interpreter import Interpreter
 
-    interpreter = Interpreter(str(folder / "detector.tflite"), num_threads=1)
+    interpreter = Interpreter(str(path), num_threads=1)
     run = interpreter.get_signature_runner("serving_default")
     shape = run.get_input_details()["images"]["shape"]
     image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     return lambda: run(images=image)
+
+
+def call_of(path):
+    """Return the call of a file, ours or PatchCore's, on one photograph."""
+    return tflite_call(path) if path.suffix == ".tflite" else patchcore.openvino_call(path, 1)
+
+
+def print_memory(path):
+    """Print how much more memory in MB the process has after loading a file and scoring."""
+    for runtime in ("ai_edge_litert.interpreter", "openvino"):
+        importlib.import_module(runtime)
+    before = resident()
+    call = call_of(pathlib.Path(path))
+    for _ in range(3):
+        call()
+    print((resident() - before) / 1e6)
+
+
+def resident():
+    """Return the bytes of memory that this process has now (Linux)."""
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def memory(path):
+    """Return what `print_memory` prints in a process of its own."""
+    code = (
+        f"from tools.benchmark import inspection as one; one.print_memory({str(path.resolve())!r})"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    return float(result.stdout.splitlines()[-1])
 
 
 def main(argv=None):
@@ -71,19 +110,22 @@ def main(argv=None):
     )
     seconds = time.process_time() - start
     fresh, broken = (patchcore.scores(theirs, x) for x in (cells.fresh, cells.broken))
-    folder = output / f"{options.type}_frozen"
+    paths = [
+        output / f"{options.type}_frozen" / "detector.tflite",
+        output / f"patchcore_{options.type}.xml",
+    ]
+    patchcore.write_openvino(theirs, paths[1])
+    sizes = [paths[0].stat().st_size, paths[1].with_suffix(".bin").stat().st_size]
     record = harness.durations(
         "one photograph with its map",
         "PatchCore in OpenVINO",
-        harness.take_turns(ours(folder), patchcore.openvino_call(theirs, 1), options.rounds),
+        harness.take_turns(*map(call_of, paths), options.rounds),
     )
     record |= {
         "auroc": [results["auroc"], float(metrics.ood_metrics(fresh, broken)["auroc"])],
         "building_cpu_seconds": [results["cpu_seconds"], round(seconds)],
-        "megabytes": [
-            (folder / "detector.tflite").stat().st_size / 1e6,
-            patchcore.megabytes(theirs),
-        ],
+        "megabytes": [size / 1e6 for size in sizes],
+        "memory_megabytes": [round(memory(path)) for path in paths],
     }
     files.write_json(output / f"patchcore_{options.type}.json", record)
     print(json.dumps(record, indent=1))

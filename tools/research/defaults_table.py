@@ -246,17 +246,16 @@ def quality(model, data):
     import numpy as np
 
     from sddns_tf import building, metrics
-    from sddns_tf.features import standardized
 
     def features(images):
         return model.predict(images, batch_size=256, verbose=0)
 
     bank, normal = features(data["bank"]), features(data["test"])
     if "ood" not in data:
-        moments = building.moments_of(bank)
+        mean, deviation = building.moments_of(bank)
         sides = {
             "raw": (bank, normal),
-            "standardized": [standardized(x, *moments).numpy() for x in (bank, normal)],
+            "standardized": [(x - mean) / deviation for x in (bank, normal)],
         }
         return {
             name: metrics.knn_accuracy(known, data["bank_labels"], tested, data["test_labels"])

@@ -7,7 +7,6 @@ choosing from all places takes hours on a CPU.
 """
 
 import contextlib
-import io
 
 import numpy as np
 
@@ -140,17 +139,8 @@ def scores(model, images):
         return np.concatenate([model(batch)[0].numpy() for batch in in_batches(torch, images)])
 
 
-def megabytes(model):
-    """Return the size of the model's file."""
-    import torch
-
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    return len(file.getvalue()) / 1e6
-
-
-def openvino_call(model, threads):
-    """Return a function that runs the model on one image in OpenVINO."""
+def write_openvino(model, path):
+    """Write the model for one image as OpenVINO's `.xml` and `.bin`."""
     try:
         import openvino
     except ImportError as error:
@@ -159,8 +149,15 @@ def openvino_call(model, threads):
 
     example = torch.zeros(1, 3, 224, 224)
     converted = openvino.convert_model(model, example_input=example, input=[1, 3, 224, 224])
+    openvino.save_model(converted, path, compress_to_fp16=False)
+
+
+def openvino_call(path, threads):
+    """Return a function that runs a file of `write_openvino` on one image."""
+    import openvino
+
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.compile_model(converted, "CPU", {**settings, "NUM_STREAMS": 1})
+    compiled = openvino.compile_model(path, "CPU", {**settings, "NUM_STREAMS": 1})
     image = np.random.default_rng(0).random((1, 3, 224, 224), np.float32)
     request = compiled.create_infer_request()
     return lambda: request.infer({0: image})
