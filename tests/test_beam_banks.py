@@ -13,6 +13,7 @@ from apache_beam.testing.util import assert_that, equal_to
 
 from sddns_tf.bank import compress, ood_score
 from sddns_tf.beam import Bank, BankSketch, CompressFeatures, ExtractFeatures
+from sddns_tf.beam.banks import ExtractorHandler
 from sddns_tf.detector import Detector
 from sddns_tf.features import FeatureExtractor, extract_features
 
@@ -160,3 +161,14 @@ def test_from_files_to_a_detector(normal, tmp_path):
         extractor, bank["features"], calibration, 0.1, bank_weights=bank["weights"]
     )
     assert detector.predict(normal[:4], verbose=0)["ood_score"].shape == (4,)
+
+
+def test_features_that_need_the_whole_bank_first_are_refused(tmp_path):
+    images = keras.Input((32, 32, 3))
+    maps = keras.layers.Conv2D(8, 5, 4, name="maps")(images)
+    backbone = keras.Model(images, keras.layers.GlobalAveragePooling2D()(maps))
+    for name, options in (("places", {"layers": "maps"}), ("whole", {"standardized": True})):
+        path = tmp_path / f"{name}.keras"
+        FeatureExtractor(backbone, 32, 32, **options).save(path)
+        with pytest.raises(ValueError, match=f"L2-normalized.*{name}.keras"):
+            ExtractorHandler(path).load_model()
