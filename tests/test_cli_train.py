@@ -12,10 +12,11 @@ import tensorflow as tf
 
 import sddns_tf
 from sddns_tf import image_ops
-from sddns_tf.cli import advice, train
+from sddns_tf.cli import advice, train, training
 from sddns_tf.cli import main as cli
 from sddns_tf.cli.errors import UsageError
 from sddns_tf.cli.progress import Progress
+from sddns_tf.cli.schedule_forms import Length
 
 
 def test_it_writes_what_it_says(trained):
@@ -171,11 +172,11 @@ def test_beside_a_progress_bar_only_the_first_line_is_told(capsys):
 
 
 def advised(seconds, steps, backbone, negatives="auxiliary", local_views=2):
-    config = {"backbone": {"type": backbone}, "epochs": 10}
+    config = {"backbone": {"type": backbone}}
     views = sddns_tf.MultiCrop(32, local_views)
     negatives = negatives and sddns_tf.Negatives("rot90", negatives)
     model = types.SimpleNamespace(views=views, negatives=negatives)
-    return advice.lines(model, config, steps, seconds)
+    return advice.lines(model, config, Length(10, steps // 10, 64), seconds)
 
 
 def test_what_takes_most_of_a_step_is_told():
@@ -196,6 +197,14 @@ def test_a_run_of_hours_is_told_what_would_be_shorter():
     assert "--set=views.local_views=0; --epochs=1" in line  # 1,800 steps of 18,000
     assert "--backbone" not in advised(2.0, 18_000, "convnet", local_views=0)[-1]
     assert "--epochs=1 --steps_per_epoch=1800" in advised(2.0, 180_000, "vit_tiny")[-1]
+
+
+@pytest.mark.parametrize(("images", "epochs"), [(320, 100), (3_200, 40), (50_000, 3), (10**7, 1)])
+def test_few_images_are_seen_more_often_than_many(images, epochs):
+    config = {"epochs": None, "steps_per_epoch": None, "batch_size": 64}
+    steps = tf.data.Dataset.range(images // 64)
+    assert training.length_of(config, steps).epochs == epochs
+    assert training.length_of({**config, "epochs": 7}, steps).epochs == 7
 
 
 WRONG = [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from sddns_tf.cli.schedule_forms import Length
+
 # A pass forward and backward takes about three times as long as one forward.
 _BACKWARD = 3.0
 _LONG = 3600.0
@@ -31,13 +33,13 @@ def shares(model: Any) -> dict[str, float]:
     return {setting: cost / whole for setting, cost in ordered if cost}
 
 
-def lines(model: Any, config: dict[str, Any], steps: int, seconds: float) -> list[str]:
+def lines(model: Any, config: dict[str, Any], length: Length, seconds: float) -> list[str]:
     """Return what to say of a run once the time of its steps is known.
 
     Args:
         model: `SelfDistillation`.
         config: Resolved configuration of the run.
-        steps: Steps of the whole run.
+        length: Length of the whole run.
         seconds: Seconds that a step takes.
 
     Returns:
@@ -48,7 +50,7 @@ def lines(model: Any, config: dict[str, Any], steps: int, seconds: float) -> lis
 
     found = [f"{share:.0%} for {setting}" for setting, share in shares(model).items()]
     said = [f"Of a step, about {', '.join(found)}"] if found else []
-    if seconds * steps <= _LONG:
+    if seconds * length.steps <= _LONG:
         return said
     shorter = []
     if config["backbone"]["type"] != "convnet" and not tf.config.list_physical_devices("GPU"):
@@ -56,7 +58,7 @@ def lines(model: Any, config: dict[str, Any], steps: int, seconds: float) -> lis
     if model.views.local_views:
         shorter.append("--set=views.local_views=0")
     in_an_hour = max(1, int(_LONG / seconds))
-    epochs = in_an_hour * config["epochs"] // steps
+    epochs = in_an_hour // length.steps_per_epoch
     if epochs:
         shorter.append(f"--epochs={epochs}")
     else:

@@ -84,14 +84,14 @@ class RunOptions:
     """Length, seed and precision of a run.
 
     Attributes:
-        epochs: Number of epochs.
+        epochs: Number of epochs, or None for as many as make some 2,000 steps, at most 100.
         steps_per_epoch: Steps per epoch, or None for one pass through the images.
         batch_size: Images per step, over all devices.
         seed: Random seed.
         precision: Keras dtype policy.
     """
 
-    epochs: int = 100
+    epochs: int | None = None
     steps_per_epoch: int | None = None
     batch_size: int = 64
     seed: int = 0

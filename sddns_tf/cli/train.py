@@ -70,7 +70,12 @@ def parser() -> Parser:
     group.add_argument(
         "--image_size", metavar="N", type=positive_int, help="Side of the network's input."
     )
-    group.add_argument("--epochs", metavar="N", type=positive_int, help="Number of epochs.")
+    group.add_argument(
+        "--epochs",
+        metavar="N",
+        type=positive_int,
+        help="Number of epochs; by default as many as make some 2,000 steps, at most 100.",
+    )
     group.add_argument("--output_dir", metavar="FOLDER", help="Folder to write to.")
     add_recipe_options(parser)
     add_training_options(parser)

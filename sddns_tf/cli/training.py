@@ -20,6 +20,9 @@ from sddns_tf.cli.console import say, verbose
 from sddns_tf.cli.errors import UsageError, user_input
 from sddns_tf.cli.schedule_forms import Length, value_of
 
+# Of a run whose number of epochs is not given.
+_STEPS, _MOST_EPOCHS = 2_000, 100
+
 
 class Place(NamedTuple):
     """Where and how a run takes place. None of this changes the results.
@@ -76,7 +79,7 @@ def train(config: dict[str, Any], place: Place) -> tuple[Any, images.Images]:
     check_same_run(config, output_dir)
     found = images.read(config, data_options, place.data_dir)
     one_epoch = images.batches(config, data_options, place.data_dir, found)
-    length = _length(config, one_epoch)
+    length = length_of(config, one_epoch)
     _write_config(config, output_dir, found, length)
     with strategy.scope() if strategy else contextlib.nullcontext():
         model = make_model(config, found.resolution, length)
@@ -88,7 +91,7 @@ def train(config: dict[str, Any], place: Place) -> tuple[Any, images.Images]:
         f"{length.epochs} epochs of {length.steps_per_epoch} steps, from step {step}"
     )
     watching = callbacks(config, place, output_dir, checkpoint, one_epoch, found)
-    about = functools.partial(advice.lines, model, config, length.steps)
+    about = functools.partial(advice.lines, model, config, length)
     watching.append(Progress(length.steps, step, about, once=bool(verbose())))
     for first_batch, part in training_state.parts_left(step, length.steps_per_epoch, length.epochs):
         batches = images.batches(config, data_options, place.data_dir, found, first_batch)
@@ -118,8 +121,9 @@ def check(config: dict[str, Any]) -> DataOptions:
     if not data_options.source:
         raise UsageError("--data is needed. Received: none")
     with user_input():
-        for name in ("epochs", "batch_size"):
-            validation.check_int(name, config[name])
+        validation.check_int("batch_size", config["batch_size"])
+        if config["epochs"] is not None:
+            validation.check_int("epochs", config["epochs"])
         validation.check_choice("resize", data_options.resize, ("squash", "crop"))
         validation.check_number("calibration_share", data_options.calibration_share, 0.0, 0.9)
         _check_arguments(config)
@@ -148,7 +152,7 @@ def _check_arguments(config: dict[str, Any]) -> None:
     sddns_tf.MultiCrop(**{**config["views"], "image_size": image_size})
     sddns_tf.ProjectionHead(**config["head"])
     make_negatives(config)
-    length = Length(config["epochs"], 1, config["batch_size"])
+    length = Length(config["epochs"] or 1, 1, config["batch_size"])
     for section in ("model", "optimizer"):
         for key, form in config[section].items():
             value_of(f"{section}.{key}", form, length)
@@ -262,13 +266,21 @@ def forget(output_dir: pathlib.Path) -> None:
         (pathlib.Path(output_dir) / name).unlink(missing_ok=True)
 
 
-def _length(config: dict[str, Any], one_epoch: Any) -> Length:
+def length_of(config: dict[str, Any], one_epoch: Any) -> Length:
+    """Return the length of a run.
+
+    Args:
+        config: Resolved configuration.
+        one_epoch: `tf.data.Dataset` of the batches of one pass through the images.
+    """
     steps = config["steps_per_epoch"] or int(one_epoch.cardinality())
     if steps < 1:
         raise UsageError(
             "--steps_per_epoch is needed where the number of images is unknown. Received: none"
         )
-    return Length(config["epochs"], steps, config["batch_size"])
+    # Few images are seen more often than many.
+    epochs = config["epochs"] or min(max(round(_STEPS / steps), 1), _MOST_EPOCHS)
+    return Length(epochs, steps, config["batch_size"])
 
 
 def _write_config(
@@ -280,6 +292,7 @@ def _write_config(
 
     derived = {
         "resolution": found.resolution,
+        "epochs": length.epochs,
         "steps_per_epoch": length.steps_per_epoch,
         "training_images": None if found.training is None else len(found.training),
         "calibration_images": len(found.calibration),
