@@ -284,3 +284,19 @@ def test_extractor_names_wrong_backbones():
         FeatureExtractor(free, image_size=32)
     with pytest.raises(ValueError, match="`image_size` must be a positive int or a pair"):
         FeatureExtractor(free, image_size=-1)
+
+
+def test_a_compressed_bank_of_standardized_features_scores_like_the_whole_one():
+    generator = np.random.default_rng(0)
+    kinds = generator.normal(size=(20, 12))
+    features = (kinds.repeat(40, axis=0) + 0.1 * generator.normal(size=(800, 12))).astype("float32")
+    centers, weights = compress(features, 20, metric="euclidean")
+    # The means of clusters, not brought to norm 1.
+    nearest = np.linalg.norm(kinds[:, np.newaxis] - centers, axis=-1).min(axis=1)
+    assert nearest.max() < 0.1
+    probes = generator.normal(size=(50, 12)).astype("float32")
+    found = ood_score(probes, centers, metric="euclidean", weights=weights)
+    whole = ood_score(probes, features, metric="euclidean")
+    np.testing.assert_allclose(found, whole, rtol=0.1)
+    with pytest.raises(ValueError, match=r"metric.*cosines"):
+        compress(features, 20, metric="cosines")
