@@ -12,6 +12,7 @@ from test_local import bricks, check_promise, convnet, damaged
 
 from sddns_tf import export, plots
 from sddns_tf.cli import info, score
+from sddns_tf.cli import main as cli
 from sddns_tf.detector import Detector
 from sddns_tf.export import delegates, metadata, verify
 
@@ -432,6 +433,14 @@ def test_room_needs_places_and_the_nearest_row(tmp_path):
     with pytest.raises(ValueError, match=r"needs `k=1`.*Received: extension_room=5, k=3"):
         export.tflite(several, tmp_path / "a.tflite", extension_room=5)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_leaves_room(detector, tmp_path, capsys):
+    detector.save(tmp_path / "parts.keras")
+    path = tmp_path / "parts.tflite"
+    options = [f"--detector={tmp_path}/parts.keras", f"--tflite={path}"]
+    assert cli.main(["export", *options, "--tflite_extension_room=7"]) == 0, capsys.readouterr().err
+    assert metadata.description(path.read_bytes())["extension_room"] == 7
 
 
 def test_room_of_a_single_row_takes_one_place(detector, example, tmp_path):
