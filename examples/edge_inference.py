@@ -1,4 +1,4 @@
-r"""Score image files on an edge device, and recalibrate there, without TensorFlow.
+r"""Score image files on an edge device, recalibrate and extend there, without TensorFlow.
 
     pip install ai-edge-litert numpy pillow
     python edge_inference.py parts.tflite photo.png another.jpg
@@ -16,6 +16,12 @@ A local detector also says where an image is anomalous. `--maps` writes a pictur
 which places above the threshold are outlined and colored from yellow to red:
 
     python edge_inference.py parts.tflite photo.png --maps=overlays
+
+If it flags what is normal after all, and the file was exported with `extension_room`, `--extend`
+makes such images count as normal from then on. Their conspicuous places join the bank. Scores can
+only fall, so the promise still holds; several runs add up:
+
+    python edge_inference.py parts.tflite --extend false_alarm.png --output parts-here.tflite
 """
 
 import argparse
@@ -58,7 +64,7 @@ def score(model, images):
 
     Returns:
         Dict of `"ood_score"`, `"p_value"` and `"is_ood"`, arrays `(N,)`; for a local detector also
-        `"anomaly_map"`, `(N, h, w)`.
+        `"anomaly_map"`, `(N, h, w)`, and with room for an extension what `places_of` needs.
     """
     runner, batch, _ = model
     batch = batch or 1
@@ -156,7 +162,7 @@ def recalibrate(path, scores, output, false_positive_rate=None):
         )
 
     def values(name):
-        return tables.Buffers(about["buffers"][name]).DataAsNumpy().view(np.float32)
+        return _values(tables, about, name)
 
     values("scores")[:] = -np.inf  # below every score, so never counted
     values("scores")[: len(scores)] = scores
@@ -167,7 +173,66 @@ def recalibrate(path, scores, output, false_positive_rate=None):
     threshold = float(scores[-np.count_nonzero(p_values <= np.float32(rate))])
     changes = {"false_positive_rate": rate, "calibration_images": len(scores)}
     changes["threshold"] = threshold
-    new = json.dumps({**about, **changes}).encode().ljust(len(text))
+    _write(file, text, {**about, **changes}, output)
+
+
+def places_of(path, answer):
+    """Return the features of places of false alarms that stand out, `(N, C)`.
+
+    Args:
+        path: The `.tflite` file, exported with room for an extension.
+        answer: What `score` returns for these images.
+    """
+    tables, text = _opened(bytearray(pathlib.Path(path).read_bytes()))
+    about = json.loads(text.tobytes())
+    _check_room(about)
+    scores = _values(tables, about, "scores")
+    # Lower places are no reason for an alarm. Minus infinity is no score but free space.
+    return answer["features"][answer["place_scores"] > scores[np.isfinite(scores)].min()]
+
+
+def extend(path, places, output):
+    """Write a copy of a `.tflite` file in whose bank are more places; its calibration stays.
+
+    Args:
+        path: The `.tflite` file, exported with room for an extension.
+        places: Features of places, `(N, C)`, from `places_of`.
+        output: The file to write. It may be `path`, and is replaced only if writing succeeds.
+    """
+    file = bytearray(pathlib.Path(path).read_bytes())
+    tables, text = _opened(file)
+    about = json.loads(text.tobytes())
+    _check_room(about)
+    room, used = about["extension_room"], about["extension_rows"]
+    if len(places) > room - used:
+        raise ValueError(
+            f"There must be a free row for each place. Received: {len(places)} places, but "
+            f"{room - used} of {room} rows are free. Export with more extension_room"
+        )
+    if not np.isfinite(places).all():
+        raise ValueError("The features of places must be finite. Received: some that are not")
+    # A row is the features of a place, then minus half of their squared length.
+    rows = _values(tables, about, "extension").reshape(room, -1)[used : used + len(places)]
+    rows[:, :-1], rows[:, -1] = places, -np.square(places).sum(axis=1) / 2
+    _write(file, text, {**about, "extension_rows": used + len(places)}, output)
+
+
+def _values(tables, about, name):
+    """Return the numbers in a buffer of a file, to be rewritten in place."""
+    return tables.Buffers(about["buffers"][name]).DataAsNumpy().view(np.float32)
+
+
+def _check_room(about):
+    if not about.get("extension_room"):
+        raise ValueError(
+            "--extend needs the file of a local detector that was exported with extension_room. "
+            "Received: one without"
+        )
+
+
+def _write(file, text, about, output):
+    """Write a file with another description, whole or not at all."""
+    new = json.dumps(about).encode().ljust(len(text))
     text[:] = np.frombuffer(new, np.uint8)
     unfinished = f"{output}.{os.getpid()}.tmp"
     try:
@@ -178,7 +243,7 @@ def recalibrate(path, scores, output, false_positive_rate=None):
 
 
 def main(arguments=None):
-    """Recalibrate the file if asked to, then score the images."""
+    """Extend or recalibrate the file if asked to, then score the images."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -192,21 +257,31 @@ def main(arguments=None):
         type=float,
         help="largest share of normal images to flag; default: that of the file",
     )
-    parser.add_argument("--output", help="recalibrated file to write; default: replace the model")
+    parser.add_argument(
+        "--extend", nargs="+", metavar="IMAGE", help="false alarms that are normal from now on"
+    )
+    parser.add_argument("--output", help="changed file to write; default: replace the model")
     parser.add_argument(
         "--maps", metavar="FOLDER", help="folder to write overlays of anomaly maps to"
     )
     options = parser.parse_args(arguments)
-    model = load(options.model)
+    if options.extend and options.recalibrate:
+        raise ValueError("--extend and --recalibrate take two runs. Received: both")
+    file, model = options.model, load(options.model)
+    output = options.output or file
+    # Images one at a time: a device may have little memory.
     if options.recalibrate:
-        # One at a time: a device may have little memory.
         normal = [score(model, [read_image(p, model[2])]) for p in options.recalibrate]
         scores = np.concatenate([one["ood_score"] for one in normal])
-        output = options.output or options.model
-        recalibrate(options.model, scores, output, options.false_positive_rate)
+        recalibrate(file, scores, output, options.false_positive_rate)
         print(json.dumps({"calibrated": output, "images": len(scores)}))
-        model = load(output)
-    about = description(options.output or options.model if options.recalibrate else options.model)
+    elif options.extend:
+        alarms = [places_of(file, score(model, [read_image(p, model[2])])) for p in options.extend]
+        extend(file, np.concatenate(alarms), output)
+        print(json.dumps({"extended": output, "rows": sum(map(len, alarms))}))
+    if options.recalibrate or options.extend:
+        file, model = output, load(output)
+    about = description(file)
     if options.maps and not about.get("map_size"):
         raise ValueError("--maps needs the file of a local detector. Received: one without maps")
     for path in options.images:

@@ -552,10 +552,33 @@ class Detector(keras.Model):
         """
         if not self.is_local:
             return {"ood_score": self._score(features)}
+        return self.image_scores(self.place_scores(features, block_size), smooth)
+
+    def place_scores(self, features: Array, block_size: int | None = None) -> tf.Tensor:
+        """Return a local detector's scores of places, each by itself and none ignored.
+
+        Args:
+            features: Maps `(B, h, w, C)`.
+            block_size: As for `scores`.
+
+        Returns:
+            Float32 `(B, h, w)`. A place whose features are not finite has an infinite score.
+        """
         places = tf.reshape(features, [-1, self.extractor.feature_dim])
         maps = self._score(places, block_size=block_size or _BLOCK_OF_PLACES)
         maps = tf.reshape(maps, [-1, *self.extractor.map_size])
-        maps = tf.where(tf.math.is_nan(maps), math.inf, maps)
+        return tf.where(tf.math.is_nan(maps), math.inf, maps)
+
+    def image_scores(self, maps: Array, smooth: bool = True) -> dict[str, tf.Tensor]:
+        """Return a local detector's `scores`, given those of places, each by itself.
+
+        Args:
+            maps: Float32 `(B, h, w)`, as `place_scores` returns them.
+            smooth: As for `scores`.
+
+        Returns:
+            Dict of `"ood_score"` and `"anomaly_map"`, as for `scores`.
+        """
         if self.smoothing > 1 and smooth:
             maps = smoothed(maps, self.counted, self.smoothing)
         maps = tf.minimum(maps, tf.where(self.counted > 0.5, math.inf, self.lowest_score))

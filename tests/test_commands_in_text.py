@@ -297,10 +297,10 @@ TOY = {
 # test_examples_gallery, test_serving_client, test_benchmark, test_research, test_rooms.
 RUN_HERE = ("sddns ", "examples/edge_inference.py", "examples/folder_of_parts.py")
 # test_cli_devices runs several machines; test_dino_weights and test_backbones conversions, which
-# need PyTorch; test_local_exports maps on a device, which need the file of a local detector;
+# need PyTorch; test_local_exports what a device does with the file of a local detector;
 # test_local_commands MVTec AD's layout; test_beam Apache Beam.
 RUN_ELSEWHERE = (
-    "--strategy=multi_worker", "convert-", "--maps=overlays", "mvtec:", "--runner=",
+    "--strategy=multi_worker", "convert-", "--maps=overlays", "--extend", "mvtec:", "--runner=",
 )  # fmt: skip
 
 

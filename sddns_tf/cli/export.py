@@ -89,6 +89,13 @@ def parser() -> Parser:
         type=positive_int,
         help="Fixed batch size of the .tflite file. Default: any.",
     )
+    group.add_argument(
+        "--tflite_extension_room",
+        metavar="N",
+        type=positive_int,
+        help="Rows to leave free in the .tflite file of a local detector, for false alarms that "
+        "count as normal from then on. Default: none.",
+    )
     return parser
 
 
@@ -137,6 +144,7 @@ def main(argv: list[str]) -> None:
                 calibration_images=calibration,
                 bank_size=options.tflite_bank_size,
                 batch_size=options.tflite_batch_size,
+                extension_room=options.tflite_extension_room or 0,
                 verbose=verbose(),
             )
         tell("tflite", path)

@@ -4,7 +4,8 @@ The calibration is stored in three buffers of the file. `scores` are the sorted 
 padded with minus infinity. `p_values` is a table from the number of calibration scores that are at
 least as high as a score to its p-value. `rate` is the false positive rate. The description is JSON
 in the file's metadata, under the name `sddns_tf`. It names these buffers, so that a device can
-recalibrate the file in place without TensorFlow, as `examples/edge_inference.py` does.
+recalibrate the file in place without TensorFlow, as `examples/edge_inference.py` does. Free rows
+for false alarms are in two more buffers: see `extension`.
 """
 
 from __future__ import annotations
@@ -62,12 +63,13 @@ def calibration_placeholders(capacity: int) -> dict[str, Any]:
 
 
 def described(file: Any, description: Any, placeholders: Any) -> bytearray:
-    """Return a file with a description that says where its calibration is stored.
+    """Return a file with a description that says where what a device may rewrite is stored.
 
     Args:
         file: Bytes of a `.tflite` file, converted with the placeholders.
         description: JSON-serializable dict.
-        placeholders: Result of `calibration_placeholders`.
+        placeholders: Result of `calibration_placeholders`, and of `extension.placeholders` where
+            the file has room for more rows.
 
     Returns:
         Bytearray of the file. Its description has the additional entry `"buffers"`.
@@ -103,7 +105,7 @@ def _buffer_of(model: Any, name: str, value: np.ndarray) -> int:
     ]
     if len(found) != 1:
         raise RuntimeError(
-            f"The calibration's {name} should be one constant of the converted file. "
+            f"The placeholder of {name} should be one constant of the converted file. "
             f"Received: {len(found)} constants with that value"
         )
     return found[0]
@@ -140,6 +142,20 @@ def describe(file: Any, values: Any) -> None:
     place[:] = np.frombuffer(text.ljust(len(place)), np.uint8)
 
 
+def values(file: Any, name: str) -> np.ndarray:
+    """Return the numbers in one of the buffers that the description names.
+
+    Args:
+        file: Bytearray of a described `.tflite` file.
+        name: Name of the buffer.
+
+    Returns:
+        Float32 array of one dimension. Assigning to it rewrites the file.
+    """
+    index = description(file)["buffers"][name]
+    return _schema().Model.GetRootAs(file).Buffers(index).DataAsNumpy().view(np.float32)
+
+
 def calibrate(file: Any, scores: Array, rate: float) -> None:
     """Rewrite the calibration in place.
 
@@ -149,20 +165,14 @@ def calibrate(file: Any, scores: Array, rate: float) -> None:
             `"calibration_room"`.
         rate: False positive rate, a float.
     """
-    buffers = description(file)["buffers"]
-    model = _schema().Model.GetRootAs(file)
-
-    def values(name: str) -> np.ndarray:
-        return model.Buffers(buffers[name]).DataAsNumpy().view(np.float32)
-
-    place = values("scores")
+    place = values(file, "scores")
     # No score is at most minus infinity, so the padding is never counted.
     place[:] = -np.inf
     place[: len(scores)] = np.sort(np.asarray(scores, np.float32))
-    table = values("p_values")
+    table = values(file, "p_values")
     ranks = np.arange(1, len(table) + 1, dtype=np.float32)
     table[:] = np.minimum(ranks / np.float32(1 + len(scores)), 1.0)
-    values("rate")[:] = rate
+    values(file, "rate")[:] = rate
     flagged = np.count_nonzero(
         ranks[: len(scores)] / np.float32(1 + len(scores)) <= np.float32(rate)
     )

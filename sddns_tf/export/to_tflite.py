@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from sddns_tf.calibration import ending_at, merged, snapped
-from sddns_tf.export import delegates, metadata
+from sddns_tf.export import delegates, extension, metadata
 from sddns_tf.export.quantize import backbone_scope, import_quantizer, quantized_model
 from sddns_tf.export.verify import (
     CHECKED_IMAGES,
@@ -62,6 +62,7 @@ def tflite(
     calibration_images: Any = None,
     bank_size: int = 1000,
     batch_size: int | None = None,
+    extension_room: int = 0,
     verbose: int | str = "auto",
 ) -> pathlib.Path:
     """Write a detector as one `.tflite` file that needs only built-in operations.
@@ -101,6 +102,11 @@ def tflite(
         batch_size: None for any batch size, or a fixed one. A fixed one is somewhat faster, because
             the delegate can then take the whole backbone. With 1 all shapes are fixed, which
             delegates other than the CPU's need.
+        extension_room: Int, for a local detector with `k=1`: rows that are left free in the file,
+            so that `examples/edge_inference.py --extend` can make false alarms count as normal on
+            the device, as `Detector.extend` does. Each takes 4 bytes per channel of the maps. The
+            signature then also returns `features`, `(B, h, w, C)`, and `place_scores`,
+            `(B, h, w)`, from which such rows are made.
         verbose: 0 is silent; 1 shows a progress bar over calibration images and prints the
             operations that delegates do not support; 2 shows the bar as one line; `"auto"` shows
             the bar if there is more than one step.
@@ -115,7 +121,8 @@ def tflite(
             `saved_model`, with 1e-3 (`"float16"`), 1e-2 (`"dynamic"`) or 2e-2 (`"int8"`) instead
             of 4e-6. Nothing is left behind.
         ValueError: If the quantization is unknown, if needed images are missing, too few or of a
-            wrong dtype or shape, or if a size is not a positive int.
+            wrong dtype or shape, if a size is not a positive int, or if there cannot be room for
+            an extension.
 
     Example:
     >>> sddns_tf.export.tflite(
@@ -124,6 +131,7 @@ def tflite(
     PosixPath('parts.tflite')
     """
     _check_arguments(quantization, representative_images, bank_size, batch_size)
+    extension.check_room(detector, extension_room)
     _import_litert()
     if quantization is not None:
         import_quantizer()
@@ -147,7 +155,7 @@ def tflite(
             reference = reference.compressed(bank_size)
         scores = detector.calibration_scores.numpy()
         room = max(_CALIBRATION_ROOM, len(scores), 0 if calibration is None else len(calibration))
-        file = _converted(reference, folder, quantization, images, batch_size, room)
+        file = _converted(reference, folder, quantization, images, batch_size, room, extension_room)
         if calibration is not None:
             scores = _scores(file, calibration, batch_size, verbose)
         metadata.calibrate(file, merged(scores, detector.rounding), detector.false_positive_rate)
@@ -213,10 +221,12 @@ def _converted(
     images: np.ndarray,
     batch_size: int | None,
     room: int,
+    extension_room: int,
 ) -> bytearray:
     """Return the bytes of the file, with a description and placeholders for the calibration."""
     size = resolution(detector)
-    placeholders = metadata.calibration_placeholders(room)
+    extending = extension.placeholders(detector, extension_room)
+    placeholders = {**metadata.calibration_placeholders(room), **extending}
     answer = _answer(detector, placeholders, (batch_size, *size))
     save(folder / "saved_model", detector, {"serving_default": answer})
     # No Flex or custom operations: the converter rejects them unless they are enabled.
@@ -229,8 +239,11 @@ def _converted(
     foreign = [name for name in metadata.operators(file) if name in ("CUSTOM", "DELEGATE")]
     if foreign:
         raise RuntimeError(f"The file must need built-in operations only. Received: {foreign}")
+    outputs = {**_LABELS, **({"anomaly_map": _MAP_LABEL} if detector.is_local else {})}
+    if extending:
+        outputs.update(extension.LABELS)
     description = {
-        "outputs": {**_LABELS, **({"anomaly_map": _MAP_LABEL} if detector.is_local else {})},
+        "outputs": outputs,
         "image_size": list(size),
         "resize": detector.extractor.resize,
         "batch_size": batch_size,
@@ -242,26 +255,43 @@ def _converted(
         "map_size": detector.extractor.map_size,
         "refused_by_delegates": delegates.refused(metadata.operators(file)),
     }
-    return metadata.described(file, description, placeholders)
+    if extending:
+        description["extension_room"] = extension_room
+    file = metadata.described(file, description, placeholders)
+    if extending:
+        extension.clear(file)
+    return file
 
 
-def _answer(detector: Any, calibration: dict[str, Any], shape: tuple[int | None, ...]) -> Callable:
-    """Return `Detector.call` with a calibration that can be rewritten in the file."""
+def _answer(detector: Any, placeholders: dict[str, Any], shape: tuple[int | None, ...]) -> Callable:
+    """Return `Detector.call` with a calibration and an extension that can be rewritten."""
     images = tf.TensorSpec([*shape, 3], tf.uint8, name="images")
 
     @tf.function(input_signature=[images], autograph=False)
     def answer(images: Array) -> dict[str, tf.Tensor]:
-        found = detector.scores(detector.extractor(images), _WHOLE_BANK)
-        score = snapped(found["ood_score"], calibration["scores"], detector.rounding)
+        features, extras = detector.extractor(images), {}
+        if "extension" in placeholders:
+            near = extension.scores(detector, features, placeholders["extension"])
+            maps = tf.minimum(detector.place_scores(features, _WHOLE_BANK), near)
+            found = detector.image_scores(maps)
+            each = detector.image_scores(maps, smooth=False)["anomaly_map"]
+            extras = {"features": features, "place_scores": each}
+        else:
+            found = detector.scores(features, _WHOLE_BANK)
+        score = snapped(found["ood_score"], placeholders["scores"], detector.rounding)
         # A score of NaN gets the lowest p-value, because every comparison with it is false.
-        as_high = calibration["scores"][np.newaxis, :] >= score[:, tf.newaxis]
+        as_high = placeholders["scores"][np.newaxis, :] >= score[:, tf.newaxis]
         count = tf.reduce_sum(tf.cast(as_high, tf.int32), axis=1)
         # A table, because the converter turns division by a constant into a less exact product.
-        p_value = tf.gather(calibration["p_values"], count)
-        answers = {"ood_score": score, "p_value": p_value, "is_ood": p_value <= calibration["rate"]}
+        p_value = tf.gather(placeholders["p_values"], count)
+        answers = {
+            "ood_score": score,
+            "p_value": p_value,
+            "is_ood": p_value <= placeholders["rate"],
+        }
         if detector.is_local:
             answers["anomaly_map"] = ending_at(found["anomaly_map"], score)
-        return answers
+        return {**answers, **extras}
 
     return answer
 
