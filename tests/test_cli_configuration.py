@@ -54,6 +54,14 @@ def test_what_is_set_comes_before_the_recipe_and_that_before_defaults():
     assert (config["epochs"], config["seed"]) == (7, 3)
 
 
+def test_features_are_compared_as_the_heads_see_them():
+    assert resolve()["detector"]["standardize"] is True
+    assert resolve(model__teacher_temperature=0.04)["detector"]["standardize"] is False
+    assert resolve({"detector": {"standardize": False}})["detector"]["standardize"] is False
+    cpu_small = configuration.resolve(configuration.read_recipe("cpu_small"), [])
+    assert cpu_small["detector"]["standardize"] is False
+
+
 def test_source_follows_the_auxiliary_images():
     assert resolve()["negatives"]["source"] == "in_distribution"
     assert resolve(data__auxiliary="npz:x.npz")["negatives"]["source"] == "auxiliary"

@@ -67,6 +67,8 @@ def test_it_makes_a_detector(run, image_sets, model):
     assert results["false_positive_rate"] == 0.1
     assert results["configuration"]["bank"] == 120
     assert results["configuration"]["neighbors"] == 3
+    # A model without teacher temperature was trained on standardized features.
+    assert results["configuration"]["standardized"] is (model == "model")
     with pytest.raises(UsageError, match="--data is needed"):
         run(model)
 

@@ -159,3 +159,12 @@ import sddns_tf, tensorflow, keras
 print(keras.saving.get_registered_object("sddns_tf>Detector").__name__)
 """
     assert apart(program=program).stdout == "Detector\n"
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback(trained):
+    """Such as `sddns info FILE | head -1`."""
+    command = [sys.executable, "-m", "sddns_tf", "info", str(trained / "detector.keras")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.communicate(timeout=120)[1] == b""
+    assert process.returncode == 1

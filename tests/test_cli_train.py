@@ -29,11 +29,14 @@ def test_it_writes_what_it_says(trained):
     # 24 of the 120 images are held out.
     assert detector.calibration_scores.shape == (24,)
     assert detector.bank.shape == (96, 16)
+    assert detector.extractor.standardized  # as in training
+    np.testing.assert_allclose(np.mean(detector.bank, axis=0), 0.0, atol=1e-3)
     image = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype("float32")
     np.testing.assert_allclose(model.teacher_backbone(image), backbone(image), atol=1e-6)
     np.testing.assert_allclose(detector.extractor.backbone(image), backbone(image), atol=1e-6)
     config = json.loads((trained / "config.json").read_text())
     assert config["backbone"]["stages"] == [8, 16]
+    assert config["detector"]["standardize"] is True
     assert config["negatives"]["source"] == "auxiliary"
     assert config["views"]["hue"] == sddns_tf.MultiCrop(8).hue
     derived = config["derived"]

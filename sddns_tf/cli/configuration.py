@@ -223,6 +223,10 @@ def _resolved_section(section: str, config: dict[str, Any]) -> dict[str, Any] | 
     if section == "negatives" and "source" not in given:
         auxiliary = (config.get("data") or {}).get("auxiliary")
         given = {**given, "source": "auxiliary" if auxiliary else "in_distribution"}
+    if section == "detector" and "standardize" not in given:
+        # Features are compared as the heads see them.
+        balanced = (config.get("model") or {}).get("teacher_temperature") is None
+        given = {**given, "standardize": balanced}
     constructor, fixed = _constructor(section, given)
     defaults = {**fixed, **_defaults(section, constructor)}
     _check_keys(f"{section}.", given, defaults, constructor.__name__)

@@ -149,16 +149,12 @@ def make_detector(model: Any, options: Namespace) -> Any:
     """Return a detector made from a training model or a backbone."""
     import sddns_tf
 
-    given = {}
+    given, settings = {}, [("detector.standardize", False)]
     if isinstance(model, sddns_tf.SelfDistillation):
-        given = {
-            "mean": model.mean,
-            "std": model.std,
-            "image_size": model.views.image_size,
-            "standardize": model.teacher_temperature is None,
-        }
+        given = {"mean": model.mean, "std": model.std, "image_size": model.views.image_size}
+        settings = [("detector.standardize", model.teacher_temperature is None)]
         model = model.teacher_backbone
-    settings = [configuration.parse_setting(text) for text in options.set]
+    settings += [configuration.parse_setting(text) for text in options.set]
     for key, value in settings:
         if not key.startswith("detector."):
             raise UsageError(f"--set must be detector.KEY=VALUE here. Received: {key}={value}")
@@ -178,7 +174,8 @@ def make_detector(model: Any, options: Namespace) -> Any:
             resize=options.resize,
             seed=options.seed,
             verbose=verbose(),
-            **{**given, **config["detector"]},
+            **given,
+            **config["detector"],
         )
 
 
@@ -279,6 +276,7 @@ def settings_of(detector: Any, options: Namespace) -> dict[str, Any]:
         "resolution": extractor.resolution,
         "resize": extractor.resize,
         "image_size": extractor.image_size,
+        "standardized": extractor.standardized,
         "bank": detector.bank.shape[0],
         "calibration images": detector.calibration_scores.shape[0],
         "score_temperature": detector.temperature,

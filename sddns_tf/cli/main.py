@@ -10,6 +10,7 @@ option or file and what was received. `sddns score` exits with 2 if some images 
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import sys
 import warnings
@@ -78,6 +79,11 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"sddns {name}: interrupted", file=sys.stderr)
         return _INTERRUPTED
+    except BrokenPipeError:
+        # Whatever reads the output, such as `head`, has seen enough. Python would try to write the
+        # rest when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def run() -> None:

@@ -359,8 +359,7 @@ def write_results(
             std=model.std,
             seed=config["seed"],
             verbose=verbose(),
-            # Features are compared as the heads see them.
-            **{"standardize": model.teacher_temperature is None, **config["detector"]},
+            **config["detector"],
         )
     for name, value in (
         ("model", model), ("backbone", model.teacher_backbone), ("detector", detector)
