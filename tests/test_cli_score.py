@@ -366,6 +366,8 @@ def cropped(wide_photographs, tmp_path_factory):
             "--set=head.num_prototypes=16",
             "--set=head.hidden_dim=16",
             "--set=head.bottleneck_dim=8",
+            # After two steps the images' mean color is most of what features tell.
+            "--set=detector.standardize=false",
             "--batch_size=16",
             "--epochs=1",
             "--steps_per_epoch=2",

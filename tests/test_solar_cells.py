@@ -36,7 +36,7 @@ def run(output, *arguments):
 
 def test_the_example_compares_networks(output, capsys):
     networks = "brightness,pixels,frozen,fine_tuned"
-    cells = run(output, "--types=mono", f"--networks={networks}", "--steps=5")
+    cells = run(output, "--types=mono", f"--networks={networks}", "--steps=10")
     assert [len(part) for part in cells] == [36, 12, 12, 60]
     # Nothing is in two parts: what is fresh is neither in the bank nor calibrates.
     parts = {image.tobytes() for part in cells for image in part}
@@ -56,7 +56,7 @@ def test_the_example_compares_networks(output, capsys):
 
 
 def test_both_types_in_one_detector_have_a_promise_each(output, capsys):
-    run(output, "--types=both", "--networks=scratch", "--steps=5")
+    run(output, "--types=both", "--networks=scratch", "--steps=10")
     found = json.loads((output / "results.json").read_text())["scratch"]
     assert {"both", "both: mono", "both: poly, calibrated apart"} <= set(found)
     assert found["both"]["images"] == [24, 24, 120]
