@@ -241,7 +241,13 @@ def test_maps_need_a_file_that_has_them(example, tmp_path):
 # --- False alarms that a device makes count as normal -------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[1, 3], ids="smoothing={}".format)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(1, id="smoothing=1"),
+        pytest.param(3, id="smoothing=3", marks=pytest.mark.slow),
+    ],
+)
 def extensible(request, tmp_path_factory):
     """A detector of few places, three of them ignored, and its file with 150 free rows."""
     mask = np.zeros((8, 8), bool)
