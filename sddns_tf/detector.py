@@ -278,11 +278,10 @@ class Detector(keras.Model):
         largest_flagged_rank(len(calibration_features), false_positive_rate)
         bank_features = extract_features(extractor, bank_images, name="bank_images", **options)
         if standardize:
-            mean, deviation = building.moments_of(bank_features)
-            extractor.standardize(mean, deviation)
-            bank_features, calibration_features = (
-                (features - mean) / deviation for features in (bank_features, calibration_features)
-            )
+            center, deviation = building.moments_of(bank_features)
+            extractor.standardize(center, deviation)
+            bank_features = (bank_features - center) / deviation
+            calibration_features = (calibration_features - center) / deviation
         return cls.from_features(
             extractor,
             bank_features,

@@ -18,6 +18,7 @@ import keras
 import numpy as np
 
 from sddns_tf import calibration, files
+from tools.benchmark import inspection
 
 
 def parser():
@@ -39,11 +40,7 @@ def parser():
 
 def scores_of(options):
     """Return the scores of sound cells outside the bank and of broken ones."""
-    from examples import solar_cells
-
-    given = {name: getattr(options, name) for name in ("output_dir", "split_seed", "limit")}
-    solar_cells.FLAGS(["", *(f"--{k}={v}" for k, v in given.items() if v is not None)])
-    cells = solar_cells.read_cells(options.type)
+    cells = inspection.cells_of(options)
     folder = pathlib.Path(options.output_dir) / f"{options.type}_{options.network}"
     detector = keras.saving.load_model(folder / "detector.keras")
     return [
