@@ -585,7 +585,7 @@ class Detector(keras.Model):
 
     def _score(self, features, **kwargs):
         arguments = (self.bank, self.temperature, self.offset, self.k)
-        metric = _metric(self.extractor)
+        metric = self.extractor.metric
         return ood_score(features, *arguments, metric=metric, weights=self.bank_weights, **kwargs)
 
     def _snapped(self, score):
@@ -796,13 +796,9 @@ class Detector(keras.Model):
 def _compressed(features, size, method, seed, extractor):
     """Return rows of a smaller bank and their weights."""
     if extractor.map_size is None:
-        return compress(features, size, method, seed, metric=_metric(extractor))
+        return compress(features, size, method, seed, metric=extractor.metric)
     rows = coreset(features, size, seed)
     return rows, np.full(len(rows), 1.0 / len(rows), np.float32)
-
-
-def _metric(extractor):
-    return "euclidean" if extractor.standardized else "cosine"
 
 
 def _check_smoothing(smoothing, local):

@@ -150,6 +150,11 @@ class FeatureExtractor(keras.Model):
         self.map_size = tuple(int(side) for side in grids[0][:2])
         self.feature_dim = int(sum(channels for *_, channels in grids))
 
+    @property
+    def metric(self) -> str:
+        """How its features are compared: `"euclidean"` if standardized, else `"cosine"`."""
+        return "euclidean" if self.standardized else "cosine"
+
     def _add_moment(self, name, value):
         return self.add_weight(
             shape=(self.feature_dim,),

@@ -163,12 +163,67 @@ def test_from_files_to_a_detector(normal, tmp_path):
     assert detector.predict(normal[:4], verbose=0)["ood_score"].shape == (4,)
 
 
-def test_features_that_need_the_whole_bank_first_are_refused(tmp_path):
+def convolution_and_mean():
     images = keras.Input((32, 32, 3))
     maps = keras.layers.Conv2D(8, 5, 4, name="maps")(images)
-    backbone = keras.Model(images, keras.layers.GlobalAveragePooling2D()(maps))
-    for name, options in (("places", {"layers": "maps"}), ("whole", {"standardized": True})):
-        path = tmp_path / f"{name}.keras"
-        FeatureExtractor(backbone, 32, 32, **options).save(path)
-        with pytest.raises(ValueError, match=f"L2-normalized.*{name}.keras"):
-            ExtractorHandler(path).load_model()
+    return keras.Model(images, keras.layers.GlobalAveragePooling2D()(maps))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": "maps"}, "one feature vector per image. Received: .*layers=.*maps"),
+        ({"standardized": True}, "call `standardize` first. Received: .*deviations of 1"),
+    ],
+)
+def test_extractors_without_features_to_compare_are_refused(options, message, tmp_path):
+    path = tmp_path / "extractor.keras"
+    FeatureExtractor(convolution_and_mean(), 32, 32, **options).save(path)
+    with pytest.raises(ValueError, match=message):
+        ExtractorHandler(path).load_model()
+
+
+def test_a_bank_for_a_detector_that_standardizes_features(normal, tmp_path):
+    detector = Detector.from_images(
+        convolution_and_mean(), normal[:12], normal[12:], 0.1, image_size=32, standardize=True
+    )
+    detector.save(tmp_path / "detector.keras")
+    for number, image in enumerate(normal[:12]):
+        Image.fromarray(image).save(tmp_path / f"{number:02}.png")
+    files = [(path.name, path.read_bytes()) for path in sorted(tmp_path.glob("*.png"))]
+    compress_features = CompressFeatures(100, metric=detector.extractor.metric)
+    found_at = str(tmp_path / "bank.npz")
+    with beam.Pipeline("FnApiRunner") as pipeline:
+        found = pipeline | beam.Create(files) | ExtractFeatures(tmp_path / "detector.keras", 4)
+        bank = found.features | beam.Values() | beam.CombineGlobally(compress_features)
+        bank | beam.Map(lambda bank: np.savez(found_at, **bank._asdict()))
+    bank = np.load(found_at)
+    again = Detector.from_features(
+        detector.extractor,
+        bank["features"],
+        extract_features(detector.extractor, normal[12:], verbose=0),
+        0.1,
+        bank_weights=bank["weights"],
+    )
+    # The same bank, in another order: the same scores.
+    expected = detector.predict(normal, verbose=0)["ood_score"]
+    np.testing.assert_allclose(again.predict(normal, verbose=0)["ood_score"], expected, atol=0.01)
+
+
+def test_standardized_features_are_merged_by_distance():
+    rows = clusters(4000, seed=1) * 4.0 + 1.0
+    sketch = BankSketch(SIZE, metric="euclidean")
+    for shard in np.split(rows, 20):
+        sketch.add(shard)
+    bank = sketch.bank()
+    assert np.ptp(np.linalg.norm(bank.features, axis=1)) > 1.0  # Means, not of norm 1.
+    probes = clusters(200, seed=2) * 4.0 + 1.0
+    whole, found = (
+        ood_score(probes, of, metric="euclidean", weights=weights).numpy()
+        for of, weights in ((rows, None), (bank.features, bank.weights))
+    )
+    assert np.corrcoef(whole, found)[0, 1] > 0.99
+    with pytest.raises(ValueError, match=r"bounds the error.*metric='euclidean'"):
+        bank.score_error()
+    with pytest.raises(ValueError, match=r"pass `metric=extractor.metric`.*norms from"):
+        BankSketch(SIZE).add(rows)

@@ -26,16 +26,18 @@ class Bank(NamedTuple):
     """A compressed bank.
 
     Attributes:
-        features: Centers, float32 `(M, D)` of L2 norm 1.
+        features: Centers, float32 `(M, D)`, with cosines of L2 norm 1.
         weights: Float32 `(M,)`: each center's share of the features. They sum to 1.
         radius: Float32 `(M,)`: largest distance of a center from a feature that it stands for.
         total: Number of features that were compressed.
+        metric: `"cosine"` or `"euclidean"`: see `bank.ood_score`.
     """
 
     features: np.ndarray
     weights: np.ndarray
     radius: np.ndarray
     total: int
+    metric: str = "cosine"
 
     def score_error(self, temperature: float = 0.04) -> float:
         """Return how much a score may differ from the score over the whole bank, for any image.
@@ -51,7 +53,16 @@ class Bank(NamedTuple):
         Returns:
             Float, the largest radius over the temperature. It holds for scores over the whole bank
             but not for scores over the `k` nearest rows.
+
+        Raises:
+            ValueError: If the metric is not `"cosine"`: with distances the error grows with the
+                image's own distance, so no number holds for any image.
         """
+        if self.metric != "cosine":
+            raise ValueError(
+                "Only a bank of L2-normalized features bounds the error for any image. "
+                f"Received: a bank with metric={self.metric!r}"
+            )
         check_number("temperature", temperature, above=0.0)
         return float(self.radius.max()) / temperature
 
@@ -64,9 +75,13 @@ class BankSketch:
             each doubling of the number of features.
         method: `"kmeans"` or `"kcenter"`: see `bank.compress`.
         seed: Int, seed of the compression.
+        metric: How the score compares features: `extractor.metric`.
+
+    Raises:
+        ValueError: From `add`, if features to compare by cosines do not have L2 norm 1.
 
     Example:
-    >>> sketch = BankSketch(size=1000)
+    >>> sketch = BankSketch(size=1000, metric=extractor.metric)
     >>> for features in stream_features(extractor, images):
     ...     sketch.add(features)
     >>> bank = sketch.bank()
@@ -80,11 +95,14 @@ class BankSketch:
         1980 (carrying).
     """
 
-    def __init__(self, size: int, method: str = "kmeans", seed: int = 0) -> None:
+    def __init__(
+        self, size: int, method: str = "kmeans", seed: int = 0, *, metric: str = "cosine"
+    ) -> None:
         check_int("size", size)
         check_choice("method", method, ("kcenter", "kmeans"))
         check_int("seed", seed, low=0)
-        self._size, self._method, self._seed = size, method, seed
+        check_choice("metric", metric, bank.METRICS)
+        self._size, self._method, self._seed, self._metric = size, method, seed, metric
         self._pending: list[np.ndarray] = []
         self._pending_rows = 0
         self._levels: dict[int, _Part] = {}
@@ -98,9 +116,11 @@ class BankSketch:
         """Add features.
 
         Args:
-            features: L2-normalized, float `(D,)` or `(N, D)`.
+            features: As the extractor gives them, float `(D,)` or `(N, D)`.
         """
         rows = np.atleast_2d(np.asarray(features, np.float32))
+        if self._metric == "cosine":
+            _check_norms(rows)
         self._pending.append(rows)
         self._pending_rows += len(rows)
         while self._pending_rows >= self.rows_at_once:
@@ -129,7 +149,7 @@ class BankSketch:
         whole = self._compressed(_union(parts), self._size)
         total = whole.counts.sum()
         weights = (whole.counts / total).astype(np.float32)
-        return Bank(whole.centers, weights, whole.radius, int(total))
+        return Bank(whole.centers, weights, whole.radius, int(total), self._metric)
 
     def _carry(self, level: int, part: _Part) -> None:
         while level in self._levels:
@@ -143,7 +163,12 @@ class BankSketch:
         from sklearn.metrics import pairwise_distances_argmin_min
 
         centers, _ = bank.compress(
-            part.centers, size, self._method, self._seed, weights=part.counts
+            part.centers,
+            size,
+            self._method,
+            self._seed,
+            metric=self._metric,
+            weights=part.counts,
         )
         nearest, distance = pairwise_distances_argmin_min(part.centers, centers)
         radius = np.zeros(len(centers), np.float32)
@@ -157,6 +182,16 @@ class _Part(NamedTuple):
     centers: np.ndarray
     counts: np.ndarray
     radius: np.ndarray
+
+
+def _check_norms(rows: np.ndarray) -> None:
+    norms = np.linalg.norm(rows, axis=1)
+    if np.abs(norms - 1.0).max(initial=0.0) > 0.01:
+        raise ValueError(
+            "Features that are compared by cosines have L2 norm 1; for those of an extractor that "
+            "standardizes them pass `metric=extractor.metric`. "
+            f"Received: metric='cosine' and norms from {norms.min():.3g} to {norms.max():.3g}"
+        )
 
 
 def _raw(rows: np.ndarray) -> _Part:
@@ -174,20 +209,24 @@ class CompressFeatures(beam.CombineFn):
         size: As for `BankSketch`.
         method: As for `BankSketch`.
         seed: As for `BankSketch`.
+        metric: As for `BankSketch`.
 
     Example:
     >>> found = files | ExtractFeatures("extractor.keras")
     >>> bank = found.features | beam.Values() | beam.CombineGlobally(CompressFeatures(1000))
     """
 
-    def __init__(self, size: int, method: str = "kmeans", seed: int = 0) -> None:
+    def __init__(
+        self, size: int, method: str = "kmeans", seed: int = 0, *, metric: str = "cosine"
+    ) -> None:
         super().__init__()
         self._arguments = size, method, seed
+        self._metric = metric
         self.create_accumulator()  # Checks them.
 
     def create_accumulator(self) -> BankSketch:
         """Return an empty sketch."""
-        return BankSketch(*self._arguments)
+        return BankSketch(*self._arguments, metric=self._metric)
 
     def add_input(self, sketch: BankSketch, features: Array) -> BankSketch:
         """Add features `(D,)` or `(N, D)`."""
@@ -211,6 +250,7 @@ class ExtractorHandler(ModelHandler[File, Any, Any]):
 
     Args:
         path: `.keras` file of a `FeatureExtractor`, or of a `Detector`, whose extractor is used.
+            One that standardizes features goes on doing so as its bank has them.
         max_batch_size: Largest number of files in a batch.
     """
 
@@ -226,12 +266,7 @@ class ExtractorHandler(ModelHandler[File, Any, Any]):
 
         model = keras.saving.load_model(self._path, compile=False)
         extractor = getattr(model, "extractor", model)
-        if extractor.standardized:
-            raise ValueError(
-                "Banks of places, and of other features that are standardized by the bank, are not "
-                "made here: the extractor must give one L2-normalized feature vector per image. "
-                f"Received: {self._path}, with layers={extractor.layer_names} and standardized=True"
-            )
+        _check_extractor(extractor, self._path)
         spec = tf.TensorSpec([None, None, None, 3], tf.uint8)
         return tf.function(lambda x: extractor(x), input_signature=[spec], autograph=False)
 
@@ -252,6 +287,20 @@ class ExtractorHandler(ModelHandler[File, Any, Any]):
     def get_num_bytes(self, batch: Sequence[File]) -> int:
         """Return the size of a batch, for Beam's metrics."""
         return sum(map(len, batch))
+
+
+def _check_extractor(extractor: Any, path: str) -> None:
+    if extractor.layer_names is not None:
+        raise ValueError(
+            "Banks of places are not made here: the extractor must give one feature vector per "
+            f"image. Received: {path}, with layers={extractor.layer_names}"
+        )
+    if extractor.standardized and np.all(extractor.channel_deviation == 1.0):
+        raise ValueError(
+            "An extractor that standardizes features needs their mean and standard deviation: pass "
+            "a detector, whose extractor has those of its bank, or call `standardize` first. "
+            f"Received: {path}, with standard deviations of 1"
+        )
 
 
 class ExtractFeatures(beam.PTransform):
