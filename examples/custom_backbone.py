@@ -148,14 +148,15 @@ def main(argv):
         keras.utils.set_random_seed(FLAGS.seed)
         make, local_views = BACKBONES[name]
         start = time.perf_counter()
-        backbone = train(make(), local_views, training).teacher_backbone
+        model = train(make(), local_views, training)
         seconds = time.perf_counter() - start
+        backbone = model.teacher_backbone
         detector = sddns_tf.Detector.from_images(
             backbone,
             bank_images=training,
             calibration_images=calibration,
             image_size=IMAGE_SIZE,
-            standardize=True,  # as training with the default targets does
+            standardize=model.standardizes_features,
             verbose=0,
         )
         scores = [detector.predict(x, verbose=0)["ood_score"] for x in (test, gravel)]

@@ -82,7 +82,7 @@ class Detector(keras.Model):
     ...     model.teacher_backbone,
     ...     bank_images=train_images,
     ...     calibration_images=held_out_images,
-    ...     standardize=model.teacher_temperature is None,
+    ...     standardize=model.standardizes_features,
     ... )
     >>> detector.predict(images)["is_ood"]
     array([False,  True])
@@ -194,10 +194,9 @@ class Detector(keras.Model):
                 one, and its answers include an `anomaly_map`.
             standardize: Whether each channel of the L2-normalized features is standardized by its
                 mean and deviation over the bank, and distances are compared in place of cosines,
-                as for places. `True` for a `SelfDistillation` without a `teacher_temperature`: it
-                standardizes features too when it trains, and compared as they are, they hardly
-                tell images apart. `False`, the paper's score, for others. Maps of `layers` always
-                are standardized.
+                as for places. Pass `model.standardizes_features` of the `SelfDistillation`: where
+                it standardizes features when it trains, they hardly tell images apart if compared
+                as they are. `False` is the paper's score. Maps of `layers` always are standardized.
             ignore: None, or the places that a local detector leaves out of the bank and the scores,
                 such as a serial number: a bool mask `(h, w)` of the map or of the image, or the
                 path of an image file that is not black there. The promise then applies to the rest.

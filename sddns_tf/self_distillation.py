@@ -502,7 +502,7 @@ class SelfDistillation(keras.Model):
 
     def _head_inputs(self, features, positive, part):
         """Return a head's inputs: features standardized by the moments of the positive views."""
-        if self.teacher_temperature is not None:
+        if not self.standardizes_features:
             return features
         return losses.standardized(features, losses.batch_moments(positive, part.mean))
 
@@ -624,6 +624,15 @@ class SelfDistillation(keras.Model):
         for name, tracker in self._trackers.items():
             tracker.update_state(values[name], sample_weight=images)
         return {name: tracker.result() for name, tracker in self._trackers.items()}
+
+    @property
+    def standardizes_features(self) -> bool:
+        """Whether the heads see features standardized by the batch: with balanced targets.
+
+        Then a detector of its teacher should compare them so too:
+        `Detector.from_images(..., standardize=model.standardizes_features)`.
+        """
+        return self.teacher_temperature is None
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:

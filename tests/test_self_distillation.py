@@ -155,10 +155,13 @@ def test_step_equals_plain_recomputation(images, temperature):
 
 
 def test_the_papers_constants_are_one_argument_away():
-    config = tiny_model(**SelfDistillation.PAPER).get_config()
+    model = tiny_model(**SelfDistillation.PAPER)
+    config = model.get_config()
     assert schedules.get(config["teacher_temperature"])(7) == np.float32(0.04)
     assert schedules.get(config["teacher_momentum"])(7) == np.float32(0.996)
+    assert not model.standardizes_features
     assert tiny_model().get_config()["teacher_temperature"] is None
+    assert tiny_model().standardizes_features
 
 
 def test_targets_do_not_depend_on_the_size_or_mean_of_the_features(images):

@@ -83,7 +83,7 @@ class TrainingPictures(keras.callbacks.Callback):
         normal, shifted = building.scores_against(
             self._features(self.bank_images),
             [self._features(images) for images in self._sets],
-            standardize=self.model.teacher_temperature is None,
+            standardize=self.model.standardizes_features,
         )
         name = shifts.name_of(self.shift)
         with self._writer.as_default(step=epoch):

@@ -83,7 +83,7 @@ class OODProbe(keras.callbacks.Callback):
         normal, *others = building.scores_against(
             self._features(self.bank_images),
             [self._features(images) for images in (self.held_out, *self._sets.values())],
-            standardize=self.model.teacher_temperature is None,
+            standardize=self.model.standardizes_features,
         )
         for name, scores in zip(self._sets, others, strict=True):
             logs[f"auroc_{name}"] = metrics.ood_metrics(normal, scores)["auroc"]

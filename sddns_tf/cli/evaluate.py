@@ -152,7 +152,7 @@ def make_detector(model: Any, options: Namespace) -> Any:
     given, settings = {}, [("detector.standardize", False)]
     if isinstance(model, sddns_tf.SelfDistillation):
         given = {"mean": model.mean, "std": model.std, "image_size": model.views.image_size}
-        settings = [("detector.standardize", model.teacher_temperature is None)]
+        settings = [("detector.standardize", model.standardizes_features)]
         model = model.teacher_backbone
     settings += [configuration.parse_setting(text) for text in options.set]
     for key, value in settings:
