@@ -55,7 +55,7 @@ def make_backbone():
 
 
 def finetune(backbone, images):
-    """Train a pretrained network further, with a low learning rate."""
+    """Return the model that trained a pretrained network further, with a low learning rate."""
     steps = FLAGS.finetune_steps
     model = sddns_tf.SelfDistillation(
         backbone=backbone,
@@ -67,7 +67,7 @@ def finetune(backbone, images):
     model.compile(keras.optimizers.AdamW(schedules.WarmupCosine(2e-5, 1e-6, steps)))
     batches = sddns_tf.data.load(images, batch_size=BATCH_SIZE, shuffle=True, drop_remainder=True)
     model.fit(batches.repeat(), steps_per_epoch=steps, shuffle=False, verbose=2)
-    return model.teacher_backbone
+    return model
 
 
 def crops(name, rows, generator):
@@ -103,11 +103,17 @@ def main(argv):
         training = crops("grass", (0, 300), generator)
         calibration = crops("grass", (300, 512), generator)
 
-    backbone = make_backbone()
+    backbone, standardize = make_backbone(), False
     if FLAGS.finetune_steps:
-        backbone = finetune(backbone, training)
+        model = finetune(backbone, training)
+        backbone, standardize = model.teacher_backbone, model.standardizes_features
     detector = sddns_tf.Detector.from_images(
-        backbone, training, calibration, image_size=FLAGS.image_size, k=20
+        backbone,
+        training,
+        calibration,
+        image_size=FLAGS.image_size,
+        standardize=standardize,
+        k=20,
     )
     if FLAGS.good:
         answers = detector.predict(load(FLAGS.check))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import pathlib
+import warnings
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -22,6 +23,7 @@ from sddns_tf.calibration import ending_at, largest_flagged_rank, merged, roundi
 from sddns_tf.features import FeatureExtractor, extract_features, image_size_of, stream_features
 from sddns_tf.image_sources import image_source
 from sddns_tf.local import counted_places, smoothed
+from sddns_tf.networks import is_standardized
 from sddns_tf.types import Array
 from sddns_tf.validation import check_int, check_number
 
@@ -157,7 +159,7 @@ class Detector(keras.Model):
         image_size: int | tuple[int, int] | None = None,
         resolution: int | tuple[int, int] | None = None,
         layers: Any = None,
-        standardize: bool = False,
+        standardize: bool | None = None,
         ignore: Any = None,
         resize: str = "squash",
         mean: Sequence[float] = image_ops.IMAGENET_MEAN,
@@ -196,7 +198,8 @@ class Detector(keras.Model):
                 mean and deviation over the bank, and distances are compared in place of cosines,
                 as for places. Pass `model.standardizes_features` of the `SelfDistillation`: where
                 it standardizes features when it trains, they hardly tell images apart if compared
-                as they are. `False` is the paper's score. Maps of `layers` always are standardized.
+                as they are. `False` is the paper's score, and so is `None`, but with a warning for
+                such a teacher. Maps of `layers` always are standardized.
             ignore: None, or the places that a local detector leaves out of the bank and the scores,
                 such as a serial number: a bool mask `(h, w)` of the map or of the image, or the
                 path of an image file that is not black there. The promise then applies to the rest.
@@ -243,12 +246,19 @@ class Detector(keras.Model):
             raise ValueError(
                 f"The backbone has no weights yet: train or build it. Received: {backbone}."
             )
+        if standardize is None and layers is None and is_standardized(backbone):
+            warnings.warn(
+                "This backbone was trained on standardized features, and these hardly tell images "
+                "apart if compared as they are: pass `standardize=model.standardizes_features`. "
+                "Received: standardize=None, which compares them as they are",
+                stacklevel=2,
+            )
         extractor = FeatureExtractor(
             backbone,
             image_size,
             resolution,
             layers=layers,
-            standardized=standardize,
+            standardized=bool(standardize),
             resize=resize,
             mean=mean,
             std=std,

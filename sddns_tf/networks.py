@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,9 @@ from sddns_tf.keras_private import layers_of
 
 # Largest difference in an output that rounding may cause, relative to its size.
 _TOLERANCE = 1e-3
+
+# Teachers whose heads see standardized features, as long as they live.
+_standardized: weakref.WeakSet = weakref.WeakSet()
 
 # What `tf.name_scope` accepts.
 _SCOPE = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_.\\/>-]*")
@@ -151,6 +155,16 @@ def check_backbone(backbone: keras.Model, sizes: tuple) -> int:
             )
         dimension = shape[-1]
     return dimension
+
+
+def remember_standardized(backbone: keras.Model) -> None:
+    """Remember that a backbone's features are told apart only once they are standardized."""
+    _standardized.add(backbone)
+
+
+def is_standardized(backbone: keras.Model) -> bool:
+    """Return whether `remember_standardized` was called for a backbone in this process."""
+    return backbone in _standardized
 
 
 def check_names(network: keras.Layer) -> None:

@@ -182,6 +182,8 @@ class SelfDistillation(keras.Model):
         size = views.image_size
         self.teacher_backbone = networks.copy_of(backbone, (size, size, 3), trainable=False)
         self.teacher_head = networks.copy_of(self.student_head, (feature_dim,), trainable=False)
+        if self.standardizes_features:
+            networks.remember_standardized(self.teacher_backbone)
         num_prototypes = self.student_head.compute_output_shape((None, feature_dim))[-1]
         self.center = self.add_weight(
             shape=(num_prototypes,),

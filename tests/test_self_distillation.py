@@ -1,6 +1,7 @@
 """`SelfDistillation`: the step against a plain re-computation, saving, resuming, backbones."""
 
 import functools
+import warnings
 
 import keras
 import numpy as np
@@ -9,6 +10,7 @@ import tensorflow as tf
 from tiny import Brightness, conv
 
 from sddns_tf import losses, networks, replicas, schedules, shifts
+from sddns_tf.detector import Detector
 from sddns_tf.heads import ProjectionHead
 from sddns_tf.self_distillation import SelfDistillation
 from sddns_tf.views import MultiCrop, Negatives
@@ -162,6 +164,26 @@ def test_the_papers_constants_are_one_argument_away():
     assert not model.standardizes_features
     assert tiny_model().get_config()["teacher_temperature"] is None
     assert tiny_model().standardizes_features
+
+
+def test_a_detector_that_ignores_how_features_were_trained_is_warned_of(images, tmp_path):
+    def make(model, **options):
+        parts = {"bank_images": images[:4], "calibration_images": images[4:], "verbose": 0}
+        return Detector.from_images(
+            model.teacher_backbone, false_positive_rate=0.5, **parts, **options
+        )
+
+    model = tiny_model()
+    model.save(tmp_path / "model.keras")
+    for one in (model, keras.models.load_model(tmp_path / "model.keras")):
+        with pytest.warns(UserWarning, match="pass `standardize=model.standardizes_features`"):
+            detector = make(one)
+        assert detector.extractor.metric == "cosine"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        make(model, standardize=False)
+        assert make(model, standardize=True).extractor.metric == "euclidean"
+        make(tiny_model(**SelfDistillation.PAPER))
 
 
 def test_targets_do_not_depend_on_the_size_or_mean_of_the_features(images):
