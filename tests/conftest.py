@@ -36,15 +36,28 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
+def _collect_and_forget():
+    """Free what can be freed, and keep the garbage collector from looking at the rest again."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_finish():
-    """Keep the garbage collector from looking at what was imported, and make it look less often.
+    """Make the garbage collector look less often, and not at what was imported.
 
     Tracing makes many objects, and each full collection looked at all of TensorFlow again: a sixth
     of the time of the tests.
     """
-    gc.collect()
-    gc.freeze()
+    _collect_and_forget()
     gc.set_threshold(20_000, 10, 20)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Free what a file's tests have left, so that it does not slow down the next file's."""
+    yield
+    if nextitem is None or nextitem.path != item.path:
+        _collect_and_forget()
 
 
 def _crops(photograph, count, size, seed):

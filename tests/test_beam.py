@@ -5,6 +5,7 @@ import csv
 import io
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -323,7 +324,9 @@ def test_a_killed_worker_loses_and_doubles_nothing(served, images, tmp_path, gra
     assert 1 <= done < 20
     code, told = score(*arguments)
     assert code == 0, told
-    assert f"20 shards, {done} of them done before" in told
+    # The other worker may have ended a shard after its driver had stopped.
+    before = int(re.search(r"20 shards, (\d+) of them done before", told)[1])
+    assert done <= before < 20
     found = rows_of(scores)
     expected = grass_detector.predict(images, verbose=0)["p_value"]
     assert found.keys() == {f"{place}/{n:02}.tfrecord#{i}" for n in range(20) for i in range(400)}
