@@ -27,7 +27,7 @@ def run(settings):
     """Yield records of scoring and of building."""
     yield from scores(settings)
     smallest = None
-    for count in (64, 256) if settings.quick else IMAGES:
+    for count in (16, 32) if settings.quick else IMAGES:
         measured = measured_apart(count, settings.threads)
         smallest = smallest or (measured["building"], count)
         expected = smallest[0] * count / smallest[1]
