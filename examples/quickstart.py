@@ -1,4 +1,4 @@
-"""Texture inspection in three minutes: train on normal images only, flag what is not normal.
+"""Texture inspection in a few minutes: train on normal images only, flag what is not normal.
 
     python examples/quickstart.py
 
