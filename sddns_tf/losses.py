@@ -8,6 +8,7 @@ Reference:
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import tensorflow as tf
@@ -18,6 +19,8 @@ from sddns_tf.validation import check_number
 # Logits are cosines: a spread or a share of the batch below these is rounding.
 _LEAST_SPREAD = 1e-6
 _LEAST_SHARE = 1e-20
+# Negatives count in full once the positive loss is this share of ln K below it.
+_FULL_ONSET = 0.05
 
 
 def teacher_probabilities(
@@ -211,6 +214,24 @@ def uniformity_loss(student_logits: Array, student_temperature: float = 0.1) -> 
     _check_temperature("student_temperature", student_temperature)
     scaled = tf.cast(student_logits, tf.float32) / student_temperature
     return tf.reduce_mean(tf.reduce_logsumexp(scaled, axis=-1) - tf.reduce_mean(scaled, axis=-1))
+
+
+def negative_onset(positive_loss: Array, num_prototypes: int) -> tf.Tensor:
+    """Compute how much negatives count, given how far the student follows the teacher.
+
+    `min(1, max(0, 1 - positive_loss / ln K) / 0.05)`: 0 while the positive loss is at `ln K`, that
+    of a student without an opinion, 1 from 5 % below it on. Negatives ask for uniform outputs. A
+    student that has no opinion on normal images either would learn nothing but that.
+
+    Args:
+        positive_loss: Scalar, the cross-entropy of the student's outputs and the targets.
+        num_prototypes: K.
+
+    Returns:
+        Float32 scalar between 0 and 1, through which no gradient flows.
+    """
+    opinion = 1.0 - tf.stop_gradient(positive_loss) / math.log(num_prototypes)
+    return tf.clip_by_value(opinion / _FULL_ONSET, 0.0, 1.0)
 
 
 def updated_center(center: Array, teacher_logits: Array, momentum: float = 0.9) -> tf.Tensor:

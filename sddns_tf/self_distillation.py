@@ -33,6 +33,7 @@ _LOGGED = (
     "loss",
     "positive_loss",
     "negative_loss",
+    "negative_weight",
     "teacher_entropy",
     "mean_output_entropy",
     "feature_std",
@@ -90,7 +91,9 @@ class SelfDistillation(keras.Model):
             `schedules.GrowingMomentum(0.996)`.
         center_momentum: Float; the share of the center that stays at each step. Balanced targets
             need no center.
-        negative_weight: Schedule; lambda, the weight of the negative term.
+        negative_weight: Schedule; lambda, the weight of the negative term. `None` lets it follow
+            the positive loss: 0 until the student has an opinion, then 1, see
+            `losses.negative_onset`.
         weight_decay: Schedule of the decoupled weight decay of all tensors but biases and
             normalizations, or `None` for the optimizer's own `weight_decay`, from which those are
             exempt too: see `compile`.
@@ -101,12 +104,13 @@ class SelfDistillation(keras.Model):
         seed: Integer; fixes the views and negatives of every step.
 
     Logs:
-        `loss`, `positive_loss`, `negative_loss`; `teacher_entropy`, the mean entropy of the
-        teacher's outputs relative to `ln K` (1: uniform, 0: one-hot); `mean_output_entropy`, that
-        of their mean over the batch (0: one prototype for all images); `feature_std`, the
-        standard deviation of the teacher's normalized features over the batch, relative to that
-        of isotropic features (0: all images look alike); `teacher_spread`, the standard deviation
-        of the teacher's logits over the batch; `learning_rate`; `teacher_momentum`.
+        `loss`, `positive_loss`, `negative_loss`, `negative_weight`; `teacher_entropy`, the mean
+        entropy of the teacher's outputs relative to `ln K` (1: uniform, 0: one-hot);
+        `mean_output_entropy`, that of their mean over the batch (0: one prototype for all images);
+        `feature_std`, the standard deviation of the teacher's normalized features over the batch,
+        relative to that of isotropic features (0: all images look alike); `teacher_spread`, the
+        standard deviation of the teacher's logits over the batch; `learning_rate`;
+        `teacher_momentum`.
 
     Example:
         >>> model = SelfDistillation(
@@ -124,7 +128,9 @@ class SelfDistillation(keras.Model):
         balanced targets, arXiv 2006.09882.
     """
 
-    PAPER = types.MappingProxyType({"teacher_temperature": 0.04, "teacher_momentum": 0.996})
+    PAPER = types.MappingProxyType(
+        {"teacher_temperature": 0.04, "teacher_momentum": 0.996, "negative_weight": 1.0}
+    )
 
     def __init__(
         self,
@@ -136,7 +142,7 @@ class SelfDistillation(keras.Model):
         teacher_temperature: Any = None,
         teacher_momentum: Any = None,
         center_momentum: float = 0.9,
-        negative_weight: Any = 1.0,
+        negative_weight: Any = None,
         weight_decay: Any = None,
         gradient_clip_norm: float | None = 3.0,
         frozen_last_layer_steps: int = 0,
@@ -372,7 +378,7 @@ class SelfDistillation(keras.Model):
             positive_logits, negative_logits = self._student_logits(
                 views, negatives, part, training=True
             )
-            terms = self._loss_terms(targets, positive_logits, negative_logits)
+            terms = self._loss_terms(targets, positive_logits, negative_logits, part)
             scaled_loss = self.optimizer.scale_loss(part.share(terms["loss"]))
         student_moves = self._update_student(self._gradients(tape, scaled_loss, part))
         self._update_teacher(student_moves)
@@ -394,7 +400,7 @@ class SelfDistillation(keras.Model):
         positive_logits, negative_logits = self._student_logits(
             views, negatives, part, training=False
         )
-        terms = self._loss_terms(targets, positive_logits, negative_logits)
+        terms = self._loss_terms(targets, positive_logits, negative_logits, part)
         logs = self._update_trackers(terms, teacher_features, teacher_logits, targets, part)
         return _as_keras_reduces(logs)
 
@@ -514,13 +520,18 @@ class SelfDistillation(keras.Model):
         features = backbone(images, training=training)
         return tf.reshape(features, [group.shape[0], -1, features.shape[-1]])
 
-    def _loss_terms(self, targets, positive_logits, negative_logits):
+    def _loss_terms(self, targets, positive_logits, negative_logits, part):
         positive = losses.cross_entropy(targets, positive_logits, self.student_temperature)
+        terms = {"positive_loss": positive}
         if negative_logits is None:
-            return {"loss": positive, "positive_loss": positive, "negative_loss": 0.0}
+            return {**terms, "loss": positive, "negative_loss": 0.0, "negative_weight": 0.0}
         negative = losses.uniformity_loss(negative_logits, self.student_temperature)
-        total = positive + self.negative_weight(self.step) * negative
-        return {"loss": total, "positive_loss": positive, "negative_loss": negative}
+        if self.negative_weight is None:
+            weight = losses.negative_onset(part.mean(positive), positive_logits.shape[-1])
+        else:
+            weight = self.negative_weight(self.step)
+        total = positive + weight * negative
+        return {**terms, "loss": total, "negative_loss": negative, "negative_weight": weight}
 
     def _gradients(self, tape, loss, part):
         """Return gradients of the global batch's mean loss, given this replica's share of the loss.

@@ -218,6 +218,17 @@ def test_uniformity_loss_is_cross_entropy_against_the_uniform_distribution(shape
     )
 
 
+@pytest.mark.parametrize(
+    ("share", "expected"), [(1.1, 0.0), (1.0, 0.0), (0.98, 0.4), (0.95, 1.0), (0.2, 1.0)]
+)
+def test_negatives_count_once_the_student_has_an_opinion(share, expected):
+    positive = tf.Variable(share * np.log(512), dtype=tf.float32)
+    with tf.GradientTape() as tape:
+        onset = losses.negative_onset(positive, 512)
+    assert float(onset) == pytest.approx(expected, abs=1e-5)
+    assert tape.gradient(onset, positive) is None
+
+
 @pytest.mark.parametrize("constant", [0.0, -3.0, 50.0])
 def test_uniformity_loss_is_smallest_without_an_opinion(constant):
     flat = tf.Variable(tf.fill([4, 32], constant))

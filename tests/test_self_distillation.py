@@ -89,9 +89,11 @@ def assert_same_weights(model, other):
         np.testing.assert_array_equal(ours, theirs, err_msg=ours.path)
 
 
-@pytest.mark.parametrize("temperature", [0.04, None])
-def test_step_equals_plain_recomputation(images, temperature):
+@pytest.mark.parametrize(("temperature", "weight"), [(0.04, 0.5), (None, 0.5), (None, None)])
+def test_step_equals_plain_recomputation(images, temperature, weight, monkeypatch):
     """One SGD step with clip, decay, teacher and center, each computed again by hand."""
+    # Of the loss and K; what it is, is in test_losses.
+    monkeypatch.setattr(losses, "negative_onset", lambda x, k: tf.stop_gradient(x) / k)
     model = tiny_model(
         backbone=tiny_vit(),
         teacher_temperature=temperature,
@@ -100,7 +102,7 @@ def test_step_equals_plain_recomputation(images, temperature):
         weight_decay=0.3,
         teacher_momentum=0.9,
         negatives=Negatives(upside_down, source="in_distribution"),
-        negative_weight=0.5,
+        negative_weight=weight,
     )
     model.compile(keras.optimizers.SGD(0.1), run_eagerly=True)
     student = [*model.student_backbone.trainable_weights, *model.student_head.trainable_weights]
@@ -133,7 +135,9 @@ def test_step_equals_plain_recomputation(images, temperature):
     with tf.GradientTape() as tape:
         positive = losses.cross_entropy(targets, project("student", views))
         negative = losses.uniformity_loss(project("student", negatives))
-        loss = positive + 0.5 * negative
+        if weight is None:
+            weight = float(positive) / PROTOTYPES
+        loss = positive + weight * negative
     gradients = tape.gradient(loss, [variable.value for variable in student])
     center = 0.1 * tf.reduce_mean(teacher_logits, axis=(0, 1)) if temperature else 0.0
     norms = [np.linalg.norm(gradient) for gradient in gradients]
@@ -142,6 +146,7 @@ def test_step_equals_plain_recomputation(images, temperature):
 
     np.testing.assert_allclose(logs["positive_loss"], positive, rtol=1e-5)
     np.testing.assert_allclose(logs["negative_loss"], negative, rtol=1e-5)
+    np.testing.assert_allclose(logs["negative_weight"], weight, rtol=1e-5)
     np.testing.assert_allclose(logs["loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(model.center, center, atol=1e-6)
     for variable, old, gradient, norm in zip(student, before, gradients, norms, strict=True):
@@ -161,8 +166,10 @@ def test_the_papers_constants_are_one_argument_away():
     config = model.get_config()
     assert schedules.get(config["teacher_temperature"])(7) == np.float32(0.04)
     assert schedules.get(config["teacher_momentum"])(7) == np.float32(0.996)
+    assert schedules.get(config["negative_weight"])(7) == 1.0
     assert not model.standardizes_features
-    assert tiny_model().get_config()["teacher_temperature"] is None
+    defaults = tiny_model().get_config()
+    assert defaults["teacher_temperature"] is defaults["negative_weight"] is None
     assert tiny_model().standardizes_features
 
 
