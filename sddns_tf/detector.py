@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from sddns_tf import building, files, image_ops
+from sddns_tf import building, files, image_ops, second_voice
 from sddns_tf.bank import compress, coreset, ood_score
 from sddns_tf.calibration import ending_at, largest_flagged_rank, merged, rounding, snapped
 from sddns_tf.features import FeatureExtractor, extract_features, image_size_of, stream_features
@@ -64,6 +64,7 @@ class Detector(keras.Model):
         k: None, or the number of nearest rows of the bank that the score averages over.
         smoothing: Odd int. A local detector's place scores the mean over a square of so many
             places on a side; 1 leaves each by itself.
+        auxiliary_weight: Weight of the second voice: see `from_images`. 0: there is none.
 
     Call arguments:
         images: uint8 or float in 0-255, `(B, H, W, 3)`, of any height and width.
@@ -101,6 +102,7 @@ class Detector(keras.Model):
         offset: float = 0.1,
         k: int | None = None,
         smoothing: int = 1,
+        auxiliary_weight: float = 0.0,
         **kwargs,
     ) -> None:
         super().__init__(**{**kwargs, "dtype": "float32", "autocast": False})
@@ -111,14 +113,19 @@ class Detector(keras.Model):
         if k is not None:
             check_int("k", k)
         _check_smoothing(smoothing, extractor.map_size is not None)
+        check_number("auxiliary_weight", auxiliary_weight, 0.0)
         self.extractor = extractor
         self.extractor.trainable = False
         self.temperature = float(temperature)
         self.offset = float(offset)
         self.k = k
         self.smoothing = smoothing
+        self.auxiliary_weight = float(auxiliary_weight)
         if self.is_local:
             self.counted = self._add_state("counted", extractor.map_size, 1.0)
+        if self.auxiliary_weight:
+            self.direction = self._add_state("auxiliary_direction", (extractor.feature_dim,))
+            self.bias = self._add_state("auxiliary_bias", (), -math.inf)
         self._make_state(bank_size, calibration_size)
         self.built = True
 
@@ -161,6 +168,8 @@ class Detector(keras.Model):
         layers: Any = None,
         standardize: bool | None = None,
         ignore: Any = None,
+        auxiliary_images: Any = None,
+        auxiliary_weight: float = 0.0,
         resize: str = "squash",
         mean: Sequence[float] = image_ops.IMAGENET_MEAN,
         std: Sequence[float] = image_ops.IMAGENET_STD,
@@ -203,6 +212,13 @@ class Detector(keras.Model):
             ignore: None, or the places that a local detector leaves out of the bank and the scores,
                 such as a serial number: a bool mask `(h, w)` of the map or of the image, or the
                 path of an image file that is not black there. The promise then applies to the rest.
+            auxiliary_images: None, or images of other things, such as those that negatives were
+                made of, in the form of the bank images, for the second voice.
+            auxiliary_weight: Weight of the second voice, an addition to the paper's score: 0 for
+                none; 4 was best on the development sets of CIFAR-10. A logistic regression of the
+                bank's features against those of auxiliary images gives the probability `p` that an
+                image is none of the latter, and `-auxiliary_weight * log(p)` is added to its score.
+                Not with `layers`.
             resize: How an image of another shape is brought to the resolution: `"squash"` changes
                 its aspect ratio, `"crop"` cuts its sides off.
             mean: Three floats, mean of each channel for images scaled to 0-1.
@@ -233,6 +249,7 @@ class Detector(keras.Model):
         """
         # Checked first, so that no computation is wasted.
         _check_smoothing(smoothing, layers is not None)
+        _check_auxiliary(auxiliary_images, auxiliary_weight, layers is not None)
         bank_images = image_source(bank_images, "bank_images")
         calibration_images = image_source(calibration_images, "calibration_images")
         resolution = image_size_of(bank_images) if resolution is None else resolution
@@ -266,6 +283,8 @@ class Detector(keras.Model):
         score: dict[str, Any] = {
             "temperature": temperature, "offset": offset, "k": k, "smoothing": smoothing
         }  # fmt: skip
+        if auxiliary_weight:
+            auxiliary_images = image_source(auxiliary_images, "auxiliary_images")
         options: dict[str, Any] = {"batch_size": batch_size or 256, "verbose": verbose}
         if layers is not None:
             options["batch_size"] = batch_size or building.PLACES_BATCH
@@ -291,6 +310,11 @@ class Detector(keras.Model):
             extractor.standardize(center, deviation)
             bank_features = (bank_features - center) / deviation
             calibration_features = (calibration_features - center) / deviation
+        if auxiliary_weight:
+            score["auxiliary_weight"] = auxiliary_weight
+            score["auxiliary_features"] = extract_features(
+                extractor, auxiliary_images, name="auxiliary_images", **options
+            )
         return cls.from_features(
             extractor,
             bank_features,
@@ -334,6 +358,8 @@ class Detector(keras.Model):
         false_positive_rate: float = 0.05,
         *,
         bank_weights: Array | None = None,
+        auxiliary_features: Array | None = None,
+        auxiliary_weight: float = 0.0,
         ignore: Any = None,
         temperature: float = 0.04,
         offset: float = 0.1,
@@ -359,6 +385,9 @@ class Detector(keras.Model):
             false_positive_rate: Largest share of normal images to flag, between 0 and 1.
             bank_weights: Weights `(M,)` of the rows of the bank, or None for equal ones: see
                 `bank.compress`.
+            auxiliary_features: None, or features of images of other things, `(A, D)`, for the
+                second voice.
+            auxiliary_weight: Weight of the second voice: see `from_images`.
             ignore: As for `from_images`.
             temperature: Positive float, of the score: see `bank.ood_score`.
             offset: Float, subtracted from cosines in the score.
@@ -384,6 +413,7 @@ class Detector(keras.Model):
         ... )
         """
         local = extractor.map_size is not None
+        _check_auxiliary(auxiliary_features, auxiliary_weight, local)
         features = building.checked_features("bank_features", bank_features, extractor)
         calibration = building.checked_features(
             "calibration_features", calibration_features, extractor, is_map=local
@@ -392,6 +422,10 @@ class Detector(keras.Model):
         weights = np.full(len(features), 1.0 / len(features), np.float32)
         if bank_weights is not None:
             weights = building.checked_weights(bank_weights, len(features))
+        voice = None
+        if auxiliary_weight:
+            others = building.checked_features("auxiliary_features", auxiliary_features, extractor)
+            voice = second_voice.fit(features, others, weights)
         if not local:
             _check_no_ignore(ignore)
             shared = building.count_shared(features, calibration)
@@ -411,7 +445,11 @@ class Detector(keras.Model):
             offset=offset,
             k=1 if local and k is None else k,
             smoothing=smoothing,
+            auxiliary_weight=auxiliary_weight,
         )
+        if voice is not None:
+            detector.direction.assign(voice[0])
+            detector.bias.assign(voice[1])
         if local:
             detector.counted.assign(counted_places(ignore, extractor.map_size))
         detector.bank.assign(features)
@@ -509,6 +547,9 @@ class Detector(keras.Model):
         other.bank_weights.assign(weights)
         if self.is_local:
             other.counted.assign(self.counted)
+        if self.auxiliary_weight:
+            other.direction.assign(self.direction)
+            other.bias.assign(self.bias)
         other.calibration_scores.assign(merged(scores, self.rounding))
         other._set_rate(self.false_positive_rate if rate is None else rate)
         return other
@@ -595,7 +636,11 @@ class Detector(keras.Model):
     def _score(self, features, **kwargs):
         arguments = (self.bank, self.temperature, self.offset, self.k)
         metric = self.extractor.metric
-        return ood_score(features, *arguments, metric=metric, weights=self.bank_weights, **kwargs)
+        score = ood_score(features, *arguments, metric=metric, weights=self.bank_weights, **kwargs)
+        if self.auxiliary_weight:
+            surprise = second_voice.surprise(features, self.direction, self.bias)
+            score += self.auxiliary_weight * surprise
+        return score
 
     def _snapped(self, score):
         return snapped(score, self.calibration_scores, self.rounding)
@@ -686,6 +731,8 @@ class Detector(keras.Model):
         holds. Otherwise, or to flag as many as promised and no fewer, call `recalibrate` with
         images that are not in the bank, never with these.
 
+        A second voice stays as it is: what looks like the auxiliary images is still flagged.
+
         Args:
             images: In-distribution images, as for `from_images`.
             batch_size: Images per step; a dataset has its own.
@@ -746,7 +793,19 @@ class Detector(keras.Model):
         A score at most this far above a calibration score counts as equal to it, so that equal
         images get equal answers. See `snapped`.
         """
-        return rounding(self.temperature, self.extractor.standardized)
+        return rounding(1.0 / self.steepness, self.extractor.standardized)
+
+    @property
+    def steepness(self) -> float:
+        """How much a score may change for a change of similarity: the second voice adds to it."""
+        steepness = 1.0 / self.temperature
+        if self.auxiliary_weight:
+            # Standardized features are as long as the square root of their number, others as 1.
+            length = math.sqrt(self.direction.shape[0]) if self.extractor.standardized else 1.0
+            with tf.init_scope():  # A number in a graph as well: the direction never changes.
+                slope = float(np.linalg.norm(self.direction.numpy()))
+            steepness += self.auxiliary_weight * length * slope
+        return steepness
 
     def _stream(self, images, batch_size, verbose):
         size = batch_size or (building.PLACES_BATCH if self.is_local else 256)
@@ -793,6 +852,7 @@ class Detector(keras.Model):
             "offset": self.offset,
             "k": self.k,
             "smoothing": self.smoothing,
+            "auxiliary_weight": self.auxiliary_weight,
         }
 
     @classmethod
@@ -818,6 +878,21 @@ def _check_smoothing(smoothing, local):
         raise ValueError(
             "`smoothing` averages over places, and this detector compares whole images: pass "
             f"`layers` as well. Received: smoothing={smoothing} without layers"
+        )
+
+
+def _check_auxiliary(auxiliary, weight, local):
+    check_number("auxiliary_weight", weight, 0.0)
+    if weight and local:
+        raise ValueError(
+            "`auxiliary_weight` weighs a comparison of whole images, and this detector compares "
+            f"places: leave out one of it and `layers`. Received: auxiliary_weight={weight}"
+        )
+    if bool(weight) != (auxiliary is not None):
+        given = "none" if auxiliary is None else "some"
+        raise ValueError(
+            "Auxiliary images and a positive `auxiliary_weight`, such as 4, go together. "
+            f"Received: auxiliary_weight={weight} and {given} of the images"
         )
 
 

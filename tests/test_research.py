@@ -19,6 +19,7 @@ from tools.research import (
     make_results,
     nearest_neighbors,
     reproduce_cifar10,
+    second_voice,
     shrink_detector,
 )
 
@@ -313,3 +314,40 @@ def test_figures_are_drawn(tmp_path):
         assert (tmp_path / file).stat().st_size
     panels = make_figures.growth(records).axes
     assert [list(axes.lines[0].get_xdata()) for axes in panels] == [[1024, 4096], [0, 2]]
+
+
+def test_a_second_voice_is_measured_once_and_compared_by_seed(
+    data_dir, detector_file, tmp_path, capsys
+):
+    for seed in (0, 1):
+        (tmp_path / f"none-{seed}.keras").write_bytes(detector_file.read_bytes())
+    arguments = [
+        data_dir, *SETS, "--sets=test", f"--detectors={tmp_path}", "--weights=0,2",
+        f"--json={tmp_path / 'found.json'}", "--bank_images=60", "--auxiliary_images=20",
+    ]  # fmt: skip
+    second_voice.main(arguments)
+    records = json.loads((tmp_path / "found.json").read_text())
+    assert set(records) == {"none-0", "none-1"} and set(records["none-0"]) == {"0", "2"}
+    rows = records["none-0"]
+    assert set(rows["2"]) == {"wall", "cup", "scenes"}
+    grass, scenes = tiles("grass", 180, SIDE), tiles("astronaut", 60, SIDE)
+    backbone = keras.models.load_model(detector_file).extractor.backbone
+    detector = sddns_tf.Detector.from_images(
+        backbone, grass[:60], grass[100:140:2], image_size=SIDE, verbose=0, auxiliary_weight=2.0,
+        auxiliary_images=scenes[np.random.default_rng(0).permutation(40)[:20]],
+    )  # fmt: skip
+    fresh, wall = (
+        detector.predict(images, verbose=0)["ood_score"]
+        for images in (grass[140:], tiles("brick", 12, SIDE))
+    )
+    expected = sddns_tf.metrics.ood_metrics(fresh, wall)["auroc"]
+    assert rows["2"]["wall"] == pytest.approx(expected, abs=1e-6) and rows["0"] != rows["2"]
+    records["none-1"]["2"]["wall"] -= 0.2
+    (tmp_path / "found.json").write_text(json.dumps(records))
+    capsys.readouterr()
+    second_voice.main(arguments)
+    line = capsys.readouterr().out.splitlines()[-1]
+    (difference, half) = map(float, line.split("|")[-2].split("±"))
+    gains = [np.mean([r["2"][n] - r["0"][n] for n in ("wall", "cup")]) for r in records.values()]
+    assert difference == pytest.approx(np.mean(gains), abs=1e-3)
+    assert half == pytest.approx(stats.t.ppf(0.975, 1) * abs(gains[0] - gains[1]) / 2, abs=1e-3)

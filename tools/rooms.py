@@ -17,7 +17,7 @@ LEVELS = (
     ("types", "version", "pictures"),
     ("keras_private", "files", "validation", "replicas", "image_ops", "tracing"),
     ("networks", "losses", "schedules", "metrics", "calibration", "image_sources"),
-    ("vit", "convnet", "efficientnet_lite", "heads", "shifts", "bank", "local"),
+    ("vit", "convnet", "efficientnet_lite", "heads", "shifts", "bank", "local", "second_voice"),
     ("backbones", "dino_weights", "views", "features", "data"),
     ("building",),
     ("self_distillation", "detector"),
@@ -28,7 +28,16 @@ LEVELS = (
     ("__main__",),
 )
 # Training code never reaches a served graph.
-SERVED = ("bank", "local", "calibration", "features", "building", "detector", "export")
+SERVED = (
+    "bank",
+    "local",
+    "second_voice",
+    "calibration",
+    "features",
+    "building",
+    "detector",
+    "export",
+)
 TRAINING = ("views", "shifts", "losses", "schedules", "self_distillation", "callbacks")
 
 BEGIN, END = "<!-- rooms: made by tools/rooms.py -->", "<!-- end of rooms -->"

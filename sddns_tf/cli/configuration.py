@@ -43,8 +43,8 @@ _GIVEN = {
     "optimizer": ("name",),
     "model": ("backbone", "views", "negatives", "head", "seed"),
     "detector": (
-        "backbone", "bank_images", "calibration_images", "image_size", "resolution", "resize",
-        "mean", "std", "batch_size", "seed", "verbose",
+        "backbone", "bank_images", "calibration_images", "auxiliary_images", "image_size",
+        "resolution", "resize", "mean", "std", "batch_size", "seed", "verbose",
     ),
 }  # fmt: skip
 

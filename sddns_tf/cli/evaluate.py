@@ -282,6 +282,7 @@ def settings_of(detector: Any, options: Namespace) -> dict[str, Any]:
         "score_temperature": detector.temperature,
         "score_offset": detector.offset,
         "neighbors": detector.k,
+        "auxiliary_weight": detector.auxiliary_weight,
         "resamples": options.resamples,
     }
     beside = pathlib.Path(options.model).expanduser().with_name("config.json")

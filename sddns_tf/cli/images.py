@@ -60,7 +60,7 @@ def read(config: dict[str, Any], data_options: DataOptions, data_dir: str | None
         training, calibration = _held_out(config, data_options, training)
     resolution = tuple(calibration.shape[1:3])
     auxiliary: Any = None
-    if needs_auxiliary(config) and data_options.in_memory:
+    if compares_auxiliary(config) or (needs_auxiliary(config) and data_options.in_memory):
         reading["image_size"] = resolution
         source = sources.parse("auxiliary", data_options.auxiliary, "train")
         auxiliary = sources.read("auxiliary", source, **reading, **_excluded(data_options))
@@ -130,6 +130,11 @@ def needs_auxiliary(config: dict[str, Any]) -> bool:
     """Return whether negatives are made from auxiliary images."""
     negatives = config["negatives"]
     return negatives is not None and negatives["source"] != "in_distribution"
+
+
+def compares_auxiliary(config: dict[str, Any]) -> bool:
+    """Return whether the detector's score has a second voice."""
+    return bool(config["detector"]["auxiliary_weight"])
 
 
 def _reading(data_options: DataOptions, data_dir: str | None, resolution: Any) -> dict[str, Any]:

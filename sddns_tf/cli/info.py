@@ -146,6 +146,7 @@ def _detector(detector: Any) -> dict[str, Any]:
         "offset": detector.offset,
         "k": detector.k,
         "smoothing": detector.smoothing,
+        "auxiliary_weight": detector.auxiliary_weight,
         "calibration_images": detector.calibration_scores.shape[0],
         "false_positive_rate": detector.false_positive_rate,
         "threshold": detector.threshold,

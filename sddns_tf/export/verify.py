@@ -117,7 +117,7 @@ def run_apart(program: str, folder: pathlib.Path, images: np.ndarray) -> dict[st
 
 def score_tolerance(detector: Any, tolerance: float) -> float:
     """Return the allowed error of a score, given that of a cosine."""
-    tolerance = max(tolerance, _rounding(detector)) / detector.temperature
+    tolerance = max(tolerance, _rounding(detector)) * detector.steepness
     return tolerance * (_STANDARDIZED if detector.extractor.standardized else 1)
 
 
