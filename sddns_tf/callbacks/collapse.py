@@ -33,8 +33,8 @@ _ADVICE = {
     ),
     "uniform by negatives": (
         "the student gives all prototypes the same probability, for negatives (as intended) but "
-        "also for the images. Try a lower `negative_weight` or one that ramps up later, or "
-        "negatives that look less like the images"
+        "also for the images. Leave it to the model when negatives count (None), or try a lower "
+        "`negative_weight` or negatives that look less like the images"
     ),
     "one prototype": (
         "the teacher gives all images the same prototype. Leave `teacher_temperature` at None, "
