@@ -34,7 +34,7 @@ def output(tmp_path_factory):
 
 def run(output, *arguments):
     with example("solar_cells") as module:
-        module.BANK_SIZE = 300
+        module.BANK_SIZE, module.BATCH_SIZE = 300, 8
         module.FLAGS(
             ["", f"--output_dir={output}", "--limit=60", "--false_positive_rate=0.2", *arguments]
         )
