@@ -124,8 +124,10 @@ class Detector(keras.Model):
         if self.is_local:
             self.counted = self._add_state("counted", extractor.map_size, 1.0)
         if self.auxiliary_weight:
-            self.direction = self._add_state("auxiliary_direction", (extractor.feature_dim,))
-            self.bias = self._add_state("auxiliary_bias", (), -math.inf)
+            self.auxiliary_direction = self._add_state(
+                "auxiliary_direction", (extractor.feature_dim,)
+            )
+            self.auxiliary_bias = self._add_state("auxiliary_bias", (), -math.inf)
         self._make_state(bank_size, calibration_size)
         self.built = True
 
@@ -448,8 +450,8 @@ class Detector(keras.Model):
             auxiliary_weight=auxiliary_weight,
         )
         if voice is not None:
-            detector.direction.assign(voice[0])
-            detector.bias.assign(voice[1])
+            detector.auxiliary_direction.assign(voice[0])
+            detector.auxiliary_bias.assign(voice[1])
         if local:
             detector.counted.assign(counted_places(ignore, extractor.map_size))
         detector.bank.assign(features)
@@ -548,8 +550,8 @@ class Detector(keras.Model):
         if self.is_local:
             other.counted.assign(self.counted)
         if self.auxiliary_weight:
-            other.direction.assign(self.direction)
-            other.bias.assign(self.bias)
+            other.auxiliary_direction.assign(self.auxiliary_direction)
+            other.auxiliary_bias.assign(self.auxiliary_bias)
         other.calibration_scores.assign(merged(scores, self.rounding))
         other._set_rate(self.false_positive_rate if rate is None else rate)
         return other
@@ -638,7 +640,9 @@ class Detector(keras.Model):
         metric = self.extractor.metric
         score = ood_score(features, *arguments, metric=metric, weights=self.bank_weights, **kwargs)
         if self.auxiliary_weight:
-            surprise = second_voice.surprise(features, self.direction, self.bias)
+            surprise = second_voice.surprise(
+                features, self.auxiliary_direction, self.auxiliary_bias
+            )
             score += self.auxiliary_weight * surprise
         return score
 
@@ -798,14 +802,13 @@ class Detector(keras.Model):
     @property
     def steepness(self) -> float:
         """How much a score may change for a change of similarity: the second voice adds to it."""
-        steepness = 1.0 / self.temperature
-        if self.auxiliary_weight:
-            # Standardized features are as long as the square root of their number, others as 1.
-            length = math.sqrt(self.direction.shape[0]) if self.extractor.standardized else 1.0
-            with tf.init_scope():  # A number in a graph as well: the direction never changes.
-                slope = float(np.linalg.norm(self.direction.numpy()))
-            steepness += self.auxiliary_weight * length * slope
-        return steepness
+        if not self.auxiliary_weight:
+            return 1.0 / self.temperature
+        with tf.init_scope():  # A number in a graph as well: the direction never changes.
+            slope = float(np.linalg.norm(self.auxiliary_direction.numpy()))
+        # Standardized features are as long as the square root of their number, others as 1.
+        length = math.sqrt(self.extractor.feature_dim) if self.extractor.standardized else 1.0
+        return 1.0 / self.temperature + self.auxiliary_weight * slope * length
 
     def _stream(self, images, batch_size, verbose):
         size = batch_size or (building.PLACES_BATCH if self.is_local else 256)

@@ -12,6 +12,8 @@ from tiny import conv
 import sddns_tf
 from sddns_tf import export, second_voice
 from sddns_tf.bank import ood_score
+from sddns_tf.cli import info
+from sddns_tf.cli.errors import UsageError
 from sddns_tf.features import extract_features
 
 WEIGHT = 4.0
@@ -188,12 +190,9 @@ def test_what_does_not_fit_is_told(parts, options, message):
 
 @pytest.mark.slow
 def test_the_command_trains_reports_and_refuses(train_on, tmp_path, capsys):
-    from sddns_tf.cli import info
-
     train_on(tmp_path / "out", "--set=detector.auxiliary_weight=4")
     capsys.readouterr()
     info.main([str(tmp_path / "out" / "detector.keras")])
     assert "auxiliary_weight     4.0" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
+    with pytest.raises(UsageError, match="detector.auxiliary_weight=4 needs --auxiliary"):
         train_on(tmp_path / "no", "--set=detector.auxiliary_weight=4", "--auxiliary=")
-    assert "needs --auxiliary" in capsys.readouterr().err
