@@ -194,5 +194,5 @@ def test_the_command_trains_reports_and_refuses(train_on, tmp_path, capsys):
     capsys.readouterr()
     info.main([str(tmp_path / "out" / "detector.keras")])
     assert "auxiliary_weight     4.0" in capsys.readouterr().out
-    with pytest.raises(UsageError, match="detector.auxiliary_weight=4 needs --auxiliary"):
+    with pytest.raises(UsageError, match="auxiliary_weight=4 needs --auxiliary"):
         train_on(tmp_path / "no", "--set=detector.auxiliary_weight=4", "--auxiliary=")
