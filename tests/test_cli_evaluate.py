@@ -148,6 +148,7 @@ def test_sensitivity_of_one_run_chooses_nothing_and_its_ranks_are_tested(
             tmp_path,
             strategies,
             "--runs=1",
+            "--set=model.negative_weight=1",  # By default they do not count in a first step.
             f"--test=npz:{image_sets}/fresh.npz",
             f"--ood=npz:{image_sets}/brick.npz",
         )
