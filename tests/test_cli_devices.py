@@ -21,7 +21,8 @@ ROOT = pathlib.Path(sddns_tf.__file__).parents[1]
 OPTIONS = (
     "--set=backbone.stages=[8]", "--set=views.local_views=0", "--set=head.num_prototypes=16",
     "--set=head.hidden_dim=16", "--set=head.bottleneck_dim=8", "--batch_size=16",
-    "--set=optimizer.type=SGD", "--calibration_share=0.2", "--checkpoint_every=1",
+    "--set=optimizer.type=SGD", "--set=model.negative_weight=1", "--calibration_share=0.2",
+    "--checkpoint_every=1",
 )  # fmt: skip
 
 

@@ -50,6 +50,11 @@ def batches(steps=STEPS, batch=BATCH):
     return dataset.with_options(options)
 
 
+def onset(positive_loss, num_prototypes):
+    """A weight of negatives that follows the whole batch's loss from the first step on."""
+    return tf.stop_gradient(positive_loss) / num_prototypes
+
+
 class Record(keras.callbacks.Callback):
     """What is logged after each step."""
 
@@ -99,6 +104,7 @@ def real_networks():
     return {
         "backbone": lambda: sddns_tf.VisionTransformer(8, 4, hidden_dim=8, depth=1, num_heads=2),
         "views": sddns_tf.MultiCrop(8, local_views=2, local_size=4),
+        "negative_weight": 1.0,
     }
 
 
@@ -117,6 +123,7 @@ def batch_norm_model():
         Brightness(8),
         sddns_tf.Negatives("rot90", "in_distribution"),
         sddns_tf.ProjectionHead(16, hidden_dim=8, bottleneck_dim=4),
+        negative_weight=1.0,
     )
     model.compile(keras.optimizers.Adam(1e-2))
     return model
@@ -184,6 +191,7 @@ cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 4)
 import test_scale as t
 
+t.sddns_tf.losses.negative_onset = t.onset
 replicas = int(sys.argv[1])
 arguments = {}
 if replicas == 2:
@@ -247,6 +255,7 @@ cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 import test_scale as t
 
+t.sddns_tf.losses.negative_onset = t.onset
 # Two strategies in one process: their collectives must not be taken for each other's.
 first, second = (tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]) for _ in range(2))
 _, one = t.train(tf.distribute.get_strategy(), 0, t.uneven_batches())

@@ -1,6 +1,7 @@
 """`SelfDistillation`: the step against a plain re-computation, saving, resuming, backbones."""
 
 import functools
+import inspect
 import warnings
 
 import keras
@@ -69,6 +70,7 @@ def tiny_model(source="in_distribution", backbone=None, **kwargs):
     arguments = {
         "views": Brightness(16, local_size=8),
         "negatives": Negatives("rot90", source=source),
+        "negative_weight": 1.0,  # They would hardly count in so few steps.
         "head": tiny_head(),
         **kwargs,
     }
@@ -168,8 +170,9 @@ def test_the_papers_constants_are_one_argument_away():
     assert schedules.get(config["teacher_momentum"])(7) == np.float32(0.996)
     assert schedules.get(config["negative_weight"])(7) == 1.0
     assert not model.standardizes_features
-    defaults = tiny_model().get_config()
+    defaults = tiny_model(negative_weight=None).get_config()
     assert defaults["teacher_temperature"] is defaults["negative_weight"] is None
+    assert inspect.signature(SelfDistillation).parameters["negative_weight"].default is None
     assert tiny_model().standardizes_features
 
 

@@ -21,6 +21,7 @@ def model():
         views=sddns_tf.MultiCrop(8, local_views=0),  # `test_views` compiles local ones
         negatives=sddns_tf.Negatives("perm4", source="both"),
         head=sddns_tf.ProjectionHead(num_prototypes=32, hidden_dim=16, bottleneck_dim=8),
+        negative_weight=1.0,
         weight_decay=0.04,
         frozen_last_layer_steps=1,
     )
