@@ -133,14 +133,13 @@ def check(config: dict[str, Any]) -> DataOptions:
             raise UsageError(f"data.{name} must be a string. Received: {text!r}")
         if text:
             sources.parse("data" if name == "source" else name, text, "train")
-    needing = {}
-    if images.needs_auxiliary(config):
-        needing["negatives.source"] = config["negatives"]["source"]
-    if images.compares_auxiliary(config):
-        needing["detector.auxiliary_weight"] = config["detector"]["auxiliary_weight"]
-    for key, value in needing.items():
-        if not data_options.auxiliary:
-            raise UsageError(f"{key}={value} needs --auxiliary. Received: none")
+    if images.needs_auxiliary(config) and not data_options.auxiliary:
+        raise UsageError(
+            f"negatives.source={config['negatives']['source']} needs --auxiliary. Received: none"
+        )
+    if images.compares_auxiliary(config) and not data_options.auxiliary:
+        weight = config["detector"]["auxiliary_weight"]
+        raise UsageError(f"detector.auxiliary_weight={weight} needs --auxiliary. Received: none")
     if not data_options.in_memory and not data_options.calibration:
         raise UsageError("--noin_memory needs --calibration. Received: none")
     if not data_options.in_memory and data_options.limit:

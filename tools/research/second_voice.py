@@ -8,8 +8,7 @@ The weight and the regularization of the logistic regression are chosen with
 extracts their features once and scores them with each weight: AUROC of each set, and the mean of
 all but the auxiliary set, from which the second voice is made. At the end come means over seeds and
 paired differences to the paper's score, with 95 % intervals (Student's t). Files are named
-STRATEGY-SEED.keras. With `--json`, records are written, and detectors that are in that file
-already are not measured again.
+STRATEGY-SEED.keras. Records go to the file `--json`; detectors that it holds are not measured again.
 """
 
 import json
@@ -17,11 +16,11 @@ import pathlib
 
 import keras
 import numpy as np
-import scipy.stats
 
 import sddns_tf
 from sddns_tf import files, metrics
 from tools.research import cifar10
+from tools.research.make_results import half_width
 
 
 def parse(argv):
@@ -84,12 +83,6 @@ def measured(settings, extractor, normal, auxiliary, ood):
     return rows
 
 
-def interval(values):
-    """Return a mean and the half of its 95 % interval."""
-    half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
-    return float(np.mean(values)), float(half)
-
-
 def print_table(records, auxiliary):
     """Print means over the seeds of each strategy, and paired differences, in Markdown."""
     strategies = sorted({name.rpartition("-")[0] for name in records})
@@ -108,7 +101,8 @@ def print_table(records, auxiliary):
             values = " | ".join(f"{value:.3f}" for value in (*cells, mean.mean()))
             difference = ""
             if weight != "0" and len(mean) > 1:
-                difference = "{:+.3f} ± {:.3f}".format(*interval(mean - means["0"]))
+                gains = mean - means["0"]
+                difference = f"{gains.mean():+.3f} ± {half_width(gains):.3f}"
             print(f"| {strategy} | {weight} | {len(mean)} | {values} | {difference} |")
 
 
