@@ -8,7 +8,7 @@ The weight and the regularization of the logistic regression are chosen with
 extracts their features once and scores them with each weight: AUROC of each set, and the mean of
 all but the auxiliary set, from which the second voice is made. At the end come means over seeds and
 paired differences to the paper's score, with 95 % intervals (Student's t). Files are named
-STRATEGY-SEED.keras. Records go to the file `--json`; detectors that it holds are not measured again.
+STRATEGY-SEED.keras. Records go to the file `--json`, and what it holds is not measured again.
 """
 
 import json
