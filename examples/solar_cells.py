@@ -173,11 +173,13 @@ def from_scratch(images):
     return trained(small_network(), images, views, "perm16", 250, 2e-3, **options)
 
 
-# For each network: how to make it, the size at which it sees images, and the layers compared.
+# For each network: how to make it, the size at which it sees images, the layers compared, and
+# whether each place is compared with the same place of other cells or with any.
 NETWORKS = {
-    "frozen": (lambda images: pretrained_network(), SIZE, "block_10"),
-    "fine_tuned": (fine_tuned, SIZE, "block_10"),
-    "scratch": (from_scratch, 128, ("stride2", "stride4", "stride8")),
+    "frozen": (lambda images: pretrained_network(), SIZE, "block_10", False),
+    "aligned": (lambda images: pretrained_network(), SIZE, "block_4", True),
+    "fine_tuned": (fine_tuned, SIZE, "block_4", True),
+    "scratch": (from_scratch, 128, ("stride8", "stride4", "stride2"), True),
 }
 
 
@@ -205,7 +207,7 @@ def pixels(cells):
 
 def detector_of(name, cells):
     """Return a detector with places of a network's inner maps."""
-    make, size, layers = NETWORKS[name]
+    make, size, layers, aligned = NETWORKS[name]
     return sddns_tf.Detector.from_images(
         make(cells.train),
         bank_images=cells.train,
@@ -213,7 +215,8 @@ def detector_of(name, cells):
         false_positive_rate=FLAGS.false_positive_rate,
         image_size=size,
         layers=layers,
-        bank_size=BANK_SIZE,
+        aligned=aligned,
+        bank_size=None if aligned else BANK_SIZE,
         # Damage is larger than a place, and the grain of a cell is not damage.
         smoothing=FLAGS.smoothing,
         seed=FLAGS.split_seed,

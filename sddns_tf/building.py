@@ -4,12 +4,14 @@ import warnings
 
 import numpy as np
 
+from sddns_tf.aligned import PlaceMoments
 from sddns_tf.bank import Reservoir, coreset, ood_score
 from sddns_tf.features import stream_features
 from sddns_tf.local import Moments
 
 # Features this near are those of one image: its batch moves them by less.
 _SHARED_DISTANCE = 1e-4
+_SIGNATURE_DIM = 16
 # The coreset chooses among this many random places per row of the bank.
 _PLACES_FOR_A_ROW = 20
 PLACES_BANK_SIZE = 5000
@@ -45,6 +47,38 @@ def bank_of_places(extractor, images, counted, size, seed=0, **options):
     extractor.standardize(moments.mean, moments.deviation)
     rows = (reservoir.rows - moments.mean.astype(np.float32)) / moments.deviation.astype(np.float32)
     return coreset(rows, size, seed)
+
+
+def align(extractor, images, **options):
+    """Align an extractor, in place, to a stream of images in bounded memory.
+
+    Args:
+        extractor: `FeatureExtractor` with `aligned=True`, not aligned yet.
+        images: In-distribution images, as for `extract_features`.
+        **options: `batch_size` and `verbose` of `stream_features`.
+
+    Returns:
+        Signatures of the images: see `signatures`.
+    """
+    moments, found = PlaceMoments(extractor.map_size, extractor.feature_dim), []
+    for maps in stream_features(extractor, images, **options):
+        check_finite(maps.reshape(-1, maps.shape[-1]), "bank", "places")
+        moments.add(maps)
+        found.append(_signatures_of(maps))
+    extractor.whitening.assign(moments.mean(), moments.matrices())
+    return np.concatenate(found)
+
+
+def signatures(extractor, images, **options):
+    """Return a few numbers for each image of a stream, `(N, D)`, which tell images apart."""
+    stream = stream_features(extractor, images, **options)
+    return np.concatenate([_signatures_of(maps) for maps in stream])
+
+
+def _signatures_of(maps):
+    places = maps.mean(axis=(1, 2))
+    directions = np.random.default_rng(0).normal(size=(places.shape[1], _SIGNATURE_DIM))
+    return places @ directions.astype(np.float32)
 
 
 def moments_of(features):

@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from sddns_tf import image_ops, local
+from sddns_tf.aligned import PlaceWhitening
 from sddns_tf.image_sources import image_source
 from sddns_tf.networks import check_names, copy_of
 from sddns_tf.replicas import applied, local_devices, on_all_devices
@@ -59,7 +60,8 @@ class FeatureExtractor(keras.Model):
     resized to the grid of the first layer (bilinear) and concatenated. Each channel has its mean
     over the bank subtracted and is divided by its standard deviation. Both are weights, 0 and 1
     until `standardize` sets them. With `standardized=True` the same is done to the L2-normalized
-    features of whole images.
+    features of whole images. With `aligned=True` each place is whitened instead, by the mean and
+    the covariance of this place over the bank's images: see `aligned.PlaceWhitening`.
 
     Args:
         backbone: Keras model from normalized float images `(B, h, w, 3)` to features `(B, D)`.
@@ -69,6 +71,7 @@ class FeatureExtractor(keras.Model):
             `"tokens"`, those that enter the last block, which cost nothing extra, or names of
             blocks. See `local.inner_maps`.
         standardized: Whether channels of features are standardized; those of maps always are.
+        aligned: Whether each place of a map is whitened by itself.
         image_size: Size of the backbone's input in pixels, an int or (height, width). Defaults
             to the size that the backbone was made for, else to `resolution`.
         resolution: Native resolution of in-distribution images in pixels, an int or (height,
@@ -89,9 +92,10 @@ class FeatureExtractor(keras.Model):
         ValueError: If the backbone's input size is unknown, its output is not `(B, D)`, or a layer
             gives no map of at least 2 x 2 places.
 
-    Reference:
+    References:
         Roth et al., "Towards Total Recall in Industrial Anomaly Detection" (PatchCore), CVPR 2022:
-        maps of two layers, averaged over neighbors. It standardizes nothing.
+        maps of two layers, averaged over neighbors. It standardizes nothing. Defard et al., "PaDiM:
+        a patch distribution modeling framework", 2020: a Gaussian for each place.
 
     Example:
     >>> extractor = FeatureExtractor(model.teacher_backbone, image_size=32)
@@ -107,6 +111,7 @@ class FeatureExtractor(keras.Model):
         *,
         layers: Any = None,
         standardized: bool = False,
+        aligned: bool = False,
         resize: str = "squash",
         mean: Sequence[float] = image_ops.IMAGENET_MEAN,
         std: Sequence[float] = image_ops.IMAGENET_STD,
@@ -137,7 +142,15 @@ class FeatureExtractor(keras.Model):
         else:
             self._prepare_maps(layers)
         self.standardized = bool(standardized) or layers is not None
-        if self.standardized:
+        self.aligned = bool(aligned)
+        if self.aligned and self.map_size is None:
+            raise ValueError(
+                "`aligned=True` compares each place with the same place of other images: pass "
+                "`layers` as well. Received: aligned=True without layers"
+            )
+        if self.aligned:
+            self.whitening = PlaceWhitening(self.map_size, self.feature_dim)
+        elif self.standardized:
             self.channel_mean = self._add_moment("channel_mean", "zeros")
             self.channel_deviation = self._add_moment("channel_deviation", "ones")
         self.built = True
@@ -166,12 +179,18 @@ class FeatureExtractor(keras.Model):
         )
 
     def call(self, images: Array) -> tf.Tensor:
-        """Map images `(B, H, W, 3)` to features `(B, D)` or feature maps `(B, h, w, C)`."""
-        return applied(self._features, self.preprocess(images))
+        """Map images `(B, H, W, 3)` to features `(B, D)` or feature maps `(B, h, w, C)`.
+
+        Features of an image with a NaN are NaN.
+        """
+        features = applied(self._features, self.preprocess(images))
+        return image_ops.nan_where_images_are(images, features)
 
     def _features(self, images):
         if self.layer_names is not None:
             maps = local.combined(self._inner_maps(images))
+            if self.aligned:
+                return self.whitening(maps)
             return (maps - self.channel_mean) / self.channel_deviation
         features = tf.cast(self.backbone(images, training=False), tf.float32)
         features = tf.math.l2_normalize(features, axis=-1)
@@ -245,6 +264,7 @@ class FeatureExtractor(keras.Model):
             "resolution": self.resolution,
             "layers": self.layer_names,
             "standardized": self.standardized,
+            "aligned": self.aligned,
             "resize": self.resize,
             "mean": self.mean,
             "std": self.std,

@@ -226,6 +226,27 @@ def normalize(
     return (tf.cast(images, tf.float32) - 255.0 * center) / (255.0 * spread)
 
 
+def nan_where_images_are(images: Array, values: Array) -> tf.Tensor:
+    """Make what was computed of an image NaN if a pixel is.
+
+    A network need not do that: in a graph, a convolution and its ReLU are one operation, which may
+    turn a NaN into zero.
+
+    Args:
+        images: `(B, H, W, 3)`; integers have no NaN.
+        values: Float `(B, ...)`.
+
+    Returns:
+        The values, NaN for images with a NaN.
+    """
+    images = tf.convert_to_tensor(images)
+    if not images.dtype.is_floating:
+        return values
+    spoiled = tf.reduce_any(tf.math.is_nan(images), axis=[1, 2, 3])
+    spoiled = tf.reshape(spoiled, [-1, *[1] * (values.shape.rank - 1)])
+    return tf.where(spoiled, float("nan"), values)
+
+
 def shift_hue(planes: Array, shift: Array) -> tf.Tensor:
     """Rotate the hue in HSV space, as Pillow and torchvision do; value and saturation stay.
 

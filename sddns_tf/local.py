@@ -329,10 +329,15 @@ class Moments:
     @property
     def deviation(self):
         """Standard deviation `(C,)`; for channels that hardly vary, a small share of the median."""
-        deviation = np.sqrt(self._squares / max(self.count, 1))
-        varying = deviation[deviation > 0]
-        typical = np.median(varying) if len(varying) else 1.0
-        return np.maximum(deviation, _SMALLEST_DEVIATION * typical)
+        return safe_deviation(self._squares / max(self.count, 1))
+
+
+def safe_deviation(variance):
+    """Return deviations `(C,)` to divide by: those of channels that hardly vary are raised."""
+    deviation = np.sqrt(variance)
+    varying = deviation[deviation > 0]
+    typical = np.median(varying) if len(varying) else 1.0
+    return np.maximum(deviation, _SMALLEST_DEVIATION * typical)
 
 
 def counted_places(ignore, grid):

@@ -21,8 +21,8 @@ _FORM = "`{name}` must be uint8 or float in 0-255, of shape (batch, height, widt
 def check_images(images: Array, name: str = "images") -> Any:
     """Check the images of a call, and return them: see `image_array` for the rule.
 
-    In a graph, where there are no values, only shape and dtype are checked. NaN is let through:
-    what a network makes of it is NaN too.
+    In a graph, where there are no values, only shape and dtype are checked. NaN is let through: a
+    `FeatureExtractor` makes features NaN where images are.
 
     Args:
         images: Tensor or array `(B, H, W, 3)`.

@@ -18,6 +18,7 @@ LEVELS = (
     ("keras_private", "files", "validation", "replicas", "image_ops", "tracing"),
     ("networks", "losses", "schedules", "metrics", "calibration", "image_sources"),
     ("vit", "convnet", "efficientnet_lite", "heads", "shifts", "bank", "local"),
+    ("aligned",),
     ("backbones", "dino_weights", "views", "features", "data"),
     ("building", "second_voice"),
     ("self_distillation", "detector"),
@@ -31,6 +32,7 @@ LEVELS = (
 SERVED = (
     "bank",
     "local",
+    "aligned",
     "second_voice",
     "calibration",
     "features",

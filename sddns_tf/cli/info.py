@@ -135,6 +135,7 @@ def _detector(detector: Any) -> dict[str, Any]:
         "backbone": _network(extractor.backbone),
         "layers": extractor.layer_names,
         "standardized": extractor.standardized,
+        "aligned": extractor.aligned,
         "resolution": extractor.resolution,
         "resize": extractor.resize,
         "image_size": extractor.image_size,

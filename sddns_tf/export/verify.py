@@ -30,6 +30,8 @@ COSINE_TOLERANCE = {None: 4e-6, "float16": 1e-3, "dynamic": 1e-2, "int8": 2e-2}
 # standardizing divides channels by their deviation, which may be small compared with the values
 # that were rounded.
 _STANDARDIZED = 8
+# Whitening also divides by small deviations of combined channels.
+_ALIGNED = 16
 # Rounding error of a squared length, in units of its last bit: 0.9 was measured.
 _LAST_BITS = 4
 CHECKED_IMAGES = 16
@@ -118,6 +120,8 @@ def run_apart(program: str, folder: pathlib.Path, images: np.ndarray) -> dict[st
 def score_tolerance(detector: Any, tolerance: float) -> float:
     """Return the allowed error of a score, given that of a cosine."""
     tolerance = max(tolerance, _rounding(detector)) * detector.steepness
+    if detector.extractor.aligned:
+        return tolerance * _ALIGNED
     return tolerance * (_STANDARDIZED if detector.extractor.standardized else 1)
 
 
