@@ -13,15 +13,17 @@ Prints for each type, and for both types in one detector, how well each of `--ne
 
 - `brightness`: the mean of a photograph, nothing learned.
 - `pixels`: the nearest training photograph at 64 px, nothing learned.
-- `frozen`: EfficientNet-lite0, trained on ImageNet and used as is.
-- `fine_tuned`: the same, trained further on the cells by self-distillation with negatives.
-- `scratch`: a small network, trained on the cells alone in the same way.
+- `frozen`: EfficientNet-lite0, trained on ImageNet and used as is. Each place of a photograph is
+  compared with all places of sound cells.
+- `aligned`: the same network, an earlier layer. Each place is compared with the same place of sound
+  cells only, which lie alike in all photographs.
+- `fine_tuned`: as `aligned`, and trained further on the cells by self-distillation with negatives.
+- `scratch`: as `aligned`, with a small network that is trained on the cells alone in the same way.
 
-The first three are the default and take about three minutes on two free CPU cores; the other two
-train, for two to four minutes each per type. The last three compare places in a photograph with
-places in sound cells, so they can say where: `--output_dir` gets a report that shows the maps, plus
-a `.keras` and a `.tflite` file for each. `results.json` holds all figures; what is in it is not run
-again.
+The first four are the default and take about four minutes on two free CPU cores; the other two
+train, for two to four minutes each per type. The last four can say where: `--output_dir` gets a
+report that shows the maps, plus a `.keras` and a `.tflite` file for each. `results.json` holds all
+figures; what is in it is not run again.
 
 The detector of both types has one bank. It flags at most the promised share of sound cells on
 average; calibrated for each type separately (`Detector.calibrated_on`), it promises that for each.
@@ -49,7 +51,7 @@ from sddns_tf.cli import convert_efficientnet_lite
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("types", "mono,poly,both", "Types of cell.")
-flags.DEFINE_list("networks", "brightness,pixels,frozen", "What to compare; see above.")
+flags.DEFINE_list("networks", "brightness,pixels,frozen,aligned", "What to compare; see above.")
 flags.DEFINE_string("output_dir", "solar_output", "Folder to write to.")
 flags.DEFINE_integer("split_seed", 0, "Seed of the split and of everything else that is random.")
 flags.DEFINE_integer("smoothing", 3, "Places over which scores are averaged; 1: none.")

@@ -43,7 +43,7 @@ def run(output, *arguments):
 
 
 def test_the_example_compares_networks(output, capsys):
-    networks = "brightness,pixels,frozen,fine_tuned"
+    networks = "brightness,pixels,frozen,aligned,fine_tuned"
     cells = run(output, "--types=mono", f"--networks={networks}", "--steps=10")
     assert [len(part) for part in cells] == [36, 12, 12, 60]
     # Nothing is in two parts: what is fresh is neither in the bank nor calibrates.
@@ -58,7 +58,7 @@ def test_the_example_compares_networks(output, capsys):
     means = [part.mean(axis=(1, 2, 3)) for part in (cells.fresh, cells.broken)]
     darker = np.mean(means[0][:, np.newaxis] > means[1])
     assert results["brightness"]["mono"]["auroc"] == pytest.approx(darker, abs=0.01)
-    for name in ("frozen", "fine_tuned"):
+    for name in ("frozen", "aligned", "fine_tuned"):
         for file in ("report.html", "detector.keras", "detector.tflite"):
             assert (output / f"mono_{name}" / file).stat().st_size
 

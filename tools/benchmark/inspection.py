@@ -4,11 +4,12 @@ r"""Solar cells: our detector of `examples/solar_cells.py` beside PatchCore with
     python -m tools.benchmark.inspection --type=mono --output_dir=solar_output
 
 One split, the same photographs on both sides. PatchCore compares places of strides 8 and 16 at the
-grid of stride 8, as its paper does, ours those of stride 16; both keep as many rows, of as many
-places drawn at random. Its latency, memory and file are those of OpenVINO and ours those of TFLite:
-one photograph with its map, one thread each, in turns. Memory is what a process has more
-after it has loaded the file and scored, apart from Python and the runtime. Needs
-`pip install -e ".[inspection]" efficientnet-lite-pytorch openvino ai-edge-litert`.
+grid of stride 8, as its paper does. Our `frozen` network compares those of stride 16; both keep as
+many rows, of as many places drawn at random. `--network=aligned` takes the detector that compares
+each place of stride 8 with the same place of other cells. PatchCore's latency, memory and file are
+those of OpenVINO and ours those of TFLite: one photograph with its map, one thread each, in turns.
+Memory is what a process has more after it has loaded the file and scored, apart from Python and the
+runtime. Needs `pip install -e ".[inspection]" efficientnet-lite-pytorch openvino ai-edge-litert`.
 """
 
 import argparse
@@ -38,6 +39,7 @@ def parser():
     add = found.add_argument
     add("--output_dir", required=True, help="folder that the example wrote to")
     add("--type", default="mono", choices=("mono", "poly"), help="of the cells")
+    add("--network", default="frozen", help="whose detector the example wrote: frozen or aligned")
     add("--split_seed", type=int, default=0, help="that the example was given")
     add("--limit", type=int, help="that the example was given")
     add("--rows", type=int, default=ROWS, help="rows of PatchCore's bank")
@@ -103,7 +105,7 @@ def main(argv=None):
     options = parser().parse_args(argv)
     cells = cells_of(options)
     output = pathlib.Path(options.output_dir)
-    results = json.loads((output / "results.json").read_text())["frozen"][options.type]
+    results = json.loads((output / "results.json").read_text())[options.network][options.type]
     start = time.process_time()
     theirs = patchcore.patchcore(
         cells.train, options.rows, 10 * options.rows, options.split_seed, threads=2
@@ -111,7 +113,7 @@ def main(argv=None):
     seconds = time.process_time() - start
     fresh, broken = (patchcore.scores(theirs, x) for x in (cells.fresh, cells.broken))
     paths = [
-        output / f"{options.type}_frozen" / "detector.tflite",
+        output / f"{options.type}_{options.network}" / "detector.tflite",
         output / f"patchcore_{options.type}.xml",
     ]
     patchcore.write_openvino(theirs, paths[1])
