@@ -391,8 +391,8 @@ class Detector(keras.Model):
 
         For an extractor with layers, the bank's features are those of places, `(M, C)`, and the
         calibration's are whole maps, `(N, h, w, C)`, both standardized by the bank's mean and
-        standard deviation: see `FeatureExtractor.standardize`. For an aligned extractor, the bank is
-        the mean, zeros `(1, C)`.
+        standard deviation: see `FeatureExtractor.standardize`. For an aligned extractor, the bank
+        is the mean, zeros `(1, C)`.
 
         Args:
             extractor: `FeatureExtractor` that gave the features. The detector uses it without

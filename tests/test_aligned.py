@@ -56,7 +56,7 @@ def mahalanobis(extractor, training, images):
     found = np.empty(new.shape[:3])
     for row, column in np.ndindex(new.shape[1:3]):
         place = seen[:, row, column] / deviation
-        covariance = np.cov(place.T, bias=True) + 0.01 * np.eye(place.shape[1])
+        covariance = np.cov(place.T, bias=True) + aligned.REGULARIZATION * np.eye(place.shape[1])
         found[:, row, column] = [
             distance.mahalanobis(one / deviation, place.mean(axis=0), np.linalg.inv(covariance))
             for one in new[:, row, column]

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from sddns_tf.aligned import REGULARIZATION
 from sddns_tf.types import Array
 from sddns_tf.validation import image_array
 
@@ -30,8 +31,8 @@ COSINE_TOLERANCE = {None: 4e-6, "float16": 1e-3, "dynamic": 1e-2, "int8": 2e-2}
 # standardizing divides channels by their deviation, which may be small compared with the values
 # that were rounded.
 _STANDARDIZED = 8
-# Whitening also divides by small deviations of combined channels.
-_ALIGNED = 16
+# The same for aligned detectors, whose whitening multiplies errors by up to this much more.
+_ALIGNED = _STANDARDIZED / REGULARIZATION**0.5
 # Rounding error of a squared length, in units of its last bit: 0.9 was measured.
 _LAST_BITS = 4
 CHECKED_IMAGES = 16
