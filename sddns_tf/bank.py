@@ -14,6 +14,7 @@ from sddns_tf.validation import check_choice, check_int, check_number
 # Above this many distances per iteration, k-means sees mini-batches instead of the whole set.
 _FULL_KMEANS_DISTANCES = 50_000_000
 METRICS = ("cosine", "euclidean")
+METHODS = ("kcenter", "kmeans")
 # Distances in this many random directions are enough: farthest-first picks nearly the same.
 _PROJECTED_DIM = 64
 _FARTHEST_AT_ONCE = 256
@@ -209,8 +210,7 @@ def compress(
     features = _finite_matrix("features", features)
     check_int("size", size)
     check_int("seed", seed, low=0, high=2**32 - 1)
-    methods = {"kmeans": _kmeans_centers, "kcenter": _kcenter_centers}
-    check_choice("method", method, sorted(methods))
+    check_choice("method", method, METHODS)
     check_choice("metric", metric, METRICS)
     shares = np.ones(len(features)) if weights is None else np.asarray(weights, np.float64)
     if shares.shape != (len(features),) or not ((shares > 0) & np.isfinite(shares)).all():
@@ -223,7 +223,9 @@ def compress(
         return features, shares.astype(np.float32)
     from sklearn.metrics import pairwise_distances_argmin
 
-    centers = methods[method](features, size, seed, weights)
+    centers = {"kmeans": _kmeans_centers, "kcenter": _kcenter_centers}[method](
+        features, size, seed, weights
+    )
     if method == "kmeans" and metric == "cosine":
         # Members that cancel out leave no direction; such a center stays near zero, not undefined.
         centers = centers / np.maximum(np.linalg.norm(centers, axis=1, keepdims=True), 1e-6)

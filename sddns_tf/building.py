@@ -5,9 +5,10 @@ import warnings
 import numpy as np
 
 from sddns_tf.aligned import PlaceMoments
-from sddns_tf.bank import Reservoir, coreset, ood_score
+from sddns_tf.bank import METHODS, Reservoir, coreset, ood_score
 from sddns_tf.features import stream_features
 from sddns_tf.local import Moments
+from sddns_tf.validation import check_choice, check_int, check_number
 
 # Features this near are those of one image: its batch moves them by less.
 _SHARED_DISTANCE = 1e-4
@@ -16,6 +17,78 @@ _SIGNATURE_DIM = 16
 _PLACES_FOR_A_ROW = 20
 PLACES_BANK_SIZE = 5000
 PLACES_BATCH = 32
+
+
+def check_options(
+    local,
+    *,
+    aligned=False,
+    ignore=None,
+    temperature=0.04,
+    offset=0.1,
+    k=None,
+    smoothing=1,
+    bank_size=None,
+    bank_method="kmeans",
+    auxiliary_weight=0.0,
+):
+    """Check options of a detector: everything that can be told without images.
+
+    Args:
+        local: Whether places are compared.
+        aligned: See `Detector.from_images`, as for all others.
+        ignore: The mask; only whether there is one is checked.
+        temperature: Number.
+        offset: Number.
+        k: Int or None.
+        smoothing: Int.
+        bank_size: Int or None.
+        bank_method: String.
+        auxiliary_weight: Number.
+
+    Raises:
+        ValueError: If one is out of range, or two do not fit together.
+    """
+    check_number("temperature", temperature, above=0.0)
+    check_number("offset", offset)
+    check_int("smoothing", smoothing)
+    check_choice("bank_method", bank_method, METHODS)
+    check_number("auxiliary_weight", auxiliary_weight, 0.0)
+    for name, value in (("k", k), ("bank_size", bank_size)):
+        if value is not None:
+            check_int(name, value)
+    if smoothing % 2 == 0:
+        raise ValueError(f"`smoothing` must be odd. Received: {smoothing}")
+    if smoothing > 1 and not local:
+        raise ValueError(
+            "`smoothing` averages over places, and this detector compares whole images: pass "
+            f"`layers` as well. Received: smoothing={smoothing} without layers"
+        )
+    if ignore is not None and not local:
+        raise ValueError(
+            "`ignore` names places, and this detector compares whole images: pass `layers` as "
+            "well. Received: ignore without layers"
+        )
+    if aligned and (bank_size is not None or k not in (None, 1)):
+        raise ValueError(
+            "With `aligned=True` the bank has one row, the mean of each place: leave out "
+            f"`bank_size` and `k`. Received: bank_size={bank_size}, k={k}"
+        )
+    if auxiliary_weight and local:
+        raise ValueError(
+            "`auxiliary_weight` weighs a comparison of whole images, and this detector compares "
+            f"places: leave out one of it and `layers`. Received: {auxiliary_weight=}"
+        )
+
+
+def check_auxiliary(auxiliary, weight):
+    """Raise a `ValueError` unless there are auxiliary images if and only if they have a weight."""
+    if bool(weight) != (auxiliary is not None):
+        given = "none" if auxiliary is None else "some"
+        raise ValueError(
+            "Auxiliary images and a positive `auxiliary_weight`, such as 4, go together. "
+            f"Received: auxiliary_weight={weight} and {given} of the images"
+        )
 
 
 def bank_of_places(extractor, images, counted, size, seed=0, **options):

@@ -25,7 +25,7 @@ from sddns_tf.image_sources import image_source
 from sddns_tf.local import counted_places, smoothed
 from sddns_tf.networks import is_standardized
 from sddns_tf.types import Array
-from sddns_tf.validation import check_int, check_number
+from sddns_tf.validation import check_int
 
 # Rows of the bank that all places of a batch are compared with at once.
 _BLOCK_OF_PLACES = 256
@@ -110,12 +110,14 @@ class Detector(keras.Model):
         super().__init__(**{**kwargs, "dtype": "float32", "autocast": False})
         check_int("bank_size", bank_size)
         check_int("calibration_size", calibration_size)
-        check_number("temperature", temperature, above=0.0)
-        check_number("offset", offset)
-        if k is not None:
-            check_int("k", k)
-        _check_smoothing(smoothing, extractor.map_size is not None)
-        check_number("auxiliary_weight", auxiliary_weight, 0.0)
+        building.check_options(
+            extractor.map_size is not None,
+            temperature=temperature,
+            offset=offset,
+            k=k,
+            smoothing=smoothing,
+            auxiliary_weight=auxiliary_weight,
+        )
         self.extractor = extractor
         self.extractor.trainable = False
         self.temperature = float(temperature)
@@ -258,9 +260,19 @@ class Detector(keras.Model):
                 a layer gives no map, a mask does not fit, or features are not finite.
         """
         # Checked first, so that no computation is wasted.
-        _check_aligned(aligned, bank_size, k)
-        _check_smoothing(smoothing, layers is not None)
-        _check_auxiliary(auxiliary_images, auxiliary_weight, layers is not None)
+        building.check_options(
+            layers is not None,
+            aligned=aligned,
+            ignore=ignore,
+            temperature=temperature,
+            offset=offset,
+            k=k,
+            smoothing=smoothing,
+            bank_size=bank_size,
+            bank_method=bank_method,
+            auxiliary_weight=auxiliary_weight,
+        )
+        building.check_auxiliary(auxiliary_images, auxiliary_weight)
         bank_images = image_source(bank_images, "bank_images")
         calibration_images = image_source(calibration_images, "calibration_images")
         resolution = image_size_of(bank_images) if resolution is None else resolution
@@ -310,7 +322,6 @@ class Detector(keras.Model):
                 score,
                 options,
             )
-        _check_no_ignore(ignore)
         # Calibration first: it is the smaller set, and if it is too small, the bank costs nothing.
         calibration_features = extract_features(
             extractor, calibration_images, name="calibration_images", **options
@@ -432,7 +443,18 @@ class Detector(keras.Model):
         ... )
         """
         local = extractor.map_size is not None
-        _check_auxiliary(auxiliary_features, auxiliary_weight, local)
+        building.check_options(
+            local,
+            ignore=ignore,
+            temperature=temperature,
+            offset=offset,
+            k=k,
+            smoothing=smoothing,
+            bank_size=bank_size,
+            bank_method=bank_method,
+            auxiliary_weight=auxiliary_weight,
+        )
+        building.check_auxiliary(auxiliary_features, auxiliary_weight)
         features = building.checked_features("bank_features", bank_features, extractor)
         calibration = building.checked_features(
             "calibration_features", calibration_features, extractor, is_map=local
@@ -446,7 +468,6 @@ class Detector(keras.Model):
             others = building.checked_features("auxiliary_features", auxiliary_features, extractor)
             voice = second_voice.fit(features, others, weights)
         if not local:
-            _check_no_ignore(ignore)
             shared = building.count_shared(features, calibration)
             building.warn_of_shared_images(shared, len(calibration))
         if bank_size is not None:
@@ -888,48 +909,6 @@ def _compressed(features, size, method, seed, extractor):
         return compress(features, size, method, seed, metric=extractor.metric)
     rows = coreset(features, size, seed)
     return rows, np.full(len(rows), 1.0 / len(rows), np.float32)
-
-
-def _check_smoothing(smoothing, local):
-    check_int("smoothing", smoothing)
-    if smoothing % 2 == 0:
-        raise ValueError(f"`smoothing` must be odd. Received: {smoothing}")
-    if smoothing > 1 and not local:
-        raise ValueError(
-            "`smoothing` averages over places, and this detector compares whole images: pass "
-            f"`layers` as well. Received: smoothing={smoothing} without layers"
-        )
-
-
-def _check_aligned(aligned, bank_size, k):
-    if aligned and (bank_size is not None or k not in (None, 1)):
-        raise ValueError(
-            "With `aligned=True` the bank has one row, the mean of each place: leave out "
-            f"`bank_size` and `k`. Received: bank_size={bank_size}, k={k}"
-        )
-
-
-def _check_auxiliary(auxiliary, weight, local):
-    check_number("auxiliary_weight", weight, 0.0)
-    if weight and local:
-        raise ValueError(
-            "`auxiliary_weight` weighs a comparison of whole images, and this detector compares "
-            f"places: leave out one of it and `layers`. Received: auxiliary_weight={weight}"
-        )
-    if bool(weight) != (auxiliary is not None):
-        given = "none" if auxiliary is None else "some"
-        raise ValueError(
-            "Auxiliary images and a positive `auxiliary_weight`, such as 4, go together. "
-            f"Received: auxiliary_weight={weight} and {given} of the images"
-        )
-
-
-def _check_no_ignore(ignore):
-    if ignore is not None:
-        raise ValueError(
-            "`ignore` names places, and this detector compares whole images: pass `layers` as "
-            "well. Received: ignore without layers"
-        )
 
 
 def pretrained(name: str = "cifar10-small") -> Detector:

@@ -1,7 +1,9 @@
 """`sddns train`: what it writes, how it goes on, what it refuses."""
 
 import csv
+import functools
 import json
+import shutil
 import types
 
 import keras
@@ -64,6 +66,50 @@ def test_it_goes_on_and_refuses_another_run(train_on, trained):
         np.testing.assert_array_equal(old, new)
     with pytest.raises(UsageError, match=r'negatives.shift="rot90".* Received: .*="perm4"'):
         train_on(trained, "--shift=perm4")
+
+
+def test_a_finished_run_makes_another_detector(train_on, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    train_on(run, "--set=detector.false_positive_rate=0.2", "--set=detector.bank_size=20")
+    detector = keras.saving.load_model(run / "detector.keras")
+    assert (detector.false_positive_rate, detector.bank.shape[0]) == (0.2, 20)
+    one, other = (keras.saving.load_model(x / "model.keras") for x in (trained, run))
+    for old, new in zip(one.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+    config = json.loads((run / "config.json").read_text())
+    assert config["detector"]["bank_size"] == 20
+
+
+WRONG_DETECTORS = [
+    (["detector.smoothing=3"], "`smoothing` averages over places.*Received: smoothing=3"),
+    (["detector.temperature=0"], "`temperature` must be a number above 0.0. Received: .*0"),
+    (["detector.bank_method=median"], "`bank_method` must be one of .*'median'"),
+    (["detector.layers=nowhere"], "no layer of that name.*Received: layers='nowhere'"),
+    (["detector.aligned=true"], "pass `layers` as well. Received: aligned=True without layers"),
+    (
+        ["detector.layers=auto", "detector.ignore=none.png", "backbone.stages=[8,8,8,8]"],
+        "none.png",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG_DETECTORS, ids=str)
+def test_a_wrong_detector_is_told_before_training(train_on, tmp_path, options, message):
+    with pytest.raises(UsageError, match=message):
+        train_on(tmp_path / "run", *(f"--set={option}" for option in options))
+    assert not list(tmp_path.glob("run/*"))  # so that the same folder can be used again
+
+
+def test_what_was_trained_is_written_before_the_detector(train_on, trained, tmp_path, monkeypatch):
+    @functools.wraps(sddns_tf.Detector.from_images)
+    def failing(*args, **kwargs):
+        raise ValueError("not finite")
+
+    run = shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("*.keras"))
+    monkeypatch.setattr(sddns_tf.Detector, "from_images", failing)
+    with pytest.raises(UsageError, match="not finite"):
+        train_on(run)
+    assert {path.name for path in run.glob("*.keras")} == {"model.keras", "backbone.keras"}
 
 
 def test_a_written_configuration_is_a_recipe_and_each_source_is_read_once(

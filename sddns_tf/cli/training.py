@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sddns_tf import files
-from sddns_tf.cli import advice, configuration, devices, images, sources
+from sddns_tf.cli import advice, configuration, detectors, devices, images, sources
 from sddns_tf.cli.configuration import DataOptions
 from sddns_tf.cli.console import say, verbose
 from sddns_tf.cli.errors import UsageError, user_input
@@ -80,9 +80,10 @@ def train(config: dict[str, Any], place: Place) -> tuple[Any, images.Images]:
     found = images.read(config, data_options, place.data_dir)
     one_epoch = images.batches(config, data_options, place.data_dir, found)
     length = length_of(config, one_epoch)
-    _write_config(config, output_dir, found, length)
     with strategy.scope() if strategy else contextlib.nullcontext():
         model = make_model(config, found.resolution, length)
+    detectors.check_layers(config, model, found.resolution)
+    _write_config(config, output_dir, found, length)
     checkpoint = sddns_tf.callbacks.Checkpoint(checkpoint_dir, place.checkpoint_every)
     with user_input():
         step = checkpoint.restore(model)
@@ -100,7 +101,7 @@ def train(config: dict[str, Any], place: Place) -> tuple[Any, images.Images]:
     if index:
         return None, found
     bank = images.bank(config, data_options, place.data_dir, found)
-    return write_results(config, model, bank, found, output_dir), found
+    return detectors.write(config, model, bank, found, output_dir), found
 
 
 def check(config: dict[str, Any]) -> DataOptions:
@@ -155,6 +156,7 @@ def _check_arguments(config: dict[str, Any]) -> None:
     sddns_tf.MultiCrop(**{**config["views"], "image_size": image_size})
     sddns_tf.ProjectionHead(**config["head"])
     make_negatives(config)
+    detectors.check(config)
     length = Length(config["epochs"] or 1, 1, config["batch_size"])
     for section in ("model", "optimizer"):
         for key, form in config[section].items():
@@ -242,6 +244,8 @@ def make_model(config: dict[str, Any], resolution: tuple[int, int], length: Leng
 def check_same_run(config: dict[str, Any], output_dir: str | pathlib.Path) -> None:
     """Check that a folder holds no run with another configuration.
 
+    Only the detector's may differ: it is made after training, whatever was there before.
+
     Args:
         config: Resolved configuration.
         output_dir: Folder of the run.
@@ -255,6 +259,8 @@ def check_same_run(config: dict[str, Any], output_dir: str | pathlib.Path) -> No
     before = json.loads(path.read_text(encoding="utf-8"))
     before.pop("derived", None)
     for key, old, new in configuration.differences(before, json.loads(json.dumps(config))):
+        if key.startswith("detector."):
+            continue
         raise UsageError(
             f"--output_dir={output_dir} holds a run with {key}={json.dumps(old)}; choose another "
             f"folder, or start over with --noresume. Received: {key}={json.dumps(new)}"
@@ -342,45 +348,6 @@ def callbacks(
             keras.callbacks.TensorBoard(folder, write_graph=False),
         ]
     return [*watching, keras.callbacks.CSVLogger(output_dir / "log.csv", append=True)]
-
-
-def write_results(
-    config: dict[str, Any], model: Any, bank: Any, found: images.Images, output_dir: pathlib.Path
-) -> Any:
-    """Make the detector, write it with the model and its backbone, and return it."""
-    import sddns_tf
-
-    with user_input():
-        detector = sddns_tf.Detector.from_images(
-            model.teacher_backbone,
-            bank_images=bank,
-            calibration_images=found.calibration,
-            auxiliary_images=found.auxiliary if images.compares_auxiliary(config) else None,
-            image_size=input_size(model, found.resolution),
-            resolution=found.resolution,
-            resize=config["data"]["resize"],
-            mean=model.mean,
-            std=model.std,
-            seed=config["seed"],
-            verbose=verbose(),
-            **config["detector"],
-        )
-    for name, value in (
-        ("model", model), ("backbone", model.teacher_backbone), ("detector", detector)
-    ):  # fmt: skip
-        with files.replacing(output_dir / f"{name}.keras") as unfinished:
-            value.save(unfinished)
-    return detector
-
-
-def input_size(model: Any, resolution: tuple[int, int]) -> tuple[int, ...]:
-    """Return the detector's input size: the area of a view, in the aspect ratio of the images."""
-    side = model.views.image_size
-    if resolution[0] == resolution[1]:
-        return side, side
-    unit = getattr(model.teacher_backbone, "patch_size", 1)
-    scale = side / math.sqrt(math.prod(resolution))
-    return tuple(max(unit, round(scale * length / unit) * unit) for length in resolution)
 
 
 def _number_of(images: np.ndarray | None) -> str:
