@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 
 import sddns_tf
 from sddns_tf.cli import train
+from sddns_tf.cli.main import main
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(sddns_tf.__file__).parents[1]
@@ -30,36 +30,37 @@ def data_of(image_sets):
     return f"--data=npz:{image_sets}/grass.npz", f"--auxiliary=npz:{image_sets}/coffee.npz"
 
 
+def command(image_sets, output_dir, arguments):
+    return ["train", *data_of(image_sets), f"--output_dir={output_dir}", *OPTIONS, *arguments]
+
+
 @pytest.fixture
-def start(image_sets):
-    """A function that starts `sddns train` in a process; those left are killed in the end."""
-    processes = []
+def start(image_sets, forks):
+    """A function that starts `sddns train` in a process."""
 
     def start(output_dir, *arguments, **environment):
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("TF_")}
-        process = subprocess.Popen(
-            [
-                sys.executable, "-m", "sddns_tf", "train",
-                *data_of(image_sets), f"--output_dir={output_dir}", *OPTIONS, *arguments,
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**inherited, "PYTHONPATH": str(ROOT), **environment},
-        )  # fmt: skip
-        processes.append(process)
-        return process
+        return forks.start(main, command(image_sets, output_dir, arguments), **environment)
 
-    yield start
-    for process in processes:
-        process.kill()
-        process.wait()
+    return start
 
 
 def finish(process):
-    out, errors = process.communicate(timeout=400)
-    assert process.returncode == 0, errors[-4000:]
-    return out, errors
+    assert process.wait() == 0, process.errors[-4000:]
+    return process.errors
+
+
+def as_a_user_starts_it(image_sets, output_dir, *arguments):
+    """What `python -m sddns_tf train` writes to stdout and stderr."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("TF_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "sddns_tf", *command(image_sets, output_dir, arguments)],
+        capture_output=True,
+        text=True,
+        env={**inherited, "PYTHONPATH": str(ROOT)},
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout, done.stderr
 
 
 def weights(folder):
@@ -78,7 +79,7 @@ def steps_saved(folder):
 def wait_for_step(folder, process, step, seconds=300):
     limit = time.monotonic() + seconds
     while not any(name >= f"step-{step:08d}.npz" for name in steps_saved(folder)):
-        assert process.poll() is None, process.communicate()[1][-4000:]
+        assert process.poll() is None, process.errors[-4000:]
         assert time.monotonic() < limit
         time.sleep(0.02)
 
@@ -97,15 +98,16 @@ def one_device(image_sets, tmp_path_factory):
     return folder
 
 
-def test_two_devices_killed_and_resumed_end_as_an_unbroken_run(start, one_device, tmp_path):
+def test_two_devices_killed_and_resumed_end_as_an_unbroken_run(
+    start, one_device, image_sets, tmp_path
+):
     """And as one device does."""
     process = start(tmp_path / "run", *TWO_DEVICES)
     wait_for_step(tmp_path / "run", process, 4)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    _, errors = finish(start(tmp_path / "run", *TWO_DEVICES))
+    process.kill()
+    errors = finish(start(tmp_path / "run", *TWO_DEVICES))
     assert "from step 0" not in errors and "from step" in errors
-    out, errors = finish(start(tmp_path / "unbroken", *TWO_DEVICES))
+    out, errors = as_a_user_starts_it(image_sets, tmp_path / "unbroken", *TWO_DEVICES)
     assert "detector.keras" in out
     assert "Traceback" not in errors and "absl::InitializeLog" not in errors
     assert_equal_runs(tmp_path / "unbroken", tmp_path / "run", 0)
@@ -134,8 +136,7 @@ def test_two_processes_killed_and_resumed_equal_one(start, one_device, tmp_path)
     first, second = workers(start, tmp_path / "two", *LENGTH)
     wait_for_step(tmp_path / "two", first, 2)
     for process in (first, second):
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
     assert not (tmp_path / "two" / "detector.keras").exists()
     for process in workers(start, tmp_path / "two", *LENGTH):
         finish(process)
