@@ -67,14 +67,15 @@ class Forks:
 
     def __init__(self, folder):
         self._folder, self._started = folder, []
-        self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=open(folder / "errors", "w"),
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
+        with open(folder / "errors", "w") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
 
     def start(self, function, *arguments, **environment):
         """Call a function of a module, with arguments that JSON can hold, as a process.
