@@ -11,6 +11,7 @@ import sys
 from typing import NamedTuple
 from unittest import mock
 
+import export_checks
 import keras
 import numpy as np
 import pytest
@@ -44,7 +45,8 @@ def models(detector, tmp_path_factory):
     detector.save(folder / "model.keras")
     export.tflite(detector, folder / "model.tflite")
     export.tflite(detector, folder / "one.tflite", batch_size=1)
-    export.saved_model(detector, folder / "served")
+    with export_checks.in_this_process():
+        export.saved_model(detector, folder / "served")
     return folder
 
 
@@ -332,7 +334,8 @@ def test_after_a_training_on_crops_fresh_images_are_cropped(kind, cropped, wide_
     """Fresh images of what was trained on: at most about the share that was asked for."""
     if kind == "exports/1":
         exported = keras.saving.load_model(cropped / "detector.keras")
-        export.saved_model(exported, cropped / "exports")
+        with export_checks.in_this_process():
+            export.saved_model(exported, cropped / "exports")
     done = score(f"--model={cropped / kind}", f"--images=folder:{wide_photographs / 'fresh'}")
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader(io.StringIO(done.stdout)))

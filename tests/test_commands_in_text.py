@@ -17,6 +17,7 @@ import shutil
 import sys
 from unittest import mock
 
+import export_checks
 import keras
 import numpy as np
 import pytest
@@ -360,7 +361,8 @@ def exported(toy):
     from sddns_tf import export
 
     detector = keras.saving.load_model(toy / "parts" / "detector.keras")
-    export.saved_model(detector, str(toy / "exports" / "parts"))
+    with export_checks.in_this_process():
+        export.saved_model(detector, str(toy / "exports" / "parts"))
     export.tflite(detector, str(toy / "parts.tflite"), batch_size=1)
     return toy
 
@@ -399,7 +401,7 @@ def needs_exports(command):
 
 
 def is_slow(command):
-    """Whether a command trains or needs an export, which starts processes."""
+    """Whether a command trains or needs an export, which takes long."""
     return own_program(command.words) in TRAINING or needs_exports(command)
 
 
@@ -432,7 +434,9 @@ def test_a_command_runs(command, toy, request, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(files)))
     program, arguments = own_program(command.words), toy_arguments(command, toy)
     if program.startswith("sddns "):
-        assert cli.main([program.removeprefix("sddns "), *arguments]) == 0, capsys.readouterr().err
+        with export_checks.in_this_process():
+            code = cli.main([program.removeprefix("sddns "), *arguments])
+        assert code == 0, capsys.readouterr().err
         return
     with loaded(program) as module:
         if takes_absl_flags(module):
