@@ -5,7 +5,7 @@ import json
 import export_checks
 import pytest
 
-from tools.benchmark import growth, harness, models, score
+from tools.benchmark import growth, harness, models, places, score
 from tools.benchmark.partners import pytorch
 
 
@@ -90,8 +90,13 @@ def test_each_benchmark_is_measured(name, tmp_path, monkeypatch):
     # Compilations take minutes; how the fastest mode is found has a test of its own.
     monkeypatch.setattr(harness, "fastest", lambda candidates: next(iter(candidates.items())))
     monkeypatch.setattr(pytorch, "MODES", {})
-    # `places` starts processes, too, which is enough to show that this works.
+    for shape in ("training_shape", "scoring_shape"):
+        monkeypatch.setattr(models, shape, lambda settings: (16, 8, 16, 1, 1))
+    monkeypatch.setattr("tools.benchmark.input.BATCH", 8)
+    # `places` starts a process, which is enough to show that this works.
     monkeypatch.setattr(growth, "measured_apart", growth.measure)
+    apart = {16: places.measured_apart, 32: places.measure}
+    monkeypatch.setattr(places, "measured_apart", lambda count, *rest: apart[count](count, *rest))
     path = tmp_path / "records.json"
     with export_checks.in_this_process():
         harness.main(["--quick", f"--benchmarks={name}", f"--json={path}"])

@@ -11,9 +11,9 @@ import time
 import keras
 import numpy as np
 import pytest
+from tiny import no_pictures
 
 import sddns_tf
-from sddns_tf.cli import train
 from sddns_tf.cli.main import main
 
 pytestmark = pytest.mark.slow
@@ -38,10 +38,16 @@ def command(image_sets, output_dir, arguments):
 def start(image_sets, forks):
     """A function that starts `sddns train` in a process."""
 
-    def start(output_dir, *arguments, **environment):
-        return forks.start(main, command(image_sets, output_dir, arguments), **environment)
+    def start(output_dir, *arguments, run=main, **environment):
+        return forks.start(run, command(image_sets, output_dir, arguments), **environment)
 
     return start
+
+
+def without_pictures(arguments):
+    """The command for what is not kept."""
+    with no_pictures():
+        return main(arguments)
 
 
 def finish(process):
@@ -92,9 +98,7 @@ TWO_DEVICES = ("--logical_devices=2", *LENGTH)
 def one_device(image_sets, tmp_path_factory):
     """Folder of a run on one device that nothing stops, in this process."""
     folder = tmp_path_factory.mktemp("one_device")
-    train.main(
-        [*data_of(image_sets), f"--output_dir={folder}", "--strategy=none", *OPTIONS, *LENGTH]
-    )
+    assert without_pictures(command(image_sets, folder, ("--strategy=none", *LENGTH))) == 0
     return folder
 
 
@@ -102,10 +106,10 @@ def test_two_devices_killed_and_resumed_end_as_an_unbroken_run(
     start, one_device, image_sets, tmp_path
 ):
     """And as one device does."""
-    process = start(tmp_path / "run", *TWO_DEVICES)
+    process = start(tmp_path / "run", *TWO_DEVICES, run=without_pictures)
     wait_for_step(tmp_path / "run", process, 4)
     process.kill()
-    errors = finish(start(tmp_path / "run", *TWO_DEVICES))
+    errors = finish(start(tmp_path / "run", *TWO_DEVICES, run=without_pictures))
     assert "from step 0" not in errors and "from step" in errors
     out, errors = as_a_user_starts_it(image_sets, tmp_path / "unbroken", *TWO_DEVICES)
     assert "detector.keras" in out
@@ -116,7 +120,7 @@ def test_two_devices_killed_and_resumed_end_as_an_unbroken_run(
     assert len(log) >= 5
 
 
-def workers(start, folder, *arguments):
+def workers(start, folder, *arguments, **options):
     """Two processes that train together."""
     sockets = [socket.socket() for _ in range(2)]
     for one in sockets:
@@ -127,13 +131,13 @@ def workers(start, folder, *arguments):
     started = []
     for index in range(2):
         task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
-        environment = {"TF_CONFIG": json.dumps(task)}
-        started.append(start(folder, "--strategy=multi_worker", *arguments, **environment))
+        options["TF_CONFIG"] = json.dumps(task)
+        started.append(start(folder, "--strategy=multi_worker", *arguments, **options))
     return started
 
 
 def test_two_processes_killed_and_resumed_equal_one(start, one_device, tmp_path):
-    first, second = workers(start, tmp_path / "two", *LENGTH)
+    first, second = workers(start, tmp_path / "two", *LENGTH, run=without_pictures)
     wait_for_step(tmp_path / "two", first, 2)
     for process in (first, second):
         process.kill()

@@ -8,7 +8,7 @@ import tensorflow as tf
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
-from tiny import conv
+from tiny import conv, no_pictures
 
 import sddns_tf
 from sddns_tf import building, export, second_voice
@@ -192,7 +192,8 @@ def test_what_does_not_fit_is_told(parts, options, message):
 
 @pytest.mark.slow
 def test_the_command_trains_reports_and_refuses(train_on, tmp_path, capsys):
-    train_on(tmp_path / "out", "--set=detector.auxiliary_weight=4")
+    with no_pictures():
+        train_on(tmp_path / "out", "--set=detector.auxiliary_weight=4")
     capsys.readouterr()
     info.main([str(tmp_path / "out" / "detector.keras")])
     assert "auxiliary_weight     4.0" in capsys.readouterr().out
