@@ -5,6 +5,7 @@ to divide the CPU into several devices before TensorFlow's first operation, gets
 What is imported first, and how, is the subject of `test_rooms` and `test_cli_main`.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -151,4 +152,8 @@ if __name__ == "__main__":
 
     for public in sddns_tf.__all__:
         getattr(sddns_tf, public)
+    # As `conftest` does it: the garbage collector need not look at what was imported.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 20)
     serve()

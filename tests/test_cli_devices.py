@@ -57,7 +57,9 @@ def finish(process):
 
 def as_a_user_starts_it(image_sets, output_dir, *arguments):
     """What `python -m sddns_tf train` writes to stdout and stderr."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("TF_")}
+    # Without what silences TensorFlow, but with as many threads as the forks have: their number
+    # changes sums in the last bit.
+    inherited = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
     done = subprocess.run(
         [sys.executable, "-m", "sddns_tf", *command(image_sets, output_dir, arguments)],
         capture_output=True,
