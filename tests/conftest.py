@@ -12,6 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import numpy as np
 import pytest
 import skimage.data
+from forks import Forks
 from hypothesis import settings
 
 # The same examples on every machine, and no limit that a slow one could miss.
@@ -69,6 +70,14 @@ def _crops(photograph, count, size, seed):
         for top, left in zip(tops, lefts, strict=True)
     ]
     return np.stack(crops)
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """What starts functions as processes, without the time that importing TensorFlow takes."""
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
 
 
 @pytest.fixture(scope="session")

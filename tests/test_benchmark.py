@@ -2,9 +2,10 @@
 
 import json
 
+import export_checks
 import pytest
 
-from tools.benchmark import growth, harness, models, score
+from tools.benchmark import growth, harness, models, places, score
 from tools.benchmark.partners import pytorch
 
 
@@ -78,6 +79,11 @@ def test_a_wrong_argument_is_told(argument, received, capsys):
     assert received in capsys.readouterr().err
 
 
+def no_larger(shape):
+    """A function that gives the shape of a network, with nothing in it larger than here."""
+    return lambda settings: tuple(map(min, shape(settings), (16, 8, 16, 1, 1)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", harness.BENCHMARKS)
 def test_each_benchmark_is_measured(name, tmp_path, monkeypatch):
@@ -89,8 +95,14 @@ def test_each_benchmark_is_measured(name, tmp_path, monkeypatch):
     # Compilations take minutes; how the fastest mode is found has a test of its own.
     monkeypatch.setattr(harness, "fastest", lambda candidates: next(iter(candidates.items())))
     monkeypatch.setattr(pytorch, "MODES", {})
-    # `places` starts processes, too, which is enough to show that this works.
+    for function in (models.training_shape, models.scoring_shape):
+        monkeypatch.setattr(models, function.__name__, no_larger(function))
+    monkeypatch.setattr("tools.benchmark.input.BATCH", 8)
+    # `places` starts a process, which is enough to show that this works.
     monkeypatch.setattr(growth, "measured_apart", growth.measure)
+    apart = {16: places.measured_apart, 32: places.measure}
+    monkeypatch.setattr(places, "measured_apart", lambda count, *rest: apart[count](count, *rest))
     path = tmp_path / "records.json"
-    harness.main(["--quick", f"--benchmarks={name}", f"--json={path}"])
+    with export_checks.in_this_process():
+        harness.main(["--quick", f"--benchmarks={name}", f"--json={path}"])
     assert all(record["ours"] > 0 for record in json.loads(path.read_text()))

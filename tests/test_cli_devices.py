@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import signal
 import socket
 import subprocess
 import sys
@@ -12,9 +11,10 @@ import time
 import keras
 import numpy as np
 import pytest
+from tiny import no_pictures
 
 import sddns_tf
-from sddns_tf.cli import train
+from sddns_tf.cli.main import main
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(sddns_tf.__file__).parents[1]
@@ -30,36 +30,45 @@ def data_of(image_sets):
     return f"--data=npz:{image_sets}/grass.npz", f"--auxiliary=npz:{image_sets}/coffee.npz"
 
 
+def command(image_sets, output_dir, arguments):
+    return ["train", *data_of(image_sets), f"--output_dir={output_dir}", *OPTIONS, *arguments]
+
+
 @pytest.fixture
-def start(image_sets):
-    """A function that starts `sddns train` in a process; those left are killed in the end."""
-    processes = []
+def start(image_sets, forks):
+    """A function that starts `sddns train` in a process."""
 
-    def start(output_dir, *arguments, **environment):
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("TF_")}
-        process = subprocess.Popen(
-            [
-                sys.executable, "-m", "sddns_tf", "train",
-                *data_of(image_sets), f"--output_dir={output_dir}", *OPTIONS, *arguments,
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**inherited, "PYTHONPATH": str(ROOT), **environment},
-        )  # fmt: skip
-        processes.append(process)
-        return process
+    def start(output_dir, *arguments, run=main, **environment):
+        return forks.start(run, command(image_sets, output_dir, arguments), **environment)
 
-    yield start
-    for process in processes:
-        process.kill()
-        process.wait()
+    return start
+
+
+def without_pictures(arguments):
+    """The command for what is not kept."""
+    with no_pictures():
+        return main(arguments)
 
 
 def finish(process):
-    out, errors = process.communicate(timeout=400)
-    assert process.returncode == 0, errors[-4000:]
-    return out, errors
+    assert process.wait() == 0, process.errors[-4000:]
+    return process.errors
+
+
+def as_a_user_starts_it(image_sets, output_dir, *arguments):
+    """What `python -m sddns_tf train` writes to stdout and stderr."""
+    # Without what silences TensorFlow, but with as many threads as the forks have: their number
+    # changes sums in the last bit.
+    inherited = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+    done = subprocess.run(
+        [sys.executable, "-m", "sddns_tf", *command(image_sets, output_dir, arguments)],
+        capture_output=True,
+        text=True,
+        env={**inherited, "PYTHONPATH": str(ROOT)},
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout, done.stderr
 
 
 def weights(folder):
@@ -78,7 +87,7 @@ def steps_saved(folder):
 def wait_for_step(folder, process, step, seconds=300):
     limit = time.monotonic() + seconds
     while not any(name >= f"step-{step:08d}.npz" for name in steps_saved(folder)):
-        assert process.poll() is None, process.communicate()[1][-4000:]
+        assert process.poll() is None, process.errors[-4000:]
         assert time.monotonic() < limit
         time.sleep(0.02)
 
@@ -91,21 +100,20 @@ TWO_DEVICES = ("--logical_devices=2", *LENGTH)
 def one_device(image_sets, tmp_path_factory):
     """Folder of a run on one device that nothing stops, in this process."""
     folder = tmp_path_factory.mktemp("one_device")
-    train.main(
-        [*data_of(image_sets), f"--output_dir={folder}", "--strategy=none", *OPTIONS, *LENGTH]
-    )
+    assert without_pictures(command(image_sets, folder, ("--strategy=none", *LENGTH))) == 0
     return folder
 
 
-def test_two_devices_killed_and_resumed_end_as_an_unbroken_run(start, one_device, tmp_path):
+def test_two_devices_killed_and_resumed_end_as_an_unbroken_run(
+    start, one_device, image_sets, tmp_path
+):
     """And as one device does."""
-    process = start(tmp_path / "run", *TWO_DEVICES)
+    process = start(tmp_path / "run", *TWO_DEVICES, run=without_pictures)
     wait_for_step(tmp_path / "run", process, 4)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    _, errors = finish(start(tmp_path / "run", *TWO_DEVICES))
+    process.kill()
+    errors = finish(start(tmp_path / "run", *TWO_DEVICES, run=without_pictures))
     assert "from step 0" not in errors and "from step" in errors
-    out, errors = finish(start(tmp_path / "unbroken", *TWO_DEVICES))
+    out, errors = as_a_user_starts_it(image_sets, tmp_path / "unbroken", *TWO_DEVICES)
     assert "detector.keras" in out
     assert "Traceback" not in errors and "absl::InitializeLog" not in errors
     assert_equal_runs(tmp_path / "unbroken", tmp_path / "run", 0)
@@ -114,7 +122,7 @@ def test_two_devices_killed_and_resumed_end_as_an_unbroken_run(start, one_device
     assert len(log) >= 5
 
 
-def workers(start, folder, *arguments):
+def workers(start, folder, *arguments, **options):
     """Two processes that train together."""
     sockets = [socket.socket() for _ in range(2)]
     for one in sockets:
@@ -125,17 +133,16 @@ def workers(start, folder, *arguments):
     started = []
     for index in range(2):
         task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
-        environment = {"TF_CONFIG": json.dumps(task)}
-        started.append(start(folder, "--strategy=multi_worker", *arguments, **environment))
+        options["TF_CONFIG"] = json.dumps(task)
+        started.append(start(folder, "--strategy=multi_worker", *arguments, **options))
     return started
 
 
 def test_two_processes_killed_and_resumed_equal_one(start, one_device, tmp_path):
-    first, second = workers(start, tmp_path / "two", *LENGTH)
+    first, second = workers(start, tmp_path / "two", *LENGTH, run=without_pictures)
     wait_for_step(tmp_path / "two", first, 2)
     for process in (first, second):
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
     assert not (tmp_path / "two" / "detector.keras").exists()
     for process in workers(start, tmp_path / "two", *LENGTH):
         finish(process)

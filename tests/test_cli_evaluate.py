@@ -6,6 +6,7 @@ import json
 import keras
 import numpy as np
 import pytest
+from tiny import no_pictures
 
 from sddns_tf.cli import evaluate, sensitivity
 from sddns_tf.cli.errors import UsageError
@@ -111,7 +112,8 @@ def test_sensitivity_chooses_only_what_leads_by_more_than_chance(image_sets, tmp
     arguments = sensitivity_arguments(
         image_sets, tmp_path, "--strategies=rot90:in_distribution,none", "--runs=2"
     )
-    sensitivity.main(arguments)
+    with no_pictures():
+        sensitivity.main(arguments)
     assert capsys.readouterr().err.count("Training") == 4
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["sensitivity"]) == {"rot90:in_distribution", "none"}
@@ -142,17 +144,18 @@ def test_sensitivity_of_one_run_chooses_nothing_and_its_ranks_are_tested(
     image_sets, tmp_path, capsys
 ):
     strategies = "--strategies=none,rot90:in_distribution,cut_paste:in_distribution"
-    sensitivity.main(
-        sensitivity_arguments(
-            image_sets,
-            tmp_path,
-            strategies,
-            "--runs=1",
-            "--set=model.negative_weight=1",  # By default they do not count in a first step.
-            f"--test=npz:{image_sets}/fresh.npz",
-            f"--ood=npz:{image_sets}/brick.npz",
+    with no_pictures():
+        sensitivity.main(
+            sensitivity_arguments(
+                image_sets,
+                tmp_path,
+                strategies,
+                "--runs=1",
+                "--set=model.negative_weight=1",  # By default they do not count in a first step.
+                f"--test=npz:{image_sets}/fresh.npz",
+                f"--ood=npz:{image_sets}/brick.npz",
+            )
         )
-    )
     printed = capsys.readouterr()
     assert "with one run each" in printed.err
     assert "No evidence that these" in printed.err  # three strategies have six orders

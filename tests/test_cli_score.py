@@ -11,10 +11,12 @@ import sys
 from typing import NamedTuple
 from unittest import mock
 
+import export_checks
 import keras
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import no_pictures
 
 from sddns_tf import data, export, image_ops
 from sddns_tf.cli import info
@@ -44,7 +46,8 @@ def models(detector, tmp_path_factory):
     detector.save(folder / "model.keras")
     export.tflite(detector, folder / "model.tflite")
     export.tflite(detector, folder / "one.tflite", batch_size=1)
-    export.saved_model(detector, folder / "served")
+    with export_checks.in_this_process():
+        export.saved_model(detector, folder / "served")
     return folder
 
 
@@ -332,7 +335,8 @@ def test_after_a_training_on_crops_fresh_images_are_cropped(kind, cropped, wide_
     """Fresh images of what was trained on: at most about the share that was asked for."""
     if kind == "exports/1":
         exported = keras.saving.load_model(cropped / "detector.keras")
-        export.saved_model(exported, cropped / "exports")
+        with export_checks.in_this_process():
+            export.saved_model(exported, cropped / "exports")
     done = score(f"--model={cropped / kind}", f"--images=folder:{wide_photographs / 'fresh'}")
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader(io.StringIO(done.stdout)))
@@ -352,27 +356,28 @@ def test_after_a_training_on_crops_fresh_images_are_cropped(kind, cropped, wide_
 def cropped(wide_photographs, tmp_path_factory):
     """A training with `--resize=crop` on wide photographs, and a `.tflite` file of it."""
     folder = tmp_path_factory.mktemp("cropped")
-    code = main(
-        [
-            "train",
-            f"--data=folder:{wide_photographs / 'normal'}",
-            "--image_size=32",
-            "--resize=crop",
-            "--calibration_share=0.5",
-            "--false_positive_rate=0.1",
-            f"--output_dir={folder}",
-            "--set=backbone.stages=[8,16]",
-            "--set=views.local_views=0",
-            "--set=head.num_prototypes=16",
-            "--set=head.hidden_dim=16",
-            "--set=head.bottleneck_dim=8",
-            # After two steps the images' mean color is most of what features tell.
-            "--set=detector.standardize=false",
-            "--batch_size=16",
-            "--epochs=1",
-            "--steps_per_epoch=2",
-        ]
-    )
+    with no_pictures():
+        code = main(
+            [
+                "train",
+                f"--data=folder:{wide_photographs / 'normal'}",
+                "--image_size=32",
+                "--resize=crop",
+                "--calibration_share=0.5",
+                "--false_positive_rate=0.1",
+                f"--output_dir={folder}",
+                "--set=backbone.stages=[8,16]",
+                "--set=views.local_views=0",
+                "--set=head.num_prototypes=16",
+                "--set=head.hidden_dim=16",
+                "--set=head.bottleneck_dim=8",
+                # After two steps the images' mean color is most of what features tell.
+                "--set=detector.standardize=false",
+                "--batch_size=16",
+                "--epochs=1",
+                "--steps_per_epoch=2",
+            ]
+        )
     assert code == 0
     detector = keras.saving.load_model(folder / "detector.keras")
     export.tflite(detector, folder / "parts.tflite")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import skimage.data
 import tensorflow as tf
+from tiny import no_pictures
 
 import sddns_tf
 from sddns_tf import image_ops
@@ -123,7 +124,8 @@ def test_a_written_configuration_is_a_recipe_and_each_source_is_read_once(
         return load_arrays(source, **options)
 
     monkeypatch.setattr(sddns_tf.data, "load_arrays", counted)
-    train.main([f"--recipe={trained}/config.json", f"--output_dir={tmp_path}"])
+    with no_pictures():
+        train.main([f"--recipe={trained}/config.json", f"--output_dir={tmp_path}"])
     assert [source.rpartition("/")[2] for source in read] == ["grass.npz", "coffee.npz"]
     one, other = (
         keras.saving.load_model(folder / "model.keras").get_weights()

@@ -1,7 +1,6 @@
-import subprocess
-import sys
 import warnings
 
+import export_checks
 import keras
 import numpy as np
 import pytest
@@ -108,7 +107,8 @@ def test_standardized_features_are_exported(tmp_path):
         path = tmp_path / f"{quantization}.tflite"
         export.tflite(detector, path, quantization, grass(30, 5), grass(19, 1), verbose=0)
         assert path.stat().st_size
-    export.saved_model(detector, tmp_path / "saved", images=grass(8, 5))
+    with export_checks.in_this_process():
+        export.saved_model(detector, tmp_path / "saved", images=grass(8, 5))
     served = tf.saved_model.load(str(tmp_path / "saved" / "1"))
     images = grass(6, 2)
     np.testing.assert_allclose(
@@ -196,23 +196,19 @@ def test_saved_detector_answers_alike(make_backbone, changes, tmp_path):
             assert getattr(loaded, name) == getattr(detector, name)
 
 
+def answer_apart(folder):
+    with np.load(f"{folder}/images.npz") as images:
+        detector = keras.models.load_model(f"{folder}/detector.keras")
+        np.savez(f"{folder}/out.npz", **detector.predict(images["images"], verbose=0))
+
+
 @pytest.mark.slow
-def test_saved_detector_answers_alike_in_another_process(tmp_path):
+def test_saved_detector_answers_alike_in_another_process(forks, tmp_path):
     detector, images = make_detector(vit_backbone()), grass(5, 2)
     detector.save(tmp_path / "detector.keras")
-    np.save(tmp_path / "images.npy", images)
-    program = (
-        "import keras, numpy, sddns_tf.detector, sddns_tf.vit\n"
-        "detector = keras.models.load_model('detector.keras')\n"
-        "numpy.savez('out.npz', **detector.predict(numpy.load('images.npy'), verbose=0))\n"
-    )
-    python_path = ":".join(path for path in sys.path if path)
-    subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env={"PYTHONPATH": python_path, "TF_CPP_MIN_LOG_LEVEL": "2", "KERAS_BACKEND": "tensorflow"},
-        check=True,
-    )
+    np.savez(tmp_path / "images.npz", images=images)
+    process = forks.start(answer_apart, tmp_path)
+    assert process.wait() == 0, process.errors[-4000:]
     with np.load(tmp_path / "out.npz") as outputs:
         assert_same(dict(outputs), detector.predict(images, verbose=0))
 

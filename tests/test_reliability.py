@@ -2,10 +2,7 @@
 
 import errno
 import os
-import pathlib
 import signal
-import subprocess
-import sys
 import time
 
 import keras
@@ -19,7 +16,6 @@ from sddns_tf import image_ops
 from sddns_tf.callbacks import Checkpoint, CollapseMonitor, NotFinite
 from sddns_tf.callbacks import training_state as checkpoint
 
-HERE = pathlib.Path(__file__).parent
 STEPS_PER_EPOCH, EPOCHS, BATCH = 7, 3, 4
 
 
@@ -64,40 +60,29 @@ def state(model):
     return [v.numpy() for v in [*model.weights, *model.optimizer.variables]]
 
 
-RUN = """
-import os, sys, numpy as np
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-sys.path.insert(0, sys.argv[1])
-import test_reliability as t
+class Slow:
+    """A file that gets its bytes in small pieces, so that a kill often meets a half of it."""
 
-# Bytes go to the disk slowly, in small pieces, so that a kill often meets a half-written file.
-import time, zipfile
-from sddns_tf.callbacks import training_state as checkpoint
-savez = np.savez
-def slowly(file, **arrays):
-    class Slow:
-        def write(self, data):
-            written = file.write(data)
-            file.flush()
-            time.sleep(2e-4)
-            return written
-        def __getattr__(self, name):
-            return getattr(file, name)
-    savez(Slow(), **arrays)
-checkpoint.np.savez = slowly
-print("ready", flush=True)
-model = t.train(sys.argv[2])
-savez(sys.argv[3], *t.state(model))
-"""
+    def __init__(self, file):
+        self._file = file
+
+    def write(self, data):
+        written = self._file.write(data)
+        self._file.flush()
+        time.sleep(2e-4)
+        return written
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
 
 
-def start(folder, result):
-    return subprocess.Popen(
-        [sys.executable, "-c", RUN, HERE, folder, result],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def run_slowly(folder, result):
+    """Train, write states slowly, and keep what training has made."""
+    savez = np.savez
+    checkpoint.np.savez = lambda file, **arrays: savez(Slow(file), **arrays)
+    print("ready", flush=True)
+    model = train(folder)
+    savez(result, *state(model))
 
 
 def wait_for(condition, process, seconds=120):
@@ -108,11 +93,7 @@ def wait_for(condition, process, seconds=120):
 
 
 def finish(process):
-    try:
-        _, errors = process.communicate(timeout=240)
-    finally:
-        process.kill()
-    assert process.returncode == 0, errors[-3000:]
+    assert process.wait(240) == 0, process.errors[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -121,15 +102,15 @@ def unbroken(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_moment_ends_as_an_unbroken_one(tmp_path, unbroken):
+def test_a_run_killed_at_any_moment_ends_as_an_unbroken_one(forks, tmp_path, unbroken):
     """SIGKILL three times: while a state is being written, and at two random moments."""
     folder, result = tmp_path / "run", tmp_path / "result.npz"
     generator = np.random.default_rng(0)
     half_written = 0
     for kill in range(3):
         before = {path.name for path in checkpoint.saved(folder)}
-        process = start(folder, result)
-        process.stdout.readline()
+        process = forks.start(run_slowly, folder, result)
+        wait_for(lambda process=process: process.out, process)
 
         def news(before=before):
             return {path.name for path in checkpoint.saved(folder)} - before
@@ -140,10 +121,9 @@ def test_a_run_killed_at_any_moment_ends_as_an_unbroken_one(tmp_path, unbroken):
             wait_for(news, process)
             time.sleep(generator.uniform(0.0, 0.5))
         process.kill()
-        process.communicate()
         half_written += bool([*folder.glob(".*.step-*.npz")])
     assert half_written
-    process = start(folder, result)
+    process = forks.start(run_slowly, folder, result)
     finish(process)
     assert not [*folder.glob(".*.step-*.npz")]
     ended = np.load(result)
@@ -152,9 +132,9 @@ def test_a_run_killed_at_any_moment_ends_as_an_unbroken_one(tmp_path, unbroken):
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_with_0(tmp_path, unbroken):
+def test_sigterm_saves_and_exits_with_0(forks, tmp_path, unbroken):
     folder, result = tmp_path / "run", tmp_path / "result.npz"
-    process = start(folder, result)
+    process = forks.start(run_slowly, folder, result)
     wait_for(lambda: len(checkpoint.saved(folder)) > 1, process)
     process.send_signal(signal.SIGTERM)
     finish(process)

@@ -2,11 +2,7 @@
 
 import functools
 import json
-import os
-import pathlib
 import socket
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -16,7 +12,6 @@ from tiny import Brightness, conv
 
 import sddns_tf
 
-HERE = pathlib.Path(__file__).parent
 STEPS, BATCH = 20, 8
 
 
@@ -161,83 +156,78 @@ def differences(one, other):
     }
 
 
-def run(script, *arguments, environment=None):
-    """Start a Python process that can import this file."""
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r})\n{script}"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", **(environment or {})},
-    )
+def finish(process):
+    """Wait for a process; what it printed, if it ended well."""
+    assert process.wait() == 0, process.errors[-4000:]
+    return process.out
 
 
-def finish(process, seconds=600):
-    """Wait for a process, kill it if it hangs; its output, if it ended well."""
-    try:
-        out, errors = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    assert process.returncode == 0, errors[-4000:]
-    return out
+def divide_the_cpu(count):
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    parts = [tf.config.LogicalDeviceConfiguration()] * count
+    tf.config.set_logical_device_configuration(cpu, parts)
 
 
-REPLICAS = """
-import json
-import numpy as np, tensorflow as tf
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 4)
-import test_scale as t
+def assert_copies_are_equal(strategy, variables, count):
+    for variable in variables:
+        copies = strategy.experimental_local_results(variable.value)
+        assert len(copies) == count
+        for copy in copies[1:]:
+            np.testing.assert_array_equal(copy, copies[0], err_msg=variable.path)
 
-t.sddns_tf.losses.negative_onset = t.onset
-replicas = int(sys.argv[1])
-arguments = {}
-if replicas == 2:
-    crops = t.sddns_tf.MultiCrop(8, local_views=0)
-    arguments = {**t.sddns_tf.SelfDistillation.PAPER, "views": crops}
-_, one = t.train(tf.distribute.get_strategy(), **arguments)
-# Collective operations allow one group of devices in a process.
-reduction = tf.distribute.ReductionToOneDevice() if replicas == 4 else None
-devices = [f"CPU:{i}" for i in range(replicas)]
-strategy = tf.distribute.MirroredStrategy(devices, reduction)
-model, several = t.train(strategy, **arguments)
-print(json.dumps({name: float(v) for name, v in t.differences(one, several).items()}))
-for variable in [*model.weights, *model.optimizer.variables]:
-    copies = strategy.experimental_local_results(variable.value)
-    assert len(copies) == replicas
-    for copy in copies[1:]:
-        np.testing.assert_array_equal(copy, copies[0], err_msg=variable.path)
 
-def error(call):
+def message(call):
+    """What a call's error says."""
     try:
         call()
     except ValueError as error:
         return str(error)
     return "nothing was raised"
 
-outside = t.sddns_tf.VisionTransformer(8, 4, hidden_dim=8, depth=1, num_heads=2)
-with strategy.scope():
-    views = t.sddns_tf.MultiCrop(8, local_views=0)
-    print(error(lambda: t.sddns_tf.SelfDistillation(outside, views)))
-model = t.make_model()
-with strategy.scope():
-    print(error(lambda: model.compile("sgd")))
-    print(error(lambda: t.make_model().compile("sgd", jit_compile="auto")))
-    print(t.make_model().jit_compile)
-"""
+
+def print_replicas(count):
+    """Differences of a run on so many replicas to one device, and what mistakes are told."""
+    divide_the_cpu(4)
+    sddns_tf.losses.negative_onset = onset
+    arguments = {}
+    if count == 2:
+        crops = sddns_tf.MultiCrop(8, local_views=0)
+        arguments = {**sddns_tf.SelfDistillation.PAPER, "views": crops}
+    _, one = train(tf.distribute.get_strategy(), **arguments)
+    # Collective operations allow one group of devices in a process.
+    reduction = tf.distribute.ReductionToOneDevice() if count == 4 else None
+    strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(count)], reduction)
+    model, several = train(strategy, **arguments)
+    print(json.dumps({name: float(v) for name, v in differences(one, several).items()}))
+    assert_copies_are_equal(strategy, [*model.weights, *model.optimizer.variables], count)
+
+    outside = sddns_tf.VisionTransformer(8, 4, hidden_dim=8, depth=1, num_heads=2)
+    with strategy.scope():
+        views = sddns_tf.MultiCrop(8, local_views=0)
+        print(message(lambda: sddns_tf.SelfDistillation(outside, views)))
+    model = make_model()
+    with strategy.scope():
+        print(message(lambda: model.compile("sgd")))
+        print(message(lambda: make_model().compile("sgd", jit_compile="auto")))
+        print(make_model().jit_compile)
 
 
-@functools.cache
-def replicas(count):
-    """Differences of a run on so many replicas to one device, and what mistakes were told."""
-    *_, found, backbone, compiled, inside, jit = finish(run(REPLICAS, count)).splitlines()
-    return json.loads(found), (backbone, compiled, inside, jit)
+@pytest.fixture(scope="module")
+def replicas(forks):
+    """A function that gives what `print_replicas` found, and what mistakes were told."""
+
+    @functools.cache
+    def replicas(count):
+        *_, found, backbone, compiled, inside, jit = finish(
+            forks.start(print_replicas, count)
+        ).splitlines()
+        return json.loads(found), (backbone, compiled, inside, jit)
+
+    return replicas
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_replicas_equal_one_device(count):
+def test_replicas_equal_one_device(replicas, count):
     """Student, teacher, center, slots and all logs after 20 steps, to float32 round-off."""
     found, _ = replicas(count)
     for part in ("student", "teacher", "optimizer", "center", "log of loss", "log of feature_std"):
@@ -248,33 +238,28 @@ def test_replicas_equal_one_device(count):
     assert not wrong
 
 
-UNEVEN = """
-import json
-import numpy as np, tensorflow as tf
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-import test_scale as t
-
-t.sddns_tf.losses.negative_onset = t.onset
-# Two strategies in one process: their collectives must not be taken for each other's.
-first, second = (tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]) for _ in range(2))
-_, one = t.train(tf.distribute.get_strategy(), 0, t.uneven_batches())
-_, two = t.train(first, 0, t.uneven_batches())
-print(json.dumps({name: float(v) for name, v in t.differences(one, two).items()}))
-with second.scope():
-    model = t.batch_norm_model()
-model.fit(t.uneven_batches().map(lambda both: both["images"]), verbose=0)
-for variable in model.weights:
-    copies = second.experimental_local_results(variable.value)
-    np.testing.assert_array_equal(copies[0], copies[1], err_msg=variable.path)
-    assert np.isfinite(copies[0]).all(), variable.path
-print(t.resumed(second, sys.argv[1]))
-"""
+def print_uneven(folder):
+    """Differences of uneven batches on two replicas to one device, and of a run that resumes."""
+    divide_the_cpu(2)
+    sddns_tf.losses.negative_onset = onset
+    # Two strategies in one process: their collectives must not be taken for each other's.
+    first, second = (tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]) for _ in range(2))
+    _, one = train(tf.distribute.get_strategy(), 0, uneven_batches())
+    _, two = train(first, 0, uneven_batches())
+    print(json.dumps({name: float(v) for name, v in differences(one, two).items()}))
+    with second.scope():
+        model = batch_norm_model()
+    model.fit(uneven_batches().map(lambda both: both["images"]), verbose=0)
+    assert_copies_are_equal(second, model.weights, 2)
+    for variable in model.weights:
+        assert np.isfinite(variable.numpy()).all(), variable.path
+    print(resumed(second, folder))
 
 
 @pytest.fixture(scope="module")
-def uneven(tmp_path_factory):
-    differences, resumed = finish(run(UNEVEN, tmp_path_factory.mktemp("run"))).splitlines()[-2:]
+def uneven(forks, tmp_path_factory):
+    process = forks.start(print_uneven, tmp_path_factory.mktemp("run"))
+    differences, resumed = finish(process).splitlines()[-2:]
     return json.loads(differences), float(resumed)
 
 
@@ -298,7 +283,7 @@ def test_a_run_on_two_replicas_resumes_bit_for_bit(uneven):
     assert uneven[1] == 0.0
 
 
-def test_what_was_built_outside_the_scope_is_named():
+def test_what_was_built_outside_the_scope_is_named(replicas):
     _, (backbone, compiled, inside, _) = replicas(2)
     assert "must be built within the same `strategy.scope()`" in backbone
     assert "built outside of MirroredStrategy (2 replicas)" in backbone
@@ -306,19 +291,15 @@ def test_what_was_built_outside_the_scope_is_named():
     assert inside == "nothing was raised"
 
 
-def test_xla_stays_off_under_a_strategy():
+def test_xla_stays_off_under_a_strategy(replicas):
     _, (*_, jit) = replicas(2)
     assert jit == "False"
 
 
-WORKER = """
-import numpy as np, tensorflow as tf
-strategy = tf.distribute.MultiWorkerMirroredStrategy()
-import test_scale as t
-
-_, found = t.train(strategy, steps=2, **t.real_networks())
-np.savez(sys.argv[1], **found)
-"""
+def save_what_a_worker_found(path):
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    _, found = train(strategy, steps=2, **real_networks())
+    np.savez(path, **found)
 
 
 def free_ports(count):
@@ -332,21 +313,17 @@ def free_ports(count):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
+def test_two_processes_equal_one(forks, tmp_path):
     workers = [f"localhost:{port}" for port in free_ports(2)]
     files = [tmp_path / f"{index}.npz" for index in range(2)]
     processes = []
     for index, file in enumerate(files):
         task = {"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}}
-        processes.append(run(WORKER, file, environment={"TF_CONFIG": json.dumps(task)}))
-    try:
-        _, alone = train(tf.distribute.get_strategy(), steps=2, **real_networks())
-        for process in processes:
-            finish(process)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        one = forks.start(save_what_a_worker_found, file, TF_CONFIG=json.dumps(task))
+        processes.append(one)
+    _, alone = train(tf.distribute.get_strategy(), steps=2, **real_networks())
+    for process in processes:
+        finish(process)
     first, second = ({name: found[name] for name in found} for found in map(np.load, files))
     assert max(differences(first, second).values()) == 0
     wrong = {name: value for name, value in differences(alone, first).items() if value > 2e-4}

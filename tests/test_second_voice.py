@@ -1,5 +1,6 @@
 """The second voice of the score: auxiliary images beside the bank."""
 
+import export_checks
 import keras
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import tensorflow as tf
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
-from tiny import conv
+from tiny import conv, no_pictures
 
 import sddns_tf
 from sddns_tf import building, export, second_voice
@@ -146,7 +147,8 @@ def test_batches_do_not_change_a_score_by_more_than_rounding(detector, parts):
 @pytest.mark.slow
 def test_a_saved_model_and_its_own_check_agree(detector, parts, tmp_path):
     images = np.concatenate(parts[2:])
-    folder = export.saved_model(detector, tmp_path / "model", images=images)
+    with export_checks.in_this_process():
+        folder = export.saved_model(detector, tmp_path / "model", images=images)
     served = tf.saved_model.load(str(folder)).signatures["serving_default"]
     found = served(images=tf.constant(images))["ood_score"].numpy()
     expected = detector.predict(images, verbose=0)["ood_score"]
@@ -190,7 +192,8 @@ def test_what_does_not_fit_is_told(parts, options, message):
 
 @pytest.mark.slow
 def test_the_command_trains_reports_and_refuses(train_on, tmp_path, capsys):
-    train_on(tmp_path / "out", "--set=detector.auxiliary_weight=4")
+    with no_pictures():
+        train_on(tmp_path / "out", "--set=detector.auxiliary_weight=4")
     capsys.readouterr()
     info.main([str(tmp_path / "out" / "detector.keras")])
     assert "auxiliary_weight     4.0" in capsys.readouterr().out

@@ -4,6 +4,9 @@ Tracing a step with `MultiCrop` and a vision transformer takes most of ten secon
 compute is the subject of `test_views` and `test_vit`, and `test_save_load_continue` trains them.
 """
 
+import contextlib
+from unittest import mock
+
 import keras
 import tensorflow as tf
 
@@ -51,6 +54,17 @@ class Brightness:
     @classmethod
     def from_config(cls, config):
         return cls(**config)
+
+
+@contextlib.contextmanager
+def no_pictures():
+    """A block in which `sddns train` draws no pictures, which are a fifth of its time.
+
+    The session's `trained` has them, and `test_cli_train` looks at them.
+    """
+    target = "sddns_tf.callbacks.pictures.TrainingPictures"
+    with mock.patch(target, lambda *arguments: keras.callbacks.Callback()):
+        yield
 
 
 def conv(features=16, dropout=0.0, batch_norm=False):
