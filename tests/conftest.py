@@ -12,7 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import numpy as np
 import pytest
 import skimage.data
-from forks import Forks
+from forks import Fork
 from hypothesis import settings
 
 # The same examples on every machine, and no limit that a slow one could miss.
@@ -73,11 +73,18 @@ def _crops(photograph, count, size, seed):
 
 
 @pytest.fixture(scope="session")
-def forks(tmp_path_factory):
-    """What starts functions as processes, without the time that importing TensorFlow takes."""
-    forks = Forks(tmp_path_factory.mktemp("forks"))
-    yield forks
-    forks.close()
+def fork(tmp_path_factory):
+    """What starts a function as a process, without the time that importing TensorFlow takes."""
+    started = []
+
+    def start(function, *arguments, **environment):
+        folder = tmp_path_factory.mktemp("fork")
+        started.append(Fork(folder, function, *arguments, **environment))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill()
 
 
 @pytest.fixture(scope="session")

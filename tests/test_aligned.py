@@ -1,8 +1,5 @@
 """Detectors of aligned images: each place against the same place of other images."""
 
-import subprocess
-import sys
-
 import keras
 import numpy as np
 import pytest
@@ -11,7 +8,6 @@ import tensorflow as tf
 from scipy.spatial import distance
 from test_local import check_promise, convnet, damaged
 from test_local_exports import VARIANTS, close
-from test_local_replicas import HERE
 
 from sddns_tf import aligned, export
 from sddns_tf.cli import info
@@ -223,7 +219,7 @@ def build(strategy):
     return {"threshold": one.threshold, **one.predict(damaged(5, 1), batch_size=4, verbose=0)}
 
 
-def main(path):
+def save_both(path):
     """Write what two replicas and one device give."""
     parts = [tf.config.LogicalDeviceConfiguration()] * 2
     tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], parts)
@@ -240,15 +236,12 @@ def main(path):
 
 
 @pytest.mark.slow
-def test_two_replicas_equal_one_device(tmp_path):
+def test_two_replicas_equal_one_device(fork, tmp_path):
     path = tmp_path / "found.npz"
-    subprocess.run([sys.executable, __file__, str(path)], cwd=HERE, check=True)
+    process = fork(save_both, path)
+    assert process.wait() == 0, process.errors[-4000:]
     found = np.load(path)
     assert {"two anomaly_map", "two threshold"} <= set(found)
     for name in found:
         one = found[name.replace("two", "one")].astype(float)
         np.testing.assert_allclose(found[name].astype(float), one, rtol=1e-3, atol=2e-2)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

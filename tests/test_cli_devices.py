@@ -35,11 +35,11 @@ def command(image_sets, output_dir, arguments):
 
 
 @pytest.fixture
-def start(image_sets, forks):
+def start(image_sets, fork):
     """A function that starts `sddns train` in a process."""
 
     def start(output_dir, *arguments, run=main, **environment):
-        return forks.start(run, command(image_sets, output_dir, arguments), **environment)
+        return fork(run, command(image_sets, output_dir, arguments), **environment)
 
     return start
 

@@ -203,11 +203,11 @@ def answer_apart(folder):
 
 
 @pytest.mark.slow
-def test_saved_detector_answers_alike_in_another_process(forks, tmp_path):
+def test_saved_detector_answers_alike_in_another_process(fork, tmp_path):
     detector, images = make_detector(vit_backbone()), grass(5, 2)
     detector.save(tmp_path / "detector.keras")
     np.savez(tmp_path / "images.npz", images=images)
-    process = forks.start(answer_apart, tmp_path)
+    process = fork(answer_apart, tmp_path)
     assert process.wait() == 0, process.errors[-4000:]
     with np.load(tmp_path / "out.npz") as outputs:
         assert_same(dict(outputs), detector.predict(images, verbose=0))

@@ -63,9 +63,9 @@ def save_both(path):
 
 
 @pytest.mark.slow
-def test_bank_features_and_predict_use_every_device(forks, tmp_path):
+def test_bank_features_and_predict_use_every_device(fork, tmp_path):
     path = tmp_path / "found.npz"
-    process = forks.start(save_both, path)
+    process = fork(save_both, path)
     assert process.wait() == 0, process.errors[-4000:]
     found = np.load(path)
     for name in ("bank", "features", "ood_score", "p_value", "is_ood"):

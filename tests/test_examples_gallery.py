@@ -85,9 +85,9 @@ def run_example(folder, script, arguments):
 
 
 @pytest.mark.slow
-def test_example_of_several_devices(forks, tmp_path):
+def test_example_of_several_devices(fork, tmp_path):
     script, arguments, said = DEVICES
-    process = forks.start(run_example, tmp_path, script, arguments)
+    process = fork(run_example, tmp_path, script, arguments)
     assert process.wait() == 0, process.errors[-3000:]
     assert said.lower() in process.out.lower()
 
@@ -109,7 +109,7 @@ def run_code(folder, code):
 
 
 @pytest.mark.slow
-def test_the_notebook_runs(forks, tmp_path):
+def test_the_notebook_runs(fork, tmp_path):
     """Its code as one script, with fewer images and steps."""
     cells = json.loads((EXAMPLES / "story.ipynb").read_text())["cells"]
     code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
@@ -123,6 +123,6 @@ def test_the_notebook_runs(forks, tmp_path):
     ):
         assert long in code
         code = code.replace(long, short)
-    process = forks.start(run_code, tmp_path, code, MPLBACKEND="Agg")
+    process = fork(run_code, tmp_path, code, MPLBACKEND="Agg")
     assert process.wait() == 0, process.errors[-3000:]
     assert process.out.count("AUROC") == 3

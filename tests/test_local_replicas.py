@@ -1,15 +1,10 @@
 """A local detector that is built and asked on two replicas is that of one device."""
 
 import contextlib
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import tensorflow as tf
-
-HERE = pathlib.Path(__file__).parent
 
 
 def build(strategy):
@@ -32,7 +27,7 @@ def build(strategy):
     return found
 
 
-def main(path):
+def save_both(path):
     """Write what both give; the number of devices is taken before TensorFlow's first operation."""
     parts = [tf.config.LogicalDeviceConfiguration()] * 2
     tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], parts)
@@ -43,9 +38,10 @@ def main(path):
 
 
 @pytest.mark.slow
-def test_two_replicas_equal_one_device(tmp_path):
+def test_two_replicas_equal_one_device(fork, tmp_path):
     path = tmp_path / "found.npz"
-    subprocess.run([sys.executable, __file__, str(path)], cwd=HERE, check=True)
+    process = fork(save_both, path)
+    assert process.wait() == 0, process.errors[-4000:]
     found = np.load(path)
     names = [name.removeprefix("one ") for name in found if name.startswith("one ")]
     assert {"anomaly_map", "is_ood", "bank", "extended"} <= set(names)
@@ -54,7 +50,3 @@ def test_two_replicas_equal_one_device(tmp_path):
         assert one.shape == two.shape, name
         np.testing.assert_allclose(two.astype(float), one.astype(float), atol=2e-3, err_msg=name)
     assert found["one is_ood"][11:].all() and len(found["one extended"]) > 100
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

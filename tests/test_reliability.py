@@ -102,14 +102,14 @@ def unbroken(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_moment_ends_as_an_unbroken_one(forks, tmp_path, unbroken):
+def test_a_run_killed_at_any_moment_ends_as_an_unbroken_one(fork, tmp_path, unbroken):
     """SIGKILL three times: while a state is being written, and at two random moments."""
     folder, result = tmp_path / "run", tmp_path / "result.npz"
     generator = np.random.default_rng(0)
     half_written = 0
     for kill in range(3):
         before = {path.name for path in checkpoint.saved(folder)}
-        process = forks.start(run_slowly, folder, result)
+        process = fork(run_slowly, folder, result)
         wait_for(lambda process=process: process.out, process)
 
         def news(before=before):
@@ -123,7 +123,7 @@ def test_a_run_killed_at_any_moment_ends_as_an_unbroken_one(forks, tmp_path, unb
         process.kill()
         half_written += bool([*folder.glob(".*.step-*.npz")])
     assert half_written
-    process = forks.start(run_slowly, folder, result)
+    process = fork(run_slowly, folder, result)
     finish(process)
     assert not [*folder.glob(".*.step-*.npz")]
     ended = np.load(result)
@@ -132,9 +132,9 @@ def test_a_run_killed_at_any_moment_ends_as_an_unbroken_one(forks, tmp_path, unb
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_with_0(forks, tmp_path, unbroken):
+def test_sigterm_saves_and_exits_with_0(fork, tmp_path, unbroken):
     folder, result = tmp_path / "run", tmp_path / "result.npz"
-    process = forks.start(run_slowly, folder, result)
+    process = fork(run_slowly, folder, result)
     wait_for(lambda: len(checkpoint.saved(folder)) > 1, process)
     process.send_signal(signal.SIGTERM)
     finish(process)
