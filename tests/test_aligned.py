@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import skimage.data
 import tensorflow as tf
+from PIL import Image
 from scipy.spatial import distance
+from scripts import example
 from test_local import check_promise, convnet, damaged
 from test_local_exports import VARIANTS, close
 
@@ -177,6 +179,28 @@ def test_every_variant_of_a_tflite_file_agrees(detector, quantization, tmp_path)
     np.testing.assert_array_equal(found["is_ood"], above)
     assert found["is_ood"][6:].all()
     assert not {"CUSTOM", "DELEGATE"} & set(metadata.operators(path.read_bytes()))
+
+
+@pytest.mark.slow
+def test_a_device_extends_as_the_detector(detector, tmp_path):
+    pytest.importorskip("ai_edge_litert")
+    room = {"batch_size": 1, "extension_room": 100, "verbose": 0}
+    path = export.tflite(detector, tmp_path / "scene.tflite", **room)
+    alarm, one = scenes(1, 5), Detector.from_config(detector.get_config())
+    alarm[:, 20:36, 20:36] = [250, 0, 0]
+    one.set_weights(detector.get_weights())
+    one.extend(alarm, verbose=0)
+    Image.fromarray(alarm[0]).save(tmp_path / "alarm.png")
+    with example("edge_inference") as module:
+        module.main([str(path), "--extend", str(tmp_path / "alarm.png")])
+        images = np.concatenate([alarm, scenes(3, 6), moved(2, 7)])
+        found = module.score(module.load(path), images)
+    expected = one.predict(images, verbose=0)
+    features = one.features(images).numpy()
+    cosine = verify.COSINE_TOLERANCE[None]
+    assert close(one, found["anomaly_map"], expected["anomaly_map"], cosine, 1, features)
+    np.testing.assert_array_equal(found["is_ood"], expected["is_ood"])
+    assert detector.predict(alarm, verbose=0)["is_ood"][0] and not found["is_ood"][0]
 
 
 def test_calibration_images_of_the_bank_are_noticed():
