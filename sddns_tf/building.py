@@ -122,11 +122,17 @@ def bank_of_places(extractor, images, counted, size, seed=0, **options):
     return coreset(rows, size, seed)
 
 
+def unaligned(extractor):
+    """Return an extractor with an aligned one's backbone, whose maps are not whitened."""
+    config = {**extractor.get_config(), "backbone": extractor.backbone, "aligned": False}
+    return type(extractor)(**config)
+
+
 def align(extractor, images, **options):
     """Align an extractor, in place, to a stream of images in bounded memory.
 
     Args:
-        extractor: `FeatureExtractor` with `aligned=True`, not aligned yet.
+        extractor: `FeatureExtractor` with `aligned=True`.
         images: In-distribution images, as for `extract_features`.
         **options: `batch_size` and `verbose` of `stream_features`.
 
@@ -134,21 +140,16 @@ def align(extractor, images, **options):
         Signatures of the images: see `signatures`.
     """
     moments, found = PlaceMoments(extractor.map_size, extractor.feature_dim), []
-    for maps in stream_features(extractor, images, **options):
+    for maps in stream_features(unaligned(extractor), images, **options):
         check_finite(maps.reshape(-1, maps.shape[-1]), "bank", "places")
         moments.add(maps)
-        found.append(_signatures_of(maps))
+        found.append(signatures(maps))
     extractor.whitening.assign(moments.mean(), moments.matrices())
     return np.concatenate(found)
 
 
-def signatures(extractor, images, **options):
-    """Return a few numbers for each image of a stream, `(N, D)`, which tell images apart."""
-    stream = stream_features(extractor, images, **options)
-    return np.concatenate([_signatures_of(maps) for maps in stream])
-
-
-def _signatures_of(maps):
+def signatures(maps):
+    """Return a few numbers for each map `(N, h, w, C)`, `(N, D)`, which tell images apart."""
     places = maps.mean(axis=(1, 2))
     directions = np.random.default_rng(0).normal(size=(places.shape[1], _SIGNATURE_DIM))
     return places @ directions.astype(np.float32)

@@ -260,17 +260,17 @@ class Detector(keras.Model):
                 a layer gives no map, a mask does not fit, or features are not finite.
         """
         # Checked first, so that no computation is wasted.
+        score: dict[str, Any] = {
+            "temperature": temperature, "offset": offset, "k": k, "smoothing": smoothing
+        }  # fmt: skip
         building.check_options(
             layers is not None,
             aligned=aligned,
             ignore=ignore,
-            temperature=temperature,
-            offset=offset,
-            k=k,
-            smoothing=smoothing,
             bank_size=bank_size,
             bank_method=bank_method,
             auxiliary_weight=auxiliary_weight,
+            **score,
         )
         building.check_auxiliary(auxiliary_images, auxiliary_weight)
         bank_images = image_source(bank_images, "bank_images")
@@ -304,9 +304,6 @@ class Detector(keras.Model):
             mean=mean,
             std=std,
         ).snapshot()
-        score: dict[str, Any] = {
-            "temperature": temperature, "offset": offset, "k": k, "smoothing": smoothing
-        }  # fmt: skip
         if auxiliary_weight:
             auxiliary_images = image_source(auxiliary_images, "auxiliary_images")
         options: dict[str, Any] = {"batch_size": batch_size or 256, "verbose": verbose}
@@ -353,13 +350,11 @@ class Detector(keras.Model):
     def _of_places(cls, extractor, images, rate, counted, bank_size, seed, score, options):
         """Return a local detector; all images are streamed."""
         bank_images, calibration_images = images
-        if not isinstance(calibration_images, tf.data.Dataset):
+        if isinstance(calibration_images, np.ndarray):
             largest_flagged_rank(len(calibration_images), rate)
         if extractor.aligned:
-            known = building.signatures(extractor, calibration_images, **options)
             seen = building.align(extractor, bank_images, **options)
             bank = np.zeros((1, extractor.feature_dim), np.float32)
-            building.warn_of_shared_images(building.count_shared(seen, known), len(known))
         else:
             bank = building.bank_of_places(
                 extractor,
@@ -372,10 +367,21 @@ class Detector(keras.Model):
         detector = cls(extractor, len(bank), 1, **{**score, "k": score["k"] or 1})
         detector.counted.assign(counted)
         detector.bank.assign(bank)
-        scores = detector._scores_of_images(calibration_images, **options)
+        if extractor.aligned:
+            known, found = [], []
+            for maps in stream_features(
+                building.unaligned(extractor), calibration_images, **options
+            ):
+                known.append(building.signatures(maps))
+                found.append(detector._scores(extractor.whitening(maps).numpy()))
+            scores = np.concatenate(found)
+            shared = building.count_shared(seen, np.concatenate(known))
+        else:
+            scores = detector._scores_of_images(calibration_images, **options)
+            lowest = detector.lowest_score + detector.rounding
+            shared = np.count_nonzero(scores <= lowest)
         detector._calibrate(scores, rate)
-        lowest = np.count_nonzero(scores <= detector.lowest_score + detector.rounding)
-        building.warn_of_shared_images(lowest, len(scores))
+        building.warn_of_shared_images(shared, len(scores))
         return detector
 
     @classmethod

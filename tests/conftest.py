@@ -12,7 +12,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import numpy as np
 import pytest
 import skimage.data
-from forks import Fork
 from hypothesis import settings
 
 # The same examples on every machine, and no limit that a slow one could miss.
@@ -75,6 +74,8 @@ def _crops(photograph, count, size, seed):
 @pytest.fixture(scope="session")
 def fork(tmp_path_factory):
     """What starts a function as a process, without the time that importing TensorFlow takes."""
+    from forks import Fork
+
     started = []
 
     def start(function, *arguments, **environment):

@@ -10,6 +10,9 @@ import os
 import signal
 import sys
 
+import numpy as np
+import tensorflow as tf
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["keras", "pytest", "skimage.data", "sddns_tf.detector", "sddns_tf.self_distillation",
@@ -74,3 +77,19 @@ def _become(files, environment, function, arguments):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     os.environ.update(environment)
     sys.exit(function(*arguments))
+
+
+def divide_the_cpu(count):
+    """Make several devices of the CPU; possible before TensorFlow's first operation only."""
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    parts = [tf.config.LogicalDeviceConfiguration()] * count
+    tf.config.set_logical_device_configuration(cpu, parts)
+
+
+def save_with_and_without(count, build, path):
+    """Write what `build` gives with a strategy of so many devices and without (None), by name."""
+    divide_the_cpu(count)
+    strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(count)])
+    assert strategy.num_replicas_in_sync == count
+    several = {f"several {name}": value for name, value in build(strategy).items()}
+    np.savez(path, **several, **{f"one {name}": value for name, value in build(None).items()})

@@ -1,10 +1,13 @@
 """Detectors of aligned images: each place against the same place of other images."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
 import skimage.data
 import tensorflow as tf
+from forks import save_with_and_without
 from PIL import Image
 from scipy.spatial import distance
 from scripts import example
@@ -216,6 +219,28 @@ def test_calibration_images_of_the_bank_are_noticed():
         )
 
 
+@pytest.mark.parametrize("options", [{"bank_size": 100}, {"aligned": True}], ids=str)
+def test_images_may_come_from_generators(options):
+    def parts(images):
+        yield from np.array_split(images, 4)
+
+    whole, streamed = (
+        Detector.from_images(
+            convnet(),
+            kind(scenes(60, 0)),
+            kind(scenes(39, 1)),
+            0.1,
+            layers="eight",
+            resolution=64,
+            verbose=0,
+            **options,
+        )
+        for kind in (np.asarray, parts)
+    )
+    assert streamed.threshold == pytest.approx(whole.threshold, rel=1e-3)
+    assert streamed.calibration_scores.shape == (39,)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -238,34 +263,18 @@ def test_too_many_channels_are_named():
 
 
 def build(strategy):
-    with strategy.scope():
+    with strategy.scope() if strategy else contextlib.nullcontext():
         one = made()
     return {"threshold": one.threshold, **one.predict(damaged(5, 1), batch_size=4, verbose=0)}
-
-
-def save_both(path):
-    """Write what two replicas and one device give."""
-    parts = [tf.config.LogicalDeviceConfiguration()] * 2
-    tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], parts)
-    strategies = {
-        "two": tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]),
-        "one": tf.distribute.get_strategy(),
-    }
-    found = {
-        f"{number} {name}": value
-        for number, strategy in strategies.items()
-        for name, value in build(strategy).items()
-    }
-    np.savez(path, **found)
 
 
 @pytest.mark.slow
 def test_two_replicas_equal_one_device(fork, tmp_path):
     path = tmp_path / "found.npz"
-    process = fork(save_both, path)
+    process = fork(save_with_and_without, 2, build, path)
     assert process.wait() == 0, process.errors[-4000:]
     found = np.load(path)
-    assert {"two anomaly_map", "two threshold"} <= set(found)
+    assert {"several anomaly_map", "several threshold"} <= set(found)
     for name in found:
-        one = found[name.replace("two", "one")].astype(float)
+        one = found[name.replace("several", "one")].astype(float)
         np.testing.assert_allclose(found[name].astype(float), one, rtol=1e-3, atol=2e-2)

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from forks import save_with_and_without
 
 SEEN = set()
 
@@ -53,24 +54,15 @@ def build(strategy):
     }
 
 
-def save_both(path):
-    """Write what both give; the number of devices is taken before TensorFlow's first operation."""
-    parts = [tf.config.LogicalDeviceConfiguration()] * 3
-    tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], parts)
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1", "CPU:2"])
-    several = {f"three {name}": value for name, value in build(strategy).items()}
-    np.savez(path, **several, **{f"one {name}": value for name, value in build(None).items()})
-
-
 @pytest.mark.slow
 def test_bank_features_and_predict_use_every_device(fork, tmp_path):
     path = tmp_path / "found.npz"
-    process = fork(save_both, path)
+    process = fork(save_with_and_without, 3, build, path)
     assert process.wait() == 0, process.errors[-4000:]
     found = np.load(path)
     for name in ("bank", "features", "ood_score", "p_value", "is_ood"):
-        one, three = (found[f"{count} {name}"].astype(float) for count in ("one", "three"))
+        one, three = (found[f"{count} {name}"].astype(float) for count in ("one", "several"))
         assert len(one) == len(three) == (65 if name == "bank" else 33)
         np.testing.assert_allclose(three, one, atol=2e-4, err_msg=name)
-    assert found["three extractor saw"].tolist() == [0, 1, 2]
-    assert found["three predict saw"].tolist() == [0, 1, 2]
+    assert found["several extractor saw"].tolist() == [0, 1, 2]
+    assert found["several predict saw"].tolist() == [0, 1, 2]

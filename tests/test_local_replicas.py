@@ -4,7 +4,7 @@ import contextlib
 
 import numpy as np
 import pytest
-import tensorflow as tf
+from forks import save_with_and_without
 
 
 def build(strategy):
@@ -27,26 +27,16 @@ def build(strategy):
     return found
 
 
-def save_both(path):
-    """Write what both give; the number of devices is taken before TensorFlow's first operation."""
-    parts = [tf.config.LogicalDeviceConfiguration()] * 2
-    tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], parts)
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    assert strategy.num_replicas_in_sync == 2
-    several = {f"two {name}": value for name, value in build(strategy).items()}
-    np.savez(path, **several, **{f"one {name}": value for name, value in build(None).items()})
-
-
 @pytest.mark.slow
 def test_two_replicas_equal_one_device(fork, tmp_path):
     path = tmp_path / "found.npz"
-    process = fork(save_both, path)
+    process = fork(save_with_and_without, 2, build, path)
     assert process.wait() == 0, process.errors[-4000:]
     found = np.load(path)
     names = [name.removeprefix("one ") for name in found if name.startswith("one ")]
     assert {"anomaly_map", "is_ood", "bank", "extended"} <= set(names)
     for name in names:
-        one, two = found[f"one {name}"], found[f"two {name}"]
+        one, two = found[f"one {name}"], found[f"several {name}"]
         assert one.shape == two.shape, name
         np.testing.assert_allclose(two.astype(float), one.astype(float), atol=2e-3, err_msg=name)
     assert found["one is_ood"][11:].all() and len(found["one extended"]) > 100

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from forks import divide_the_cpu
 from tiny import Brightness, conv
 
 import sddns_tf
@@ -160,12 +161,6 @@ def finish(process):
     """Wait for a process; what it printed, if it ended well."""
     assert process.wait() == 0, process.errors[-4000:]
     return process.out
-
-
-def divide_the_cpu(count):
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    parts = [tf.config.LogicalDeviceConfiguration()] * count
-    tf.config.set_logical_device_configuration(cpu, parts)
 
 
 def assert_copies_are_equal(strategy, variables, count):

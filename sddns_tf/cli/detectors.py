@@ -35,6 +35,8 @@ def check_layers(config: dict[str, Any], model: Any, resolution: tuple[int, int]
     from sddns_tf import local
 
     options = config["detector"]
+    if options["layers"] is None and not options["aligned"]:
+        return
     with user_input(kinds=(ValueError, OSError)):
         extractor = sddns_tf.FeatureExtractor(
             model.teacher_backbone,
