@@ -1,3 +1,5 @@
+"""Images from folders, arrays, files and TFDS: decoded, checked, batched and continued."""
+
 import io
 import itertools
 import os

@@ -1,3 +1,5 @@
+"""Detectors of whole images: answers, calibration, saving, and what is refused."""
+
 import subprocess
 import sys
 import warnings

@@ -1,3 +1,5 @@
+"""Pictures show what they say, and are written whole or not at all."""
+
 import itertools
 import stat
 
