@@ -16,7 +16,8 @@ class ConvNet(keras.Model):
     """A small network of plain 3x3 convolutions, for images of any size.
 
     Each stage is two convolutions, each with group normalization and GELU; from the second stage
-    on, the first convolution halves the resolution. The feature is the mean over all places.
+    on, the first convolution halves the resolution. The feature is the mean over all places. Stages
+    end in the layers `stage_1`, `stage_2`, ..., whose maps a local detector can compare.
     Convolutions learn local structure in minutes where a vision transformer takes hours, and plain
     ones make better use of a CPU than depthwise ones do.
 
@@ -57,7 +58,7 @@ class ConvNet(keras.Model):
         x = images
         for index, channels in enumerate(stages):
             x = _convolution(x, channels, groups, strides=2 if index else 1)
-            x = _convolution(x, channels, groups)
+            x = _convolution(x, channels, groups, name=f"stage_{index + 1}")
         features = layers.GlobalAveragePooling2D(name="features")(x)
         super().__init__(inputs=images, outputs=features, **kwargs)
         self.stages = tuple(stages)
@@ -73,7 +74,7 @@ class ConvNet(keras.Model):
         return cls(**config)
 
 
-def _convolution(x, channels, groups, strides=1):
+def _convolution(x, channels, groups, strides=1, name=None):
     # The normalization has a bias of its own.
     x = layers.Conv2D(channels, 3, strides, padding="same", use_bias=False)(x)
-    return layers.Activation("gelu")(layers.GroupNormalization(groups)(x))
+    return layers.Activation("gelu", name=name)(layers.GroupNormalization(groups)(x))

@@ -67,9 +67,10 @@ class FeatureExtractor(keras.Model):
         backbone: Keras model from normalized float images `(B, h, w, 3)` to features `(B, D)`.
             It is used directly, not copied: features follow its training.
         layers: None, or which layers give the maps. For a functional model, nested or not: names of
-            layers, or `"auto"`, the last layers at strides 8 and 16. For a vision transformer:
-            `"tokens"`, those that enter the last block, which cost nothing extra, or names of
-            blocks. See `local.inner_maps`.
+            layers, or `"auto"`, the last layers at strides 8 and 16, or at the largest stride of a
+            shallow network such as `ConvNet`. For a vision transformer: `"tokens"`, those that
+            enter the last block, which cost nothing extra, or names of blocks. See
+            `local.inner_maps`.
         standardized: Whether channels of features are standardized; those of maps always are.
         aligned: Whether each place of a map is whitened by itself.
         image_size: Size of the backbone's input in pixels, an int or (height, width). Defaults

@@ -20,8 +20,9 @@ def inner_maps(backbone, layers, image_size):
     Args:
         backbone: Built functional Keras model (others may be nested in it), or a
             `VisionTransformer`.
-        layers: `"auto"`, the last layers at strides 8 and 16; `"tokens"`, the patch tokens that
-            enter the last block of a vision transformer; or one or more names of layers. A layer of
+        layers: `"auto"`, the last layers at strides 8 and 16, or at the largest stride of a network
+            that does not reach these; `"tokens"`, the patch tokens that enter the last block of a
+            vision transformer; or one or more names of layers. A layer of
             a nested model is `"model/layer"`, or `"layer"` if it is the only one of that name.
         image_size: Height and width in pixels of the network's input.
 
@@ -160,9 +161,13 @@ def _run(model, inputs, found, prefix=""):
 
 
 def _auto_names(backbone, shapes, image_size):
-    """Return the last layers at strides 8 and 16, skipping the widened insides of blocks."""
-    names = []
-    for stride in _AUTO_STRIDES:
+    """Return the last layers at strides 8 and 16, skipping the widened insides of blocks.
+
+    A shallow network gives those at its largest stride.
+    """
+    names, strides = [], {_stride(one, image_size) for one in shapes.values() if _is_map(one)}
+    shallow = strides and max(strides) < _AUTO_STRIDES[0]
+    for stride in (max(strides),) if shallow else _AUTO_STRIDES:
         at_stride = {
             name: shape[-1]
             for name, shape in shapes.items()
@@ -177,7 +182,6 @@ def _auto_names(backbone, shapes, image_size):
         ends = [name for name, channels in at_stride.items() if not sums or channels <= sums[-1]]
         names += ends[-1:]
     if not names:
-        strides = {_stride(shape, image_size) for shape in shapes.values() if _is_map(shape)}
         raise ValueError(
             f'"auto" takes the last layers at strides {_AUTO_STRIDES} with maps of at least 2 x 2 '
             f"places, and there are none for images of {image_size[0]} x {image_size[1]} px: the "

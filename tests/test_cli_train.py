@@ -16,6 +16,7 @@ from tiny import no_pictures
 import sddns_tf
 from sddns_tf import image_ops
 from sddns_tf.cli import advice, train, training
+from sddns_tf.cli import images as image_options
 from sddns_tf.cli import main as cli
 from sddns_tf.cli.errors import UsageError
 from sddns_tf.cli.progress import Progress
@@ -149,6 +150,34 @@ def test_images_can_be_read_in_each_epoch(train_on, image_sets, tmp_path):
     assert detector.calibration_scores.shape == (40,)
 
 
+def test_few_photographs_need_no_options(image_sets, tmp_path):
+    """Of 45 images 19 calibrate, as many as 5 % needs, and one batch holds all others."""
+    train.main(
+        [
+            f"--data=npz:{image_sets}/grass.npz", "--limit=45", "--layers=auto", "--epochs=1",
+            "--set=backbone.stages=[8,8,8]", "--set=head.num_prototypes=16",
+            "--set=head.hidden_dim=16", "--set=views.local_views=0", f"--output_dir={tmp_path}",
+        ]
+    )  # fmt: skip
+    derived = json.loads((tmp_path / "config.json").read_text())["derived"]
+    assert {name: derived[name] for name in ("batch_size", "steps_per_epoch")} == {
+        "batch_size": 26,
+        "steps_per_epoch": 1,
+    }
+    assert (derived["training_images"], derived["calibration_images"]) == (26, 19)
+    detector = keras.saving.load_model(tmp_path / "detector.keras")
+    assert detector.extractor.layer_names == ("stage_3",)
+    image = np.zeros((1, 32, 32, 3), np.uint8)
+    assert detector.predict(image, verbose=0)["anomaly_map"].shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize(("images", "expected"), [(np.zeros(200), 64), (np.zeros(41), 41)])
+def test_a_step_takes_64_images_or_all(images, expected):
+    assert image_options.batch_size({"batch_size": None}, images) == expected
+    assert image_options.batch_size({"batch_size": 7}, images) == 7
+    assert image_options.batch_size({"batch_size": None}, None) == 64
+
+
 def write_rectangles(folder, count):
     """Pictures of a cat whose middle is what counts, of several sizes."""
     cat = skimage.data.chelsea()
@@ -279,7 +308,10 @@ WRONG = [
     (["--set=data.auxiliary=5"], "data.auxiliary must be a string. Received: 5"),
     (["--set=data.limit=few"], "limit.*few"),
     (["--set=views.local_size=half"], "local_size.*half"),
-    (["--limit=20", "--false_positive_rate=0.01"], "at least 99 images to calibrate with"),
+    (["--limit=20", "--false_positive_rate=0.01"], "at least 198 images: 99 to calibrate with"),
+    (["--limit=37"], "at least 38 images: 19 to calibrate with.*Received: 37 images"),
+    (["--layers=stage_1,stage_9"], "no layer of that name.*'stage_3'.*Received: layers='stage_9'"),
+    (["--aligned"], "pass `layers` as well. Received: aligned=True without layers"),
     (["--limit=20", "--calibration_share=0.95"], "calibration_share"),
 ]
 

@@ -10,6 +10,7 @@ from scipy import ndimage
 from scipy.spatial import distance
 
 from sddns_tf import bank, local
+from sddns_tf.convnet import ConvNet
 from sddns_tf.detector import Detector
 from sddns_tf.features import FeatureExtractor, extract_features
 from sddns_tf.vit import VisionTransformer
@@ -83,6 +84,18 @@ def test_auto_takes_the_ends_of_blocks_at_strides_8_and_16():
     assert extractor.layer_names == ("block_5_add", "block_12_add")
     assert extractor.map_size == (8, 8)
     assert FeatureExtractor(convnet(), 64, layers="auto").layer_names == ("eight", "sixteen")
+
+
+@pytest.mark.parametrize(("stages", "found"), [(3, ["stage_3"]), (5, ["stage_4", "stage_5"])])
+def test_auto_takes_the_last_stages_of_a_convnet(stages, found):
+    network = ConvNet((8,) * stages)
+    extractor = FeatureExtractor(network, 64, layers="auto")
+    assert list(extractor.layer_names) == found
+    assert extractor.map_size == ((16, 16) if stages == 3 else (8, 8))
+    last = FeatureExtractor(network, 64, layers=f"stage_{stages}")
+    pooled = last.preprocess(bricks(2, 0))
+    tap = keras.Model(network.input, network.get_layer(f"stage_{stages}").output)
+    np.testing.assert_allclose(network(pooled), np.mean(tap(pooled), axis=(1, 2)), atol=1e-6)
 
 
 def test_layers_of_nested_models_are_found_and_give_what_they_give_there():

@@ -60,7 +60,8 @@ class DataOptions:
             line, or None.
         calibration: Source of normal images that are not trained on and that set the threshold
             (split: test), or None to hold out a part of `source`.
-        calibration_share: Share of `source` to hold out if there is no `calibration`.
+        calibration_share: Share of `source` to hold out if there is no `calibration`. None for a
+            tenth, or for as many images as the detector's false positive rate needs.
         limit: Largest number of images to use from `source`, or None.
         resolution: Side, or height and width, to which images are resized when they are read. None
             keeps their size.
@@ -72,7 +73,7 @@ class DataOptions:
     auxiliary: str | None = None
     auxiliary_exclude: str | None = None
     calibration: str | None = None
-    calibration_share: float = 0.1
+    calibration_share: float | None = None
     limit: int | None = None
     resolution: int | list | None = None
     resize: str = "squash"
@@ -86,14 +87,15 @@ class RunOptions:
     Attributes:
         epochs: Number of epochs, or None for as many as make some 2,000 steps, at most 100.
         steps_per_epoch: Steps per epoch, or None for one pass through the images.
-        batch_size: Images per step, over all devices.
+        batch_size: Images per step, over all devices, or None for 64, or for all images where there
+            are fewer.
         seed: Random seed.
         precision: Keras dtype policy.
     """
 
     epochs: int | None = None
     steps_per_epoch: int | None = None
-    batch_size: int = 64
+    batch_size: int | None = None
     seed: int = 0
     precision: str = "float32"
 

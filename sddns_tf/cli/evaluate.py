@@ -312,7 +312,7 @@ def main(argv: list[str]) -> None:
     if options.masks and not detector.is_local:
         raise UsageError(
             "--masks are compared with maps, and only a local detector gives them: train with "
-            f"--set=detector.layers=auto. Received: {options.model}"
+            f"--layers=auto. Received: {options.model}"
         )
     found = evaluation.evaluate(
         detector,

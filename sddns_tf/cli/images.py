@@ -11,6 +11,10 @@ from sddns_tf.cli import sources
 from sddns_tf.cli.configuration import DataOptions
 from sddns_tf.cli.errors import UsageError, user_input
 
+# Unless the configuration says otherwise.
+_CALIBRATION_SHARE = 0.1
+_BATCH_SIZE = 64
+
 
 class Images(NamedTuple):
     """The images that a training run uses.
@@ -115,6 +119,17 @@ def batches(
     return data.with_auxiliary(normal, auxiliary)
 
 
+def batch_size(config: dict[str, Any], training: np.ndarray | None) -> int:
+    """Return the number of images per step: by default 64, or all where there are fewer.
+
+    Args:
+        config: Resolved configuration.
+        training: The images to train on, or None if they are streamed.
+    """
+    fewest = _BATCH_SIZE if training is None else min(_BATCH_SIZE, len(training))
+    return config["batch_size"] or fewest
+
+
 def bank(
     config: dict[str, Any], data_options: DataOptions, data_dir: str | None, images: Images
 ) -> Any:
@@ -153,13 +168,22 @@ def _held_out(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Split images into those to train on and those to calibrate with."""
     order = np.random.default_rng(config["seed"]).permutation(len(images))
-    count = math.ceil(data_options.calibration_share * len(images))
+    share = data_options.calibration_share
+    count = math.ceil((_CALIBRATION_SHARE if share is None else share) * len(images))
     rate = config["detector"]["false_positive_rate"]
     needed = math.ceil(1 / rate - 1e-6) - 1
-    if count < needed or count >= len(images):
+    if share is None:
+        count = max(count, needed)
+        if 2 * count > len(images):
+            raise UsageError(
+                f"--data must hold at least {2 * needed} images: {needed} to calibrate with, for "
+                f"--false_positive_rate={rate}, and as many to train on. Otherwise name others to "
+                f"calibrate with as --calibration. Received: {len(images)} images"
+            )
+    elif count < needed or count >= len(images):
         raise UsageError(
             f"--calibration_share must leave at least {needed} images to calibrate with, for "
             f"--false_positive_rate={rate}, and some to train on. "
-            f"Received: {data_options.calibration_share}, which is {count} of {len(images)} images"
+            f"Received: {share}, which is {count} of {len(images)} images"
         )
     return images[np.sort(order[count:])], images[np.sort(order[:count])]

@@ -46,6 +46,8 @@ SHORT_FOR = {
     "source": "negatives.source",
     "false_positive_rate": "detector.false_positive_rate",
     "bank_size": "detector.bank_size",
+    "layers": "detector.layers",
+    "aligned": "detector.aligned",
     "epochs": "epochs",
     "steps_per_epoch": "steps_per_epoch",
     "batch_size": "batch_size",
@@ -124,7 +126,8 @@ def add_training_options(parser: Parser) -> None:
         "--calibration_share",
         metavar="SHARE",
         type=float,
-        help="Share of --data to hold out if there is no --calibration. Default: 0.1.",
+        help="Share of --data to hold out if there is no --calibration. Default: a tenth, or as "
+        "many images as --false_positive_rate needs.",
     )
     group.add_argument("--limit", metavar="N", type=positive_int, help="Train on at most N images.")
     group.add_argument(
@@ -163,7 +166,10 @@ def add_training_options(parser: Parser) -> None:
         help="Images to make negatives from. Default: auxiliary if --auxiliary is given.",
     )
     group.add_argument(
-        "--batch_size", metavar="N", type=positive_int, help="Images per step, over all devices."
+        "--batch_size",
+        metavar="N",
+        type=positive_int,
+        help="Images per step, over all devices. Default: 64, or all images where there are fewer.",
     )
     group.add_argument(
         "--steps_per_epoch",
@@ -188,9 +194,27 @@ def add_training_options(parser: Parser) -> None:
         "--bank_size",
         metavar="N",
         type=positive_int,
-        help="Compress the bank to at most N centers.",
+        help="Compress the bank to at most N centers, or places.",
+    )
+    group.add_argument(
+        "--layers",
+        metavar="NAMES",
+        type=_layers,
+        help="Say where: compare places in maps of these layers of the backbone, separated by "
+        "commas, instead of whole images. auto takes the last ones.",
+    )
+    group.add_argument(
+        "--aligned",
+        action="store_true",
+        default=None,
+        help="Compare each place of --layers with the same place only, for parts that a fixture "
+        "holds in one place.",
     )
     add_place_options(parser)
+
+
+def _layers(text: str) -> str | list[str]:
+    return text.split(",") if "," in text else text
 
 
 def add_place_options(parser: Parser) -> None:

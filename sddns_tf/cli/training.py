@@ -78,12 +78,13 @@ def train(config: dict[str, Any], place: Place) -> tuple[Any, images.Images]:
         forget(output_dir)
     check_same_run(config, output_dir)
     found = images.read(config, data_options, place.data_dir)
+    given, config = config, {**config, "batch_size": images.batch_size(config, found.training)}
     one_epoch = images.batches(config, data_options, place.data_dir, found)
     length = length_of(config, one_epoch)
     with strategy.scope() if strategy else contextlib.nullcontext():
         model = make_model(config, found.resolution, length)
     detectors.check_layers(config, model, found.resolution)
-    _write_config(config, output_dir, found, length)
+    _write_config(given, output_dir, found, length)
     checkpoint = sddns_tf.callbacks.Checkpoint(checkpoint_dir, place.checkpoint_every)
     with user_input():
         step = checkpoint.restore(model)
@@ -122,11 +123,12 @@ def check(config: dict[str, Any]) -> DataOptions:
     if not data_options.source:
         raise UsageError("--data is needed. Received: none")
     with user_input():
-        validation.check_int("batch_size", config["batch_size"])
-        if config["epochs"] is not None:
-            validation.check_int("epochs", config["epochs"])
+        for name in ("batch_size", "epochs"):
+            if config[name] is not None:
+                validation.check_int(name, config[name])
         validation.check_choice("resize", data_options.resize, ("squash", "crop"))
-        validation.check_number("calibration_share", data_options.calibration_share, 0.0, 0.9)
+        if data_options.calibration_share is not None:
+            validation.check_number("calibration_share", data_options.calibration_share, 0.0, 0.9)
         _check_arguments(config)
     for name in ("source", "auxiliary", "calibration"):
         text = getattr(data_options, name)
@@ -157,7 +159,7 @@ def _check_arguments(config: dict[str, Any]) -> None:
     sddns_tf.ProjectionHead(**config["head"])
     make_negatives(config)
     detectors.check(config)
-    length = Length(config["epochs"] or 1, 1, config["batch_size"])
+    length = Length(config["epochs"] or 1, 1, images.batch_size(config, None))
     for section in ("model", "optimizer"):
         for key, form in config[section].items():
             value_of(f"{section}.{key}", form, length)
@@ -303,6 +305,7 @@ def _write_config(
         "resolution": found.resolution,
         "epochs": length.epochs,
         "steps_per_epoch": length.steps_per_epoch,
+        "batch_size": length.batch_size,
         "training_images": None if found.training is None else len(found.training),
         "calibration_images": len(found.calibration),
         "sddns_tf": __version__,
