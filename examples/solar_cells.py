@@ -13,15 +13,16 @@ Prints for each type, and for both types in one detector, how well each of `--ne
 
 - `brightness`: the mean of a photograph, nothing learned.
 - `pixels`: the nearest training photograph at 64 px, nothing learned.
+- `untrained`: the first layers of a small network with random weights. Each place of a photograph
+  is compared with the same place of sound cells, which lie alike in all photographs.
 - `frozen`: EfficientNet-lite0, trained on ImageNet and used as is. Each place of a photograph is
   compared with all places of sound cells.
-- `aligned`: the same network, an earlier layer. Each place is compared with the same place of sound
-  cells only, which lie alike in all photographs.
+- `aligned`: the same network, an earlier layer. Each place is compared with the same place only.
 - `fine_tuned`: as `aligned`, and trained further on the cells by self-distillation with negatives.
 - `scratch`: as `aligned`, with a small network that is trained on the cells alone in the same way.
 
-The first four are the default and take three to four minutes on two free CPU cores; the other two
-train, for two to four minutes each per type. The last four can say where: `--output_dir` gets a
+The first five are the default and take some four minutes on two free CPU cores; the other two
+train, for two to four minutes each per type. The last five can say where: `--output_dir` gets a
 report that shows the maps, plus a `.keras` and a `.tflite` file for each. `results.json` holds all
 figures; what is in it is not run again.
 
@@ -51,7 +52,9 @@ from sddns_tf.cli import convert_efficientnet_lite
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("types", "mono,poly,both", "Types of cell.")
-flags.DEFINE_list("networks", "brightness,pixels,frozen,aligned", "What to compare; see above.")
+flags.DEFINE_list(
+    "networks", "brightness,pixels,untrained,frozen,aligned", "What to compare; see above."
+)
 flags.DEFINE_string("output_dir", "solar_output", "Folder to write to.")
 flags.DEFINE_integer("split_seed", 0, "Seed of the split and of everything else that is random.")
 flags.DEFINE_integer("smoothing", 3, "Places over which scores are averaged; 1: none.")
@@ -178,6 +181,7 @@ def from_scratch(images):
 # For each network: how to make it, the size at which it sees images, the layers compared, and
 # whether each place is compared with the same place of other cells or with any.
 NETWORKS = {
+    "untrained": (lambda images: sddns_tf.ConvNet(), 64, "stage_1", True),
     "frozen": (lambda images: pretrained_network(), SIZE, "block_10", False),
     "aligned": (lambda images: pretrained_network(), SIZE, "block_4", True),
     "fine_tuned": (fine_tuned, SIZE, "block_4", True),
