@@ -22,8 +22,8 @@ def inner_maps(backbone, layers, image_size):
             `VisionTransformer`.
         layers: `"auto"`, the last layers at strides 8 and 16, or at the largest stride of a network
             that does not reach these; `"tokens"`, the patch tokens that enter the last block of a
-            vision transformer; or one or more names of layers. A layer of
-            a nested model is `"model/layer"`, or `"layer"` if it is the only one of that name.
+            vision transformer; or one or more names of layers. A layer of a nested model is
+            `"model/layer"`, or `"layer"` if it is the only one of that name.
         image_size: Height and width in pixels of the network's input.
 
     Returns:
