@@ -43,7 +43,7 @@ def run(output, *arguments):
 
 
 def test_the_example_compares_networks(output, capsys):
-    networks = "brightness,pixels,frozen,aligned,fine_tuned"
+    networks = "brightness,pixels,untrained,frozen,aligned,fine_tuned"
     cells = run(output, "--types=mono", f"--networks={networks}", "--steps=10")
     assert [len(part) for part in cells] == [36, 12, 12, 60]
     # Nothing is in two parts: what is fresh is neither in the bank nor calibrates.
