@@ -6,7 +6,7 @@ The normal images are crops of two photographs, grass and brick. Training sees n
 anomalies. The result is tested on gravel, the brick wall rotated by 90 degrees, cells and tissue.
 All photographs come with scikit-image (`pip install -e ".[examples]"`); nothing is downloaded.
 
-Prints a table of AUROCs after two to three minutes on two free CPU cores, then two baselines
+Prints a table of AUROCs after two to four minutes on two free CPU cores, then two baselines
 (nearest neighbor on pixels, the untrained network), and writes pictures, the trained model and the
 detector to `--output_dir`. `--without_negatives` also trains the same network without negatives,
 for as long again.

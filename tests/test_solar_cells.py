@@ -58,7 +58,7 @@ def test_the_example_compares_networks(output, capsys):
     means = [part.mean(axis=(1, 2, 3)) for part in (cells.fresh, cells.broken)]
     darker = np.mean(means[0][:, np.newaxis] > means[1])
     assert results["brightness"]["mono"]["auroc"] == pytest.approx(darker, abs=0.01)
-    for name in ("frozen", "aligned", "fine_tuned"):
+    for name in ("untrained", "frozen", "aligned", "fine_tuned"):
         for file in ("report.html", "detector.keras", "detector.tflite"):
             assert (output / f"mono_{name}" / file).stat().st_size
 
