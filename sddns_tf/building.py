@@ -23,6 +23,7 @@ def check_options(
     local,
     *,
     aligned=False,
+    components=None,
     ignore=None,
     temperature=0.04,
     offset=0.1,
@@ -37,6 +38,7 @@ def check_options(
     Args:
         local: Whether places are compared.
         aligned: See `Detector.from_images`, as for all others.
+        components: Int or None.
         ignore: The mask; only whether there is one is checked.
         temperature: Number.
         offset: Number.
@@ -54,7 +56,7 @@ def check_options(
     check_int("smoothing", smoothing)
     check_choice("bank_method", bank_method, METHODS)
     check_number("auxiliary_weight", auxiliary_weight, 0.0)
-    for name, value in (("k", k), ("bank_size", bank_size)):
+    for name, value in (("k", k), ("bank_size", bank_size), ("components", components)):
         if value is not None:
             check_int(name, value)
     if smoothing % 2 == 0:
@@ -68,6 +70,11 @@ def check_options(
         raise ValueError(
             "`ignore` names places, and this detector compares whole images: pass `layers` as "
             "well. Received: ignore without layers"
+        )
+    if components is not None and (aligned or not local):
+        raise ValueError(
+            "`components` reduces the channels of places that are not aligned: leave it out, or "
+            f"pass `layers` without `aligned=True`. Received: {components=}, {aligned=}"
         )
     if aligned and (bank_size is not None or k not in (None, 1)):
         raise ValueError(
@@ -96,10 +103,11 @@ def bank_of_places(extractor, images, counted, size, seed=0, **options):
 
     Among all places that count, twenty for each row of the bank are drawn at random, and their
     coreset is the bank. On the way, the mean and standard deviation of all places that count are
-    measured, and the extractor is standardized by them, in place.
+    measured, and the extractor is standardized by them, in place. If it reduces channels, their
+    principal components are those of the places that were drawn.
 
     Args:
-        extractor: `FeatureExtractor` with layers.
+        extractor: `FeatureExtractor` with layers, not yet standardized.
         images: In-distribution images, as for `extract_features`.
         counted: Bool `(h, w)`, the places that count.
         size: Largest number of rows.
@@ -109,9 +117,10 @@ def bank_of_places(extractor, images, counted, size, seed=0, **options):
     Returns:
         Standardized features of places, float32 `(at most size, C)`.
     """
-    moments = Moments(extractor.feature_dim)
+    plain = with_plain_maps(extractor)
+    moments = Moments(plain.feature_dim)
     reservoir = Reservoir(_PLACES_FOR_A_ROW * size, seed)
-    for maps in stream_features(extractor, images, **options):
+    for maps in stream_features(plain, images, **options):
         places = maps.reshape(-1, maps.shape[-1]) if counted.all() else maps[:, counted]
         places = places.reshape(-1, maps.shape[-1])
         check_finite(places, "bank", "places")
@@ -119,13 +128,17 @@ def bank_of_places(extractor, images, counted, size, seed=0, **options):
         reservoir.offer(places)
     extractor.standardize(moments.mean, moments.deviation)
     rows = (reservoir.rows - moments.mean.astype(np.float32)) / moments.deviation.astype(np.float32)
-    return coreset(rows, size, seed)
+    if extractor.principal is None:
+        return coreset(rows, size, seed)
+    extractor.principal.assign(rows)
+    # Chosen by all channels: with the reduced ones, banks of solar cells ranked 0.003 worse.
+    return extractor.principal(coreset(rows, size, seed)).numpy()
 
 
-def unaligned(extractor):
-    """Return an extractor with an aligned one's backbone, whose maps are not whitened."""
-    config = {**extractor.get_config(), "backbone": extractor.backbone, "aligned": False}
-    return type(extractor)(**config)
+def with_plain_maps(extractor):
+    """Return an extractor with the same backbone, whose maps are neither whitened nor reduced."""
+    config = {**extractor.get_config(), "aligned": False, "components": None}
+    return type(extractor)(**{**config, "backbone": extractor.backbone})
 
 
 def align(extractor, images, **options):
@@ -140,7 +153,7 @@ def align(extractor, images, **options):
         Signatures of the images: see `signatures`.
     """
     moments, found = PlaceMoments(extractor.map_size, extractor.feature_dim), []
-    for maps in stream_features(unaligned(extractor), images, **options):
+    for maps in stream_features(with_plain_maps(extractor), images, **options):
         check_finite(maps.reshape(-1, maps.shape[-1]), "bank", "places")
         moments.add(maps)
         found.append(signatures(maps))

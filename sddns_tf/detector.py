@@ -173,6 +173,7 @@ class Detector(keras.Model):
         resolution: int | tuple[int, int] | None = None,
         layers: Any = None,
         aligned: bool = False,
+        components: int | None = None,
         standardize: bool | None = None,
         ignore: Any = None,
         auxiliary_images: Any = None,
@@ -215,6 +216,9 @@ class Detector(keras.Model):
                 this place of the bank's images alone, by its mean and covariance: fewer images are
                 needed, and scoring takes less time. With `layers` of few channels: each place has
                 a matrix of the channels' number squared.
+            components: None, or how many channels places are reduced to: their principal components
+                over the bank and the length of the rest. Scoring then takes so much less time and
+                the bank so much less memory, and fine damage may rank worse. Not if aligned.
             standardize: Whether each channel of the L2-normalized features is standardized by its
                 mean and deviation over the bank, and distances are compared in place of cosines,
                 as for places. Pass `model.standardizes_features` of the `SelfDistillation`: where
@@ -266,6 +270,7 @@ class Detector(keras.Model):
         building.check_options(
             layers is not None,
             aligned=aligned,
+            components=components,
             ignore=ignore,
             bank_size=bank_size,
             bank_method=bank_method,
@@ -300,6 +305,7 @@ class Detector(keras.Model):
             layers=layers,
             standardized=bool(standardize),
             aligned=aligned,
+            components=components,
             resize=resize,
             mean=mean,
             std=std,
@@ -370,7 +376,7 @@ class Detector(keras.Model):
         if extractor.aligned:
             known, found = [], []
             for maps in stream_features(
-                building.unaligned(extractor), calibration_images, **options
+                building.with_plain_maps(extractor), calibration_images, **options
             ):
                 known.append(building.signatures(maps))
                 found.append(detector._scores(extractor.whitening(maps).numpy()))

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from sddns_tf import image_ops, local
 from sddns_tf.aligned import PlaceWhitening
+from sddns_tf.components import PrincipalComponents
 from sddns_tf.image_sources import image_source
 from sddns_tf.networks import check_names, copy_of
 from sddns_tf.replicas import applied, local_devices, on_all_devices
@@ -61,7 +62,8 @@ class FeatureExtractor(keras.Model):
     over the bank subtracted and is divided by its standard deviation. Both are weights, 0 and 1
     until `standardize` sets them. With `standardized=True` the same is done to the L2-normalized
     features of whole images. With `aligned=True` each place is whitened instead, by the mean and
-    the covariance of this place over the bank's images: see `aligned.PlaceWhitening`.
+    the covariance of this place over the bank's images: see `aligned.PlaceWhitening`. With
+    `components`, their channels are then reduced: see `components.PrincipalComponents`.
 
     Args:
         backbone: Keras model from normalized float images `(B, h, w, 3)` to features `(B, D)`.
@@ -73,6 +75,8 @@ class FeatureExtractor(keras.Model):
             `local.inner_maps`.
         standardized: Whether channels of features are standardized; those of maps always are.
         aligned: Whether each place of a map is whitened by itself.
+        components: None, or how many channels maps are reduced to: their principal components over
+            the bank and the length of the rest. Not if aligned.
         image_size: Size of the backbone's input in pixels, an int or (height, width). Defaults
             to the size that the backbone was made for, else to `resolution`.
         resolution: Native resolution of in-distribution images in pixels, an int or (height,
@@ -113,6 +117,7 @@ class FeatureExtractor(keras.Model):
         layers: Any = None,
         standardized: bool = False,
         aligned: bool = False,
+        components: int | None = None,
         resize: str = "squash",
         mean: Sequence[float] = image_ops.IMAGENET_MEAN,
         std: Sequence[float] = image_ops.IMAGENET_STD,
@@ -149,11 +154,14 @@ class FeatureExtractor(keras.Model):
                 "`aligned=True` compares each place with the same place of other images: pass "
                 "`layers` as well. Received: aligned=True without layers"
             )
+        self.components = self.principal = None
         if self.aligned:
             self.whitening = PlaceWhitening(self.map_size, self.feature_dim)
         elif self.standardized:
             self.channel_mean = self._add_moment("channel_mean", "zeros")
             self.channel_deviation = self._add_moment("channel_deviation", "ones")
+        if components is not None:
+            self._prepare_components(components)
         self.built = True
 
     def _prepare_maps(self, layers):
@@ -163,6 +171,15 @@ class FeatureExtractor(keras.Model):
         self.layer_names = names
         self.map_size = tuple(int(side) for side in grids[0][:2])
         self.feature_dim = int(sum(channels for *_, channels in grids))
+
+    def _prepare_components(self, components):
+        if self.map_size is None or self.aligned:
+            raise ValueError(
+                "`components` reduces the channels of maps that are not aligned: leave it out, or "
+                f"pass `layers` without `aligned=True`. Received: components={components}"
+            )
+        self.principal = PrincipalComponents(self.feature_dim, components)
+        self.components = self.feature_dim = components
 
     @property
     def metric(self) -> str:
@@ -192,7 +209,8 @@ class FeatureExtractor(keras.Model):
             maps = local.combined(self._inner_maps(images))
             if self.aligned:
                 return self.whitening(maps)
-            return (maps - self.channel_mean) / self.channel_deviation
+            maps = (maps - self.channel_mean) / self.channel_deviation
+            return maps if self.principal is None else self.principal(maps)
         features = tf.cast(self.backbone(images, training=False), tf.float32)
         features = tf.math.l2_normalize(features, axis=-1)
         if not self.standardized:
@@ -266,6 +284,7 @@ class FeatureExtractor(keras.Model):
             "layers": self.layer_names,
             "standardized": self.standardized,
             "aligned": self.aligned,
+            "components": self.components,
             "resize": self.resize,
             "mean": self.mean,
             "std": self.std,

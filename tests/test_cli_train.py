@@ -176,6 +176,10 @@ def test_a_step_takes_64_images_or_all(images, expected):
     assert image_options.batch_size({"batch_size": None}, images) == expected
     assert image_options.batch_size({"batch_size": 7}, images) == 7
     assert image_options.batch_size({"batch_size": None}, None) == 64
+    with pytest.raises(
+        UsageError, match=r"at most the number of images to train on, 41\. Received: 42"
+    ):
+        image_options.batch_size({"batch_size": 42}, np.zeros(41))
 
 
 def write_rectangles(folder, count):

@@ -26,15 +26,24 @@ def test_runs_are_measured_once_and_told(monkeypatch, tmp_path, capsys):
     for name, value in (("ROWS", (50,)), ("KEPT", (200,)), ("DEFAULT", (50, 200))):
         monkeypatch.setattr(local_table, name, value)
     arguments = [f"--runs_dir={tmp_path}", "--train_steps=10"]
-    for only in ("bank,mono", "standardized,mono", "tokens,mono,blocks_1", "mono,cut_paste"):
+    for only in (
+        "bank,mono",
+        "components-mono-64",
+        "standardized,mono",
+        "tokens,mono,blocks_1",
+        "mono,cut_paste",
+    ):
         local_table.main([*arguments, f"--only={only}"])
     found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert set(found) == {
         "bank-mono-50of200-0",
+        "components-mono-64-0",
         "standardized-mono-raw-0",
         "tokens-mono-blocks_1-0",
         "negatives-mono-in_distribution-cut_paste-0",
     }
+    channels = {one["experiment"]: one["channels"] for one in found.values()}
+    assert channels["components"] == 64 < channels["bank"]
     for one in found.values():
         # Maps of random weights are so small that all scores are one, unless standardized.
         assert one["auroc"] > 0.9 or one["setting"] == "raw"

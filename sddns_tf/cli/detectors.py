@@ -44,6 +44,7 @@ def check_layers(config: dict[str, Any], model: Any, resolution: tuple[int, int]
             resolution,
             layers=options["layers"],
             aligned=options["aligned"],
+            components=options["components"],
         )
         if options["ignore"] is not None:
             local.counted_places(options["ignore"], extractor.map_size)

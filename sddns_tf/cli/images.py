@@ -125,9 +125,19 @@ def batch_size(config: dict[str, Any], training: np.ndarray | None) -> int:
     Args:
         config: Resolved configuration.
         training: The images to train on, or None if they are streamed.
+
+    Raises:
+        UsageError: If a step would take more images than there are.
     """
-    fewest = _BATCH_SIZE if training is None else min(_BATCH_SIZE, len(training))
-    return config["batch_size"] or fewest
+    given = config["batch_size"]
+    if training is None:
+        return given or _BATCH_SIZE
+    if given is not None and given > len(training):
+        raise UsageError(
+            "--batch_size must be at most the number of images to train on, "
+            f"{len(training)}. Received: {given}"
+        )
+    return given or min(_BATCH_SIZE, len(training))
 
 
 def bank(

@@ -136,6 +136,7 @@ def _detector(detector: Any) -> dict[str, Any]:
         "layers": extractor.layer_names,
         "standardized": extractor.standardized,
         "aligned": extractor.aligned,
+        "components": extractor.components,
         "resolution": extractor.resolution,
         "resize": extractor.resize,
         "image_size": extractor.image_size,

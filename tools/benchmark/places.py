@@ -18,8 +18,10 @@ import sys
 from tools.benchmark import harness
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# Side of the map of a 224 px image, its channels, and rows of the bank; 5,000 are the default.
-SCORES = ((28, 160, 10_000), (28, 160, 5_000), (14, 160, 10_000))
+CHANNELS = 160
+# Side of the map of a 224 px image, rows of the bank, and principal components that are compared.
+# The default is all channels and 5,000 rows.
+SCORES = ((28, 10_000, None), (28, 10_000, 64), (28, 5_000, None), (14, 10_000, None))
 IMAGES = (1_000, 10_000)
 
 
@@ -49,22 +51,26 @@ def scores(settings):
     network = tf.function(models.vit(*shape))
     image = tf.zeros((1, shape[0], shape[0], 3))
     rng = np.random.default_rng(0)
-    for side, channels, rows in SCORES:
-        bank = rng.normal(size=(rows, channels)).astype(np.float32)
-        maps = rng.normal(size=(20, side, side, channels)).astype(np.float32)
-        detector = sddns_tf.Detector.from_features(one_convolution(side, channels), bank, maps)
-        score = tf.function(detector.scores)
-        features = tf.constant(maps[:1])
+    for side, rows, components in SCORES:
+        extractor = one_convolution(side, CHANNELS, components)
+        bank = rng.normal(size=(rows, extractor.feature_dim)).astype(np.float32)
+        maps = rng.normal(size=(20, side, side, extractor.feature_dim)).astype(np.float32)
+        detector = sddns_tf.Detector.from_features(extractor, bank, maps)
+        reduce = extractor.principal or tf.identity
+        score = tf.function(lambda x, d=detector, reduce=reduce: d.scores(reduce(x))["ood_score"])
+        channels = tf.constant(rng.normal(size=(1, side, side, CHANNELS)).astype(np.float32))
 
-        def ours(score=score, features=features):
-            return score(features)["ood_score"].numpy()
+        def ours(score=score, channels=channels):
+            return score(channels).numpy()
 
         times = harness.take_turns(ours, lambda: network(image).numpy(), settings.rounds)
-        name = f"score of {side} x {side} places of {channels} channels, {rows:,} rows"
+        name = f"score of {side} x {side} places of {CHANNELS} channels, {rows:,} rows"
+        if components:
+            name += f", by {components} components"
         yield harness.durations(name, "ViT-S/16 forward", times)
 
 
-def one_convolution(side, channels):
+def one_convolution(side, channels, components=None):
     """Return a fast extractor of maps `(side, side, channels)` from 224 px images."""
     import keras
 
@@ -75,7 +81,7 @@ def one_convolution(side, channels):
     stride = 224 // side
     maps = keras.layers.Conv2D(channels, stride, stride, name="maps")(images)
     network = keras.Model(images, keras.layers.GlobalAveragePooling2D()(maps))
-    return FeatureExtractor(network, layers="maps")
+    return FeatureExtractor(network, layers="maps", components=components)
 
 
 def measured_apart(count, threads):

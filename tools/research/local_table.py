@@ -13,6 +13,8 @@ At the end the tables of all runs are printed in Markdown. Experiments:
 - `bank`: the number of rows in the bank, and of places kept from which the coreset chooses them,
   with EfficientNet-lite0 trained on ImageNet, 224 px, strides 8 and 16. Milliseconds are CPU time
   on one thread to score one image from its feature maps.
+- `components`: the default bank, of all channels or of principal components: see
+  `sddns_tf.components`. Milliseconds include their projection.
 - `standardized`: the default bank without standardizing channels (`raw`).
 - `tokens`: which block of a small vision transformer, trained on the cells, gives the maps.
 - `negatives`: a small convolutional network, untrained or trained on the cells: without negatives,
@@ -45,6 +47,7 @@ TYPES = ("mono", "poly")
 ROWS = (1_000, 5_000, 10_000)
 KEPT = (10_000, 50_000, 100_000)
 DEFAULT = (5_000, 100_000)
+COMPONENTS = (152, 128, 96, 64, 32)  # 152 are all
 NEGATIVES = ("untrained", "none", "auxiliary-rot90", "in_distribution-cut_paste")
 BATCH_SIZE = 32
 SIDE, DEPTH = 64, 4
@@ -180,7 +183,7 @@ def maps_of(make_network, kind, layers, side):
     return extractor, Cells(*maps)
 
 
-def measured(extractor, maps, rows, kept, standardized=True):
+def measured(extractor, maps, rows, kept, standardized=True, components=None):
     """Return the measurements of a local detector with `rows` rows chosen from `kept` places."""
     moments, reservoir = Moments(extractor.feature_dim), Reservoir(kept, seed=0)
     for image in maps.bank:
@@ -190,16 +193,26 @@ def measured(extractor, maps, rows, kept, standardized=True):
     mean, deviation = np.zeros(1, np.float32), np.ones(1, np.float32)
     if standardized:
         mean, deviation = (x.astype("float32") for x in (moments.mean, moments.deviation))
-    bank = coreset((reservoir.rows - mean) / deviation, rows, seed=0)
+    places = (reservoir.rows - mean) / deviation
+    extractor = FeatureExtractor(
+        extractor.backbone,
+        extractor.image_size,
+        layers=extractor.layer_names,
+        components=components,
+    )
+    reduced = extractor.principal or tf.identity
+    if extractor.principal:
+        extractor.principal.assign(places)
+    bank = reduced(coreset(places, rows, seed=0)).numpy()
     calibration = (maps.calibration - mean) / deviation
-    detector = sddns_tf.Detector.from_features(extractor, bank, calibration)
-    answer = tf.function(lambda raw: detector.answer((raw - mean) / deviation))
+    detector = sddns_tf.Detector.from_features(extractor, bank, reduced(calibration).numpy())
+    answer = tf.function(lambda raw: detector.answer(reduced((raw - mean) / deviation)))
     answers = [[answer(raw[i : i + 1]) for i in range(len(raw))] for raw in maps[2:]]
     scores, flagged = (
         [np.concatenate([one[name] for one in each]) for each in answers]
         for name in ("ood_score", "is_ood")
     )
-    score = tf.function(lambda one: detector.scores(one)["anomaly_map"])
+    score = tf.function(lambda one: detector.scores(reduced(one))["anomaly_map"])
     return {
         "auroc": float(metrics.ood_metrics(*scores)["auroc"]),
         "fresh_flagged": float(flagged[0].mean()),
@@ -230,10 +243,12 @@ def imagenet_network():
 
 def run(experiment, kind, setting, seed):
     """Return the measurements of one run."""
-    if experiment in ("bank", "standardized"):
+    if experiment in ("bank", "components", "standardized"):
         found = maps_of(imagenet_network, kind, "auto", 224)
         if experiment == "bank":
             return measured(*found, *map(int, setting.split("of")))
+        if experiment == "components":
+            return measured(*found, *DEFAULT, components=setting if setting < 152 else None)
         return measured(*found, *DEFAULT, setting == "standardized")
     network, layers = small_transformer, setting
     if experiment == "negatives":
@@ -255,6 +270,7 @@ def runs():
     banks.sort(key=lambda bank: bank != DEFAULT)
     for kind in TYPES:
         yield from (("bank", kind, f"{r}of{kept}", 0) for r, kept in banks)
+        yield from (("components", kind, number, 0) for number in COMPONENTS)
         yield "standardized", kind, "raw", 0
     for seed in seeds:
         for kind in TYPES:
@@ -264,7 +280,7 @@ def runs():
 
 def print_tables(results):
     """Print a table of each experiment in Markdown."""
-    for experiment in ("bank", "standardized", "tokens", "negatives"):
+    for experiment in ("bank", "components", "standardized", "tokens", "negatives"):
         found = [result for result in results if result["experiment"] == experiment]
         if not found:
             continue
