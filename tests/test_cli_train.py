@@ -88,6 +88,11 @@ WRONG_DETECTORS = [
     (["detector.bank_method=median"], "`bank_method` must be one of .*'median'"),
     (["detector.layers=nowhere"], "no layer of that name.*Received: layers='nowhere'"),
     (["detector.aligned=true"], "pass `layers` as well. Received: aligned=True without layers"),
+    (["detector.components=64"], "pass `layers` without `aligned=True`. Received: components=64"),
+    (
+        ["detector.layers=auto", "detector.components=64", "backbone.stages=[8,8,8,8]"],
+        "`components` must be an int from 2 to 7. Received: components=64",
+    ),
     (
         ["detector.layers=auto", "detector.ignore=none.png", "backbone.stages=[8,8,8,8]"],
         "none.png",
@@ -157,6 +162,7 @@ def test_few_photographs_need_no_options(image_sets, tmp_path):
             f"--data=npz:{image_sets}/grass.npz", "--limit=45", "--layers=auto", "--epochs=1",
             "--set=backbone.stages=[8,8,8]", "--set=head.num_prototypes=16",
             "--set=head.hidden_dim=16", "--set=views.local_views=0", f"--output_dir={tmp_path}",
+            "--set=detector.components=4",
         ]
     )  # fmt: skip
     derived = json.loads((tmp_path / "config.json").read_text())["derived"]
@@ -167,6 +173,7 @@ def test_few_photographs_need_no_options(image_sets, tmp_path):
     assert (derived["training_images"], derived["calibration_images"]) == (26, 19)
     detector = keras.saving.load_model(tmp_path / "detector.keras")
     assert detector.extractor.layer_names == ("stage_3",)
+    assert detector.bank.shape[1] == detector.extractor.components == 4
     image = np.zeros((1, 32, 32, 3), np.uint8)
     assert detector.predict(image, verbose=0)["anomaly_map"].shape == (1, 8, 8)
 

@@ -167,6 +167,7 @@ def test_the_texts_show_code():
 SMALLER = (
     ('efficientnet_lite0("lite0.weights.h5")', "efficientnet_lite0()"),
     ("bank_size=10_000", "bank_size=100"),
+    ("components=64", "components=4"),
     ("sddns_tf.vit_small(", "sddns_tf.VisionTransformer(hidden_dim=16, depth=1, num_heads=2, "),
     ("local_views=4", "local_views=0"),
     ("epochs=100", "epochs=1"),
