@@ -137,6 +137,8 @@ def bank_of_places(extractor, images, counted, size, seed=0, **options):
 
 def with_plain_maps(extractor):
     """Return an extractor with the same backbone, whose maps are neither whitened nor reduced."""
+    if not extractor.aligned and extractor.principal is None:
+        return extractor
     config = {**extractor.get_config(), "aligned": False, "components": None}
     return type(extractor)(**{**config, "backbone": extractor.backbone})
 

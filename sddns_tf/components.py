@@ -1,4 +1,4 @@
-"""Principal components of places: fewer channels to compare, and as good."""
+"""Principal components of places: fewer channels to compare."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class PrincipalComponents(keras.layers.Layer):
         Args:
             rows: Standardized channels of some thousand places, float `(N, channels)`.
         """
-        # Their mean is nearly 0, so this is their covariance, and as many components as rows exist.
+        # Their mean is nearly 0, so this is their covariance. With few rows the last directions are
+        # arbitrary, and no row has a part along them.
         products = np.asarray(rows, np.float64).T @ rows
         _, directions = np.linalg.eigh(products)  # the largest last
         self.directions.assign(directions[:, : -self.components : -1])
