@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import re
 import shutil
 import types
 
@@ -358,10 +359,10 @@ def test_the_reader_cuts_as_the_detector_does(image_sets, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data=folder:nowhere"], "nowhere"),
-        (["--data=folder:bad"], "text.png"),
-        (["--data=npz:missing.npz"], "missing.npz"),
-        (["--data=folder:good", "--batch_size=64"], "batch_size"),
+        (["--data=folder:nowhere"], "--data: .*nowhere"),
+        (["--data=folder:bad"], "--data: .*text.png"),
+        (["--data=npz:missing.npz"], "--data: .*missing.npz"),
+        (["--data=folder:good", "--batch_size=64"], r"--batch_size must be .*, 1\. Received: 64"),
     ],
 )
 def test_images_that_cannot_be_used_are_named(tmp_path, monkeypatch, arguments, message, capsys):
@@ -373,5 +374,4 @@ def test_images_that_cannot_be_used_are_named(tmp_path, monkeypatch, arguments, 
     more = ["--resolution=16", "--calibration=folder:good", "--output_dir=out"]
     assert cli.main(["train", *arguments, *more]) == 1
     told = capsys.readouterr().err
-    assert told.startswith("sddns train: --data: ")
-    assert message in told
+    assert re.match(f"sddns train: {message}", told, re.DOTALL)
