@@ -115,7 +115,7 @@ def bank_of_places(extractor, images, counted, size, seed=0, **options):
         **options: `batch_size` and `verbose` of `stream_features`.
 
     Returns:
-        Standardized features of places, float32 `(at most size, C)`.
+        Features of places as the extractor then gives them, float32 `(at most size, C)`.
     """
     plain = with_plain_maps(extractor)
     moments = Moments(plain.feature_dim)

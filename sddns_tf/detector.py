@@ -217,8 +217,9 @@ class Detector(keras.Model):
                 needed, and scoring takes less time. With `layers` of few channels: each place has
                 a matrix of the channels' number squared.
             components: None, or how many channels places are reduced to: their principal components
-                over the bank and the length of the rest. Scoring then takes so much less time and
-                the bank so much less memory, and fine damage may rank worse. Not if aligned.
+                over the bank and the length of the rest: see `components.PrincipalComponents`. The
+                bank is smaller and scoring faster in proportion, and fine damage may rank worse.
+                Not if aligned.
             standardize: Whether each channel of the L2-normalized features is standardized by its
                 mean and deviation over the bank, and distances are compared in place of cosines,
                 as for places. Pass `model.standardizes_features` of the `SelfDistillation`: where
@@ -414,8 +415,8 @@ class Detector(keras.Model):
 
         For an extractor with layers, the bank's features are those of places, `(M, C)`, and the
         calibration's are whole maps, `(N, h, w, C)`, both standardized by the bank's mean and
-        standard deviation: see `FeatureExtractor.standardize`. For an aligned extractor, the bank
-        is the mean, zeros `(1, C)`.
+        standard deviation: see `FeatureExtractor.standardize`. With components, both are reduced to
+        these. For an aligned extractor, the bank is the mean, zeros `(1, C)`.
 
         Args:
             extractor: `FeatureExtractor` that gave the features. The detector uses it without

@@ -91,11 +91,11 @@ class FeatureExtractor(keras.Model):
 
     Returns:
         Float32 features `(B, D)`, of L2 norm 1 unless standardized; with layers, feature maps
-        `(B, h, w, C)`.
+        `(B, h, w, C)`, where C is the number of components if there are any.
 
     Raises:
-        ValueError: If the backbone's input size is unknown, its output is not `(B, D)`, or a layer
-            gives no map of at least 2 x 2 places.
+        ValueError: If the backbone's input size is unknown, its output is not `(B, D)`, a layer
+            gives no map of at least 2 x 2 places, or there are not more channels than components.
 
     References:
         Roth et al., "Towards Total Recall in Industrial Anomaly Detection" (PatchCore), CVPR 2022:
