@@ -655,6 +655,11 @@ def test_with_auxiliary_resizes_floats_within_range():
     assert batch["auxiliary"].numpy().max() == 255.0
 
 
+def test_the_end_of_an_epoch_waits_for_no_tuning_thread(coffee, chelsea):
+    batches = data.with_auxiliary(data.load(coffee, batch_size=2), data.load(chelsea, batch_size=2))
+    assert batches.options().autotune.enabled is False
+
+
 def test_with_auxiliary_of_unknown_and_infinite_length():
     images = numbered(10, 4).filter(lambda batch: True)
     assert images.cardinality() == tf.data.UNKNOWN_CARDINALITY

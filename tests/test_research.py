@@ -12,6 +12,7 @@ from toy_sets import tiles, write_tfds
 import sddns_tf
 from tools.research import (
     ablate_score,
+    accuracy_per_minute,
     baselines_cifar10,
     cifar10,
     compare_exports,
@@ -153,6 +154,24 @@ def test_neighbors_tell_classes(detector_file, data_dir, capsys):
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["features"] for row in rows] == ["pixels", "untrained", "detector"]
     assert all(0 <= row["knn"] <= 1 for row in rows)
+
+
+def test_accuracy_is_looked_at_as_minutes_pass(data_dir, tmp_path, monkeypatch, capsys):
+    network = {"small": lambda: sddns_tf.ConvNet((8, 16))}
+    monkeypatch.setattr(accuracy_per_minute, "networks", lambda: network)
+    path = tmp_path / "records.json"
+    arguments = [data_dir, "--in_distribution=lawn", "--minutes=0.005,0.01", f"--json={path}"]
+    accuracy_per_minute.main([*arguments, "--seeds=0"])
+    (found,) = json.loads(path.read_text()).values()
+    assert found["images_per_second"] > 0
+    assert list(found["accuracy"]) == ["0", "0.005", "0.01"]
+    assert all(0 <= accuracy <= 1 for accuracy in found["accuracy"].values())
+    capsys.readouterr()
+    monkeypatch.setattr(accuracy_per_minute, "measure", None)  # it is not done again
+    accuracy_per_minute.main([*arguments, "--seeds=0"])
+    heading, _, row = capsys.readouterr().out.splitlines()
+    assert heading == "| network | parameters | images/s | 0 min | 0.005 min | 0.01 min |"
+    assert row.startswith("| small | ")
 
 
 def test_a_run_is_recorded_once(data_dir, tmp_path, capsys):

@@ -145,10 +145,7 @@ def load(
             f"Received: batch_size={batch_size} for {name_of(source)} of "
             f"{int(records.cardinality())} images"
         )
-    # With several machines, each takes a part of every batch, instead of a part of the files.
-    options = tf.data.Options()
-    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
-    return dataset.map(_image_of).prefetch(tf.data.AUTOTUNE).with_options(options)
+    return dataset.map(_image_of).prefetch(tf.data.AUTOTUNE).with_options(_options())
 
 
 def load_arrays(
@@ -217,6 +214,7 @@ def load_arrays(
     )
     records = opened.records if limit is None else opened.records.take(limit)
     dataset = _batched(opened, records, 256, drop_remainder=False).prefetch(2)
+    dataset = dataset.with_options(_options())
     if with_labels and "label" not in dataset.element_spec:
         raise ValueError(no_labels)
     batches = list(dataset.as_numpy_iterator())
@@ -322,6 +320,17 @@ def _batched(opened, records, batch_size, drop_remainder):
         return records.map(opened.decode, num_parallel_calls=tf.data.AUTOTUNE)
     examples = records.map(opened.decode, num_parallel_calls=tf.data.AUTOTUNE)
     return examples.batch(batch_size, drop_remainder=drop_remainder)
+
+
+def _options():
+    options = tf.data.Options()
+    # With several machines, each takes a part of every batch, instead of a part of the files.
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+    # The thread that tunes a pipeline sleeps for twice as long each time, up to a minute. On few or
+    # busy cores it misses the signal to stop, and the end of an epoch waits until it wakes up.
+    # Without it, AUTOTUNE means one thread for each core.
+    options.autotune.enabled = False
+    return options
 
 
 def _image_of(example):

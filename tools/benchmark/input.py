@@ -1,6 +1,7 @@
 """Training steps fed from image files, against the same step on one batch in memory.
 
-The files are a folder of PNG images and, if it is in `TFDS_DATA_DIR`, `cifar10`.
+The files are a folder of PNG images and, if it is in `TFDS_DATA_DIR`, `cifar10`. Then short epochs
+of `fit`, against the same while tf.data tunes the pipeline, whose end waits for the tuning thread.
 """
 
 import itertools
@@ -15,6 +16,8 @@ import sddns_tf
 from tools.benchmark import harness, models
 
 BATCH, STEPS = 64, 3
+# What the end of an epoch waits for depends on how long the epoch took.
+EPOCHS = (2, 3, 5, 7)
 
 
 def run(settings):
@@ -42,6 +45,24 @@ def run(settings):
             sides = fed_by(read), fed_by(itertools.repeat(next(read)))
             times = harness.take_turns(*sides, settings.rounds)
             yield harness.rates(f"input, {name}", "a batch in memory", times, STEPS * BATCH)
+    yield whole_epochs(model, settings.rounds)
+
+
+def whole_epochs(model, rounds):
+    """Return the record of epochs of `fit`, of several lengths."""
+    images = np.zeros((BATCH * max(EPOCHS), 32, 32, 3), np.uint8)
+    batches = sddns_tf.data.load(images, batch_size=BATCH)
+    batches = sddns_tf.data.with_auxiliary(batches, batches)
+    options = tf.data.Options()
+    options.autotune.enabled = True
+
+    def fit(batches):
+        for steps in EPOCHS:
+            model.fit(batches.take(steps), verbose=0)
+
+    sides = (lambda: fit(batches)), (lambda: fit(batches.with_options(options)))
+    times = harness.take_turns(*sides, rounds)
+    return harness.rates("input, epochs of `fit`", "tuned by tf.data", times, sum(EPOCHS) * BATCH)
 
 
 def write_png_files(folder, count):
