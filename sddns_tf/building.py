@@ -6,6 +6,7 @@ import numpy as np
 
 from sddns_tf.aligned import PlaceMoments
 from sddns_tf.bank import METHODS, Reservoir, coreset, ood_score
+from sddns_tf.components import check_reducible
 from sddns_tf.features import stream_features
 from sddns_tf.local import Moments
 from sddns_tf.validation import check_choice, check_int, check_number
@@ -71,11 +72,7 @@ def check_options(
             "`ignore` names places, and this detector compares whole images: pass `layers` as "
             "well. Received: ignore without layers"
         )
-    if components is not None and (aligned or not local):
-        raise ValueError(
-            "`components` reduces the channels of places that are not aligned: leave it out, or "
-            f"pass `layers` without `aligned=True`. Received: {components=}, {aligned=}"
-        )
+    check_reducible(components, local, aligned)
     if aligned and (bank_size is not None or k not in (None, 1)):
         raise ValueError(
             "With `aligned=True` the bank has one row, the mean of each place: leave out "

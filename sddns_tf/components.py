@@ -12,6 +12,21 @@ from sddns_tf.types import Array
 from sddns_tf.validation import check_int
 
 
+def check_reducible(components: int | None, local: bool, aligned: bool) -> None:
+    """Raise a `ValueError` if there are components, but no maps or aligned ones.
+
+    Args:
+        components: Int or None.
+        local: Whether places are compared.
+        aligned: Whether each place is compared with the same place only.
+    """
+    if components is not None and (aligned or not local):
+        raise ValueError(
+            "`components` reduces the channels of places that are not aligned: leave it out, or "
+            f"pass `layers` without `aligned=True`. Received: {components=}, {aligned=}"
+        )
+
+
 @keras.saving.register_keras_serializable("sddns_tf")
 class PrincipalComponents(keras.layers.Layer):
     """Reduces standardized channels to their principal components and the length of the rest.

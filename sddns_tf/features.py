@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from sddns_tf import image_ops, local
 from sddns_tf.aligned import PlaceWhitening
-from sddns_tf.components import PrincipalComponents
+from sddns_tf.components import PrincipalComponents, check_reducible
 from sddns_tf.image_sources import image_source
 from sddns_tf.networks import check_names, copy_of
 from sddns_tf.replicas import applied, local_devices, on_all_devices
@@ -173,11 +173,7 @@ class FeatureExtractor(keras.Model):
         self.feature_dim = int(sum(channels for *_, channels in grids))
 
     def _prepare_components(self, components):
-        if self.map_size is None or self.aligned:
-            raise ValueError(
-                "`components` reduces the channels of maps that are not aligned: leave it out, or "
-                f"pass `layers` without `aligned=True`. Received: components={components}"
-            )
+        check_reducible(components, self.map_size is not None, self.aligned)
         self.principal = PrincipalComponents(self.feature_dim, components)
         self.components = self.feature_dim = components
 

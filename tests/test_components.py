@@ -207,5 +207,5 @@ def test_a_wrong_number_is_told_before_any_image_is_read(options, message):
 
 @pytest.mark.parametrize("options", [{}, {"layers": "eight", "aligned": True}], ids=str)
 def test_only_maps_that_are_not_aligned_have_components(options):
-    with pytest.raises(ValueError, match="`components` reduces the channels of maps"):
+    with pytest.raises(ValueError, match="`components` reduces the channels of places"):
         FeatureExtractor(wide(), 64, components=16, **options)
