@@ -126,8 +126,8 @@ def make_backbone():
     Any Keras model from images to one vector each would do.
 
     Textures are local and minutes are short: convolutions learn them sooner than attention. The
-    feature is the mean and spread of each channel, and the spread of the first layer, because
-    normalization takes the images' contrast out of the others.
+    feature is the mean and spread of each channel of the last layer, and of the first, because
+    normalization takes the images' light and contrast out of the others.
     """
 
     def spread(x):
@@ -140,8 +140,10 @@ def make_backbone():
         x = layers.Activation("gelu")(layers.GroupNormalization(8)(x))
         x = layers.Conv2D(width, 3, strides=2, padding="same")(x)
     x = layers.Activation("gelu")(layers.GroupNormalization(8)(x))
-    features = [spread(first), layers.GlobalAveragePooling2D()(x), spread(x)]
-    return keras.Model(images, layers.Concatenate()(features))
+    mean = layers.GlobalAveragePooling2D()
+    return keras.Model(
+        images, layers.Concatenate()([mean(first), spread(first), mean(x), spread(x)])
+    )
 
 
 def train(data, steps, negatives):

@@ -21,7 +21,7 @@ from sddns_tf import building, files, image_ops, second_voice
 from sddns_tf.bank import compress, coreset, ood_score
 from sddns_tf.calibration import ending_at, largest_flagged_rank, merged, rounding, snapped
 from sddns_tf.features import FeatureExtractor, extract_features, image_size_of, stream_features
-from sddns_tf.image_sources import image_source
+from sddns_tf.image_sources import batches_of, image_source
 from sddns_tf.local import counted_places, smoothed
 from sddns_tf.networks import is_standardized
 from sddns_tf.types import Array
@@ -726,6 +726,8 @@ class Detector(keras.Model):
             ValueError: If `x` is empty or does not hold images in 0-255.
         """
         x = image_source(x, "x", allow_nan=True)
+        if hasattr(x, "shape") and steps is None:
+            x, batch_size = batches_of(x, 32 if batch_size is None else batch_size), None
         return super().predict(x, batch_size, verbose, steps, callbacks)
 
     def save(self, filepath: str | os.PathLike, *args, **kwargs) -> None:

@@ -8,7 +8,13 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
-from sddns_tf.validation import check_form, image_array, out_of_range, warn_of_black
+from sddns_tf.validation import (
+    check_form,
+    check_int,
+    image_array,
+    out_of_range,
+    warn_of_black,
+)
 
 
 def image_source(x, name="x", *, trains=False, allow_nan=False):
@@ -51,6 +57,27 @@ def image_source(x, name="x", *, trains=False, allow_nan=False):
         f"`{name}` must be images, an array or a list, or batches of images: a tf.data.Dataset, an "
         f"iterator or a keras.utils.PyDataset. Received: {type(x).__name__}"
     )
+
+
+def untuned(dataset):
+    """Return a `tf.data.Dataset` whose end does not wait for the thread that tunes it.
+
+    That thread sleeps twice as long each time, up to a minute. On one core, and often on two busy
+    ones, it misses the signal to stop, and whoever reads the last batch waits until it wakes up.
+    Without it, `AUTOTUNE` means one thread for each core.
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)
+
+
+def batches_of(images, batch_size):
+    """Return the batches of an array, in order, as a `tf.data.Dataset` that is not tuned."""
+    check_int("batch_size", batch_size)
+    images = tf.convert_to_tensor(images)
+    starts = tf.data.Dataset.range(0, len(images), batch_size)
+    batches = starts.map(lambda start: images[start : start + batch_size])
+    return untuned(batches.prefetch(2))
 
 
 def image_batch(x, name="x"):

@@ -511,3 +511,24 @@ def test_predict_names_wrong_images():
     ]:
         with pytest.raises(ValueError, match=message):
             detector.predict(wrong, verbose=0)
+
+
+def test_an_array_is_predicted_batch_by_batch():
+    detector, images = make_detector(), grass(7, 2)
+    expected, batches = detector(images)["ood_score"], []
+
+    class Count(keras.callbacks.Callback):
+        def on_predict_batch_end(self, batch, logs=None):
+            batches.append(batch)
+
+    for options, number, count in [
+        ({"batch_size": 3}, 3, 7),
+        ({"batch_size": 3, "steps": 2}, 2, 6),
+        ({}, 1, 7),
+    ]:
+        batches.clear()
+        scores = detector.predict(images, verbose=0, callbacks=[Count()], **options)["ood_score"]
+        np.testing.assert_allclose(scores, expected[:count], atol=1e-5)
+        assert len(batches) == number
+    with pytest.raises(ValueError, match=r"`batch_size` must be a positive int\. Received: .*=0"):
+        detector.predict(images, batch_size=0, verbose=0)

@@ -19,6 +19,7 @@ from sddns_tf.data.datasets import open_dataset
 from sddns_tf.data.folder import MAX_PIXELS, Folder
 from sddns_tf.data.pixels import Shaping, name_of
 from sddns_tf.data.tfds import open_tfds
+from sddns_tf.image_sources import untuned
 from sddns_tf.validation import check_bool, check_choice, check_int
 
 __all__ = ["image_files", "load", "load_arrays", "with_auxiliary"]
@@ -145,7 +146,11 @@ def load(
             f"Received: batch_size={batch_size} for {name_of(source)} of "
             f"{int(records.cardinality())} images"
         )
-    return dataset.map(_image_of).prefetch(tf.data.AUTOTUNE).with_options(_options())
+    # With several machines, each takes a part of every batch, instead of a part of the files.
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+    dataset = dataset.map(_image_of).prefetch(tf.data.AUTOTUNE).with_options(options)
+    return untuned(dataset)
 
 
 def load_arrays(
@@ -213,8 +218,7 @@ def load_arrays(
         exclude_labels=exclude_labels,
     )
     records = opened.records if limit is None else opened.records.take(limit)
-    dataset = _batched(opened, records, 256, drop_remainder=False).prefetch(2)
-    dataset = dataset.with_options(_options())
+    dataset = untuned(_batched(opened, records, 256, drop_remainder=False).prefetch(2))
     if with_labels and "label" not in dataset.element_spec:
         raise ValueError(no_labels)
     batches = list(dataset.as_numpy_iterator())
@@ -320,17 +324,6 @@ def _batched(opened, records, batch_size, drop_remainder):
         return records.map(opened.decode, num_parallel_calls=tf.data.AUTOTUNE)
     examples = records.map(opened.decode, num_parallel_calls=tf.data.AUTOTUNE)
     return examples.batch(batch_size, drop_remainder=drop_remainder)
-
-
-def _options():
-    options = tf.data.Options()
-    # With several machines, each takes a part of every batch, instead of a part of the files.
-    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
-    # The thread that tunes a pipeline sleeps for twice as long each time, up to a minute. On few or
-    # busy cores it misses the signal to stop, and the end of an epoch waits until it wakes up.
-    # Without it, AUTOTUNE means one thread for each core.
-    options.autotune.enabled = False
-    return options
 
 
 def _image_of(example):
