@@ -353,8 +353,38 @@ def print_table(results):
         print("|", " | ".join(cells), "|")
 
 
+def print_differences(results):
+    """Print what negatives add to none: mean over networks, 95 % interval (Student's t).
+
+    A network's difference is the mean over the seeds that have both runs.
+    """
+    from scipy import stats
+
+    after = {}
+    for result in results:
+        if result["settings"] == "default":
+            key = tuple(result[part] for part in ("data", "negatives", "backbone", "seed"))
+            after[key] = compared(result)[1]
+    for data, negatives in itertools.product(DATA, NEGATIVES[1:]):
+        pairs = {}
+        for key, value in after.items():
+            without = (data, NEGATIVES[0], *key[2:])
+            if key[:2] == (data, negatives) and without in after:
+                pairs.setdefault(key[2], []).append(value - after[without])
+        networks = [sum(found) / len(found) for found in pairs.values()]
+        if len(networks) > 1:
+            low, high = stats.t.interval(
+                0.95, len(networks) - 1, sum(networks) / len(networks), stats.sem(networks)
+            )
+            runs = sum(map(len, pairs.values()))
+            print(
+                f"{data}, {negatives} minus none: {(low + high) / 2:+.3f} ± {(high - low) / 2:.3f}"
+                f" ({len(networks)} networks, {runs} pairs of runs)"
+            )
+
+
 def main(argv=None):
-    """Do the missing runs, then print the table of all runs."""
+    """Do the missing runs, then print the table of all runs and what negatives add."""
     parser().parse_args(argv, FLAGS)
     only = [part for part in FLAGS.only.split(",") if part]
     runs_dir = pathlib.Path(FLAGS.runs_dir)
@@ -376,7 +406,9 @@ def main(argv=None):
         before, after = compared(result)
         say(f"  {before:.3f} to {after:.3f}")
         path.write_text(json.dumps(result, indent=1))
-    print_table([json.loads(path.read_text()) for path in sorted(runs_dir.glob("*.json"))])
+    results = [json.loads(path.read_text()) for path in sorted(runs_dir.glob("*.json"))]
+    print_table(results)
+    print_differences(results)
 
 
 if __name__ == "__main__":
