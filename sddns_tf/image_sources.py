@@ -8,13 +8,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
-from sddns_tf.validation import (
-    check_form,
-    check_int,
-    image_array,
-    out_of_range,
-    warn_of_black,
-)
+from sddns_tf.validation import check_form, check_int, image_array, out_of_range, warn_of_black
 
 
 def image_source(x, name="x", *, trains=False, allow_nan=False):
@@ -74,7 +68,8 @@ def untuned(dataset):
 def batches_of(images, batch_size):
     """Return the batches of an array, in order, as a `tf.data.Dataset` that is not tuned."""
     check_int("batch_size", batch_size)
-    images = tf.convert_to_tensor(images)
+    with tf.device("CPU:0"):  # A GPU would hold all of them.
+        images = tf.convert_to_tensor(images)
     starts = tf.data.Dataset.range(0, len(images), batch_size)
     batches = starts.map(lambda start: images[start : start + batch_size])
     return untuned(batches.prefetch(2))

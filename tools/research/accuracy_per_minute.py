@@ -83,7 +83,7 @@ def measure(normal, make_network, seed, minutes):
 
 
 def print_table(records):
-    """Print the mean over seeds of each network as a Markdown table."""
+    """Print a Markdown table with a row for each network and the accuracy of each seed."""
     marks = list(next(iter(records.values()))["accuracy"])
     print("| network | parameters | images/s |", *(f" {mark} min |" for mark in marks), sep="")
     print("|---|" + "--:|" * (2 + len(marks)))
