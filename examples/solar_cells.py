@@ -21,7 +21,7 @@ Prints for each type, and for both types in one detector, how well each of `--ne
 - `fine_tuned`: as `aligned`, and trained further on the cells by self-distillation with negatives.
 - `scratch`: as `aligned`, with a small network that is trained on the cells alone in the same way.
 
-The first five are the default and take some four minutes on two free CPU cores; the other two
+The first five are the default and take four to five minutes on two free CPU cores; the other two
 train, for two to four minutes each per type. The last five can say where: `--output_dir` gets a
 report that shows the maps, plus a `.keras` and a `.tflite` file for each. `results.json` holds all
 figures; what is in it is not run again.
