@@ -713,7 +713,7 @@ class Detector(keras.Model):
         Args:
             x: Images `(N, H, W, 3)`, uint8 or float in 0-255, a list of images of one size, or
                 batches of images: a `tf.data.Dataset`, a generator or a `keras.utils.PyDataset`.
-            batch_size: Images per step, 32 by default; a dataset has its own.
+            batch_size: Positive int, images per step, 32 by default; a dataset has its own.
             verbose: As in Keras.
             steps: As in Keras.
             callbacks: As in Keras.

@@ -358,7 +358,9 @@ def print_differences(results):
 
     A network's difference is the mean over the seeds that have both runs.
     """
-    from scipy import stats
+    import numpy as np
+
+    from tools.research.make_results import half_width
 
     after = {}
     for result in results:
@@ -371,15 +373,12 @@ def print_differences(results):
             without = (data, NEGATIVES[0], *key[2:])
             if key[:2] == (data, negatives) and without in after:
                 pairs.setdefault(key[2], []).append(value - after[without])
-        networks = [sum(found) / len(found) for found in pairs.values()]
+        networks = [np.mean(found) for found in pairs.values()]
         if len(networks) > 1:
-            low, high = stats.t.interval(
-                0.95, len(networks) - 1, sum(networks) / len(networks), stats.sem(networks)
-            )
-            runs = sum(map(len, pairs.values()))
             print(
-                f"{data}, {negatives} minus none: {(low + high) / 2:+.3f} ± {(high - low) / 2:.3f}"
-                f" ({len(networks)} networks, {runs} pairs of runs)"
+                f"{data}, {negatives} minus none: {np.mean(networks):+.3f} ± "
+                f"{half_width(networks):.3f} ({len(networks)} networks, "
+                f"{sum(map(len, pairs.values()))} pairs of runs)"
             )
 
 
