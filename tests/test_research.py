@@ -158,7 +158,7 @@ def test_neighbors_tell_classes(detector_file, data_dir, capsys):
 
 def test_accuracy_is_looked_at_as_minutes_pass(data_dir, tmp_path, monkeypatch, capsys):
     network = {"small": lambda: sddns_tf.ConvNet((8, 16))}
-    monkeypatch.setattr(accuracy_per_minute, "networks", lambda: network)
+    monkeypatch.setattr(accuracy_per_minute, "candidates", lambda: network)
     path = tmp_path / "records.json"
     arguments = [data_dir, "--in_distribution=lawn", "--minutes=0.005,0.01", f"--json={path}"]
     accuracy_per_minute.main([*arguments, "--seeds=0"])

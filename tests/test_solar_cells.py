@@ -120,6 +120,20 @@ def test_any_number_of_calibration_images_keeps_the_promise_on_average(
         assert low <= rows[count]["mean"][1] <= high
 
 
+def test_a_classifier_with_labels_stands_beside_detectors(output, capsys, flags_of_others):
+    from tools.research import inspection_table, with_labels
+
+    if not (output / "mono_frozen").exists():
+        run(output, "--types=mono", "--networks=frozen")
+    with_labels.main([f"--output_dir={output}", "--limit=60"])
+    record = json.loads((output / "labels_mono.json").read_text())
+    assert record["images"] == [48, 12, 60]
+    assert 0.6 < record["auroc"] <= 1.0
+    capsys.readouterr()
+    inspection_table.main([f"--runs={output}"])
+    assert f"| mono | with labels | 1 | {record['auroc']:.3f} |" in capsys.readouterr().out
+
+
 def test_patchcore_scores_by_the_nearest_place():
     """Against distances computed one by one, and the weight of its paper's equation 7."""
     torch = pytest.importorskip("torch")

@@ -19,23 +19,24 @@ import numpy as np
 
 from sddns_tf import files
 from sddns_tf.cli.console import say
-from tools.research import cifar10, defaults_table
+from tools.research import cifar10
 
 BATCH_SIZE = 64
 
 
-def networks():
+def candidates():
     """Return functions that make the networks, by name."""
     import sddns_tf
+    from tools.research import networks
 
     return {
         "ConvNet((16, 32, 64))": lambda: sddns_tf.ConvNet((16, 32, 64)),
         "ConvNet(), the default": sddns_tf.ConvNet,
         "ConvNet((64, 128, 256))": lambda: sddns_tf.ConvNet((64, 128, 256)),
-        "three 3x3 convolutions": lambda: defaults_table.plain(32),
-        "residual, batch normalization": lambda: defaults_table.resnet(32),
-        "depthwise": lambda: defaults_table.depthwise(32),
-        "vision transformer 96/4/3": lambda: defaults_table.vit(32),
+        "three 3x3 convolutions": networks.plain,
+        "residual, batch normalization": networks.resnet,
+        "depthwise": networks.depthwise,
+        "vision transformer 96/4/3": lambda: networks.vit(cifar10.SIDE),
     }
 
 
@@ -121,7 +122,7 @@ def train_missing(settings, records, path):
     normal = cifar10.read_normal(settings)
     minutes = [float(mark) for mark in settings.minutes.split(",")]
     for seed in map(int, settings.seeds.split(",")):
-        for name, make_network in networks().items():
+        for name, make_network in candidates().items():
             key = f"{name}, seed {seed}"
             if key in records:
                 continue

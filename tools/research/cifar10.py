@@ -27,6 +27,7 @@ from sddns_tf import data, features, files, metrics, schedules, sensitivity
 from sddns_tf.callbacks import training_state
 from sddns_tf.cli import sources
 from sddns_tf.validation import check_int
+from tools.research import networks
 
 SIDE = 32
 EPOCHS = 4  # entries in the log of a run
@@ -140,31 +141,8 @@ def backbone(settings):
     if settings.network == "convnet":
         return sddns_tf.ConvNet((width, 2 * width, 4 * width))
     if settings.network == "vit":
-        return sddns_tf.VisionTransformer(
-            SIDE, patch_size=4, hidden_dim=width, depth=4, num_heads=width // 32
-        )
-    return depthwise(width)
-
-
-def depthwise(width):
-    """Return four blocks of depthwise convolution and dense layers, pooled by mean and spread.
-
-    The records in docs/results and the detector `cifar10-small` use this network.
-    """
-    layers = keras.layers
-    images = keras.Input((None, None, 3))
-    x = layers.Conv2D(width, 4, strides=2, padding="same")(images)
-    for block, channels in enumerate((width, width, 2 * width, 2 * width)):
-        if block == 2:
-            x = layers.LayerNormalization(epsilon=1e-6)(x)
-            x = layers.Conv2D(channels, 2, strides=2)(x)
-        y = layers.DepthwiseConv2D(5, padding="same")(x)
-        y = layers.LayerNormalization(epsilon=1e-6)(y)
-        y = layers.Dense(2 * channels, activation="gelu")(y)
-        x = layers.Add()([x, layers.Dense(channels)(y)])
-    spread = keras.ops.sqrt(keras.ops.var(x, axis=(1, 2)) + 1e-4)
-    features = layers.Concatenate()([layers.GlobalAveragePooling2D()(x), spread])
-    return keras.Model(images, features)
+        return networks.vit(SIDE, width)
+    return networks.depthwise(width)
 
 
 def optimizer(settings, steps):

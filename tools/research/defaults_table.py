@@ -55,90 +55,6 @@ def parser():
     return found
 
 
-def plain(image_size):
-    """Return three 3x3 convolutions with group normalization."""
-    del image_size
-    import keras
-
-    images = x = keras.Input((None, None, 3))
-    for index, width in enumerate((32, 64, 128)):
-        x = keras.layers.Conv2D(width, 3, strides=2 if index else 1, padding="same")(x)
-        x = keras.layers.Activation("relu")(keras.layers.GroupNormalization(8)(x))
-    return keras.Model(images, keras.layers.GlobalAveragePooling2D()(x))
-
-
-def depthwise(image_size):
-    """Return four residual blocks of a depthwise 5x5 convolution and two dense layers."""
-    del image_size
-    import keras
-
-    layers = keras.layers
-    images = keras.Input((None, None, 3))
-    x = layers.Conv2D(32, 4, strides=2, padding="same")(images)
-    for block, width in enumerate((32, 32, 64, 64)):
-        if block == 2:
-            x = layers.Conv2D(width, 2, strides=2)(layers.LayerNormalization(epsilon=1e-6)(x))
-        y = layers.DepthwiseConv2D(5, padding="same")(x)
-        y = layers.LayerNormalization(epsilon=1e-6)(y)
-        y = layers.Dense(2 * width, activation="gelu")(y)
-        x = layers.Add()([x, layers.Dense(width)(y)])
-    spread = keras.ops.sqrt(keras.ops.var(x, axis=(1, 2)) + 1e-4)
-    return keras.Model(images, layers.Concatenate()([layers.GlobalAveragePooling2D()(x), spread]))
-
-
-def resnet(image_size):
-    """Return three residual blocks with batch normalization."""
-    del image_size
-    import keras
-
-    layers = keras.layers
-
-    def convolution(x, width, size, strides=1):
-        x = layers.Conv2D(width, size, strides, padding="same", use_bias=False)(x)
-        return layers.BatchNormalization()(x)
-
-    images = keras.Input((None, None, 3))
-    x = layers.Activation("relu")(convolution(images, 32, 3, 2))
-    for index, width in enumerate((32, 64, 128)):
-        strides = 2 if index else 1
-        y = layers.Activation("relu")(convolution(x, width, 3, strides))
-        y = convolution(y, width, 3)
-        x = layers.Add()([convolution(x, width, 1, strides), y])
-        x = layers.Activation("relu")(x)
-    return keras.Model(images, layers.GlobalAveragePooling2D()(x))
-
-
-def mobilenet_v3(image_size):
-    """Return the minimalistic MobileNetV3Small of `keras.applications`."""
-    del image_size
-    import keras
-
-    return keras.applications.MobileNetV3Small(
-        input_shape=(None, None, 3),
-        minimalistic=True,
-        include_top=False,
-        weights=None,
-        pooling="avg",
-        include_preprocessing=False,
-    )
-
-
-def vit(image_size):
-    """Return a vision transformer of width 96 with 4 blocks of 3 heads and 8 x 8 patches."""
-    import sddns_tf
-
-    return sddns_tf.VisionTransformer(
-        image_size, patch_size=image_size // 8, hidden_dim=96, depth=4, num_heads=3
-    )
-
-
-def vit_tiny(image_size):
-    """Return ViT-Ti with 8 x 8 patches."""
-    import sddns_tf
-
-    return sddns_tf.vit_tiny(image_size=image_size, patch_size=image_size // 8)
-
-
 def read_data(name):
     """Return training, bank, test and auxiliary images, and labels or OOD sets for the test."""
     import numpy as np
@@ -215,6 +131,7 @@ def make_model(data, backbone, negatives, settings, seed):
     import keras
 
     import sddns_tf
+    from tools.research import networks
 
     keras.utils.set_random_seed(seed)
     size = data["training"].shape[1]
@@ -223,7 +140,7 @@ def make_model(data, backbone, negatives, settings, seed):
     if settings == "paper":
         constants = {"head": sddns_tf.ProjectionHead(), **sddns_tf.SelfDistillation.PAPER}
     model = sddns_tf.SelfDistillation(
-        backbone=globals()[backbone](size),
+        backbone=networks.BY_NAME[backbone](size),
         views=sddns_tf.MultiCrop(size, local_views=0),
         negatives=None if negatives == "none" else sddns_tf.Negatives(shift, source),
         seed=seed,

@@ -4,8 +4,9 @@ r"""Put several splits of `examples/solar_cells.py` together, paired by split.
     python examples/solar_cells.py --split_seed=1 --output_dir=solar/1
     python -m tools.research.inspection_table --runs=solar/0,solar/1
 
-Reads the `results.json` of each folder and, where it is there, `patchcore_TYPE.json`, which
-`tools.benchmark.inspection` printed for the same split. Prints in Markdown, for each type of cell
+Reads the `results.json` of each folder and, where they are there, `patchcore_TYPE.json` and
+`labels_TYPE.json`, which `tools.benchmark.inspection` and `tools.research.with_labels` wrote for
+the same split. Prints in Markdown, for each type of cell
 and network, the mean AUROC over splits, the difference from `--reference` paired by split with its
 95 % interval (Student's t), and how many fresh sound cells of all splits were flagged.
 
@@ -21,7 +22,8 @@ import numpy as np
 
 from tools.research.make_results import signed
 
-PARTNER = "PatchCore"
+# Beside the example's networks: the beginning of a file's name, and that of its row.
+OTHERS = {"patchcore": "PatchCore", "labels": "with labels"}
 
 
 def parser():
@@ -41,9 +43,11 @@ def read(folder):
     for network, by_kind in json.loads((folder / "results.json").read_text()).items():
         for kind, figures in by_kind.items():
             found[kind, network] = figures
-    for path in folder.glob("patchcore_*.json"):
-        record = json.loads(path.read_text())
-        found[path.stem.partition("_")[2], PARTNER] = {"auroc": record["auroc"][1]}
+    for file, name in OTHERS.items():
+        for path in sorted(folder.glob(f"{file}_*.json")):
+            # PatchCore's file has our AUROC first and then its own.
+            auroc = np.ravel(json.loads(path.read_text())["auroc"])[-1]
+            found[path.stem.partition("_")[2], name] = {"auroc": float(auroc)}
     return found
 
 
