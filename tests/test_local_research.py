@@ -29,6 +29,7 @@ def test_runs_are_measured_once_and_told(monkeypatch, tmp_path, capsys):
     for only in (
         "bank,mono",
         "components-mono-64",
+        "aligned-mono-block_4-",
         "standardized,mono",
         "tokens,mono,blocks_1",
         "mono,cut_paste",
@@ -38,13 +39,17 @@ def test_runs_are_measured_once_and_told(monkeypatch, tmp_path, capsys):
     assert set(found) == {
         "bank-mono-50of200-0",
         "components-mono-64-0",
+        "aligned-mono-block_4-0",
         "standardized-mono-raw-0",
         "tokens-mono-blocks_1-0",
         "negatives-mono-in_distribution-cut_paste-0",
     }
     channels = {one["experiment"]: one["channels"] for one in found.values()}
     assert channels["components"] == 64 < channels["bank"]
-    for one in found.values():
+    aligned = found["aligned-mono-block_4-0"]
+    assert aligned["map_size"] == [28, 28] and aligned["channels"] == 40
+    assert aligned["auroc"] > 0.9 and "milliseconds" not in aligned
+    for one in (one for one in found.values() if one is not aligned):
         # Maps of random weights are so small that all scores are one, unless standardized.
         assert one["auroc"] > 0.9 or one["setting"] == "raw"
         assert one["milliseconds"] > 0
@@ -54,4 +59,5 @@ def test_runs_are_measured_once_and_told(monkeypatch, tmp_path, capsys):
     path = tmp_path / "bank-mono-50of200-0.json"
     path.write_text(json.dumps({**found["bank-mono-50of200-0"], "auroc": 0.123}))
     local_table.main([*arguments, "--only=bank,mono"])  # read, not measured again
-    assert "| mono | 50of200 | 0 | 0.123 |" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "| mono | 50of200 | 0 | 0.123 |" in told

@@ -15,6 +15,8 @@ At the end the tables of all runs are printed in Markdown. Experiments:
   on one thread to score one image from its feature maps.
 - `components`: the default bank, of all channels or of principal components: see
   `sddns_tf.components`. Milliseconds include their projection.
+- `aligned`: each place compared with the same place only, by one layer of that network, scores
+  smoothed over 3 x 3 places: which layer is best.
 - `standardized`: the default bank without standardizing channels (`raw`).
 - `tokens`: which block of a small vision transformer, trained on the cells, gives the maps.
 - `negatives`: a small convolutional network, untrained or trained on the cells: without negatives,
@@ -48,9 +50,21 @@ ROWS = (1_000, 5_000, 10_000)
 KEPT = (10_000, 50_000, 100_000)
 DEFAULT = (5_000, 100_000)
 COMPONENTS = (152, 128, 96, 64, 32)  # 152 are all
+LAYERS = tuple(f"block_{number}" for number in (1, 2, 4, 7, 10, 14))
 NEGATIVES = ("untrained", "none", "auxiliary-rot90", "in_distribution-cut_paste")
 BATCH_SIZE = 32
 SIDE, DEPTH = 64, 4
+IMAGENET_SIDE = 224
+RUN = ("type", "setting", "seed")
+# Columns of the tables, with their number of decimals. Not every experiment has all.
+FIGURES = {
+    "auroc": 3,
+    "fresh_flagged": 3,
+    "defective_flagged": 3,
+    "whole_image_auroc": 3,
+    "milliseconds": 1,
+    "megabytes": 1,
+}
 UNRECORDED = ("runs_dir", "weights", "table_only")  # They say nothing of a run.
 
 
@@ -225,6 +239,30 @@ def measured(extractor, maps, rows, kept, standardized=True, components=None):
     }
 
 
+def measured_aligned(kind, layer):
+    """Return the measurements of an aligned detector of one layer."""
+    cells = read_cells(kind, IMAGENET_SIDE)
+    detector = sddns_tf.Detector.from_images(
+        imagenet_network(),
+        cells.bank,
+        cells.calibration,
+        image_size=IMAGENET_SIDE,
+        layers=layer,
+        aligned=True,
+        smoothing=3,
+        verbose=0,
+    )
+    answers = [detector.predict(images, verbose=0) for images in cells[2:]]
+    return {
+        "auroc": float(metrics.ood_metrics(*(one["ood_score"] for one in answers))["auroc"]),
+        "fresh_flagged": float(answers[0]["is_ood"].mean()),
+        "defective_flagged": float(answers[1]["is_ood"].mean()),
+        "map_size": detector.extractor.map_size,
+        "channels": detector.extractor.feature_dim,
+        "images": [len(images) for images in cells],
+    }
+
+
 def milliseconds(function, calls=15):
     """Return the median CPU time of a call, which other work hardly changes."""
     function()
@@ -243,8 +281,10 @@ def imagenet_network():
 
 def run(experiment, kind, setting, seed):
     """Return the measurements of one run."""
+    if experiment == "aligned":
+        return measured_aligned(kind, setting)
     if experiment in ("bank", "components", "standardized"):
-        found = maps_of(imagenet_network, kind, "auto", 224)
+        found = maps_of(imagenet_network, kind, "auto", IMAGENET_SIDE)
         if experiment == "bank":
             return measured(*found, *map(int, setting.split("of")))
         if experiment == "components":
@@ -271,6 +311,7 @@ def runs():
     for kind in TYPES:
         yield from (("bank", kind, f"{r}of{kept}", 0) for r, kept in banks)
         yield from (("components", kind, number, 0) for number in COMPONENTS)
+        yield from (("aligned", kind, layer, 0) for layer in LAYERS)
         yield "standardized", kind, "raw", 0
     for seed in seeds:
         for kind in TYPES:
@@ -280,19 +321,17 @@ def runs():
 
 def print_tables(results):
     """Print a table of each experiment in Markdown."""
-    for experiment in ("bank", "components", "standardized", "tokens", "negatives"):
+    for experiment in ("bank", "components", "aligned", "standardized", "tokens", "negatives"):
         found = [result for result in results if result["experiment"] == experiment]
         if not found:
             continue
         print(f"\n{experiment}\n\n| type | setting | seed | AUROC | fresh flagged |", end="")
         print(" defective flagged | whole image AUROC | ms | MB |\n|---|---|" + "--:|" * 7)
         for one in found:
-            whole = f"{one['whole_image_auroc']:.3f}" if "whole_image_auroc" in one else ""
-            print(
-                f"| {one['type']} | {one['setting']} | {one['seed']} | {one['auroc']:.3f} | "
-                f"{one['fresh_flagged']:.3f} | {one['defective_flagged']:.3f} | {whole} | "
-                f"{one['milliseconds']:.1f} | {one['megabytes']:.1f} |"
-            )
+            figures = [
+                f"{one[name]:.{digits}f}" if name in one else "" for name, digits in FIGURES.items()
+            ]
+            print("|", " | ".join([*(str(one[key]) for key in RUN), *figures]), "|")
 
 
 def main(argv=None):
