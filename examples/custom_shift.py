@@ -24,7 +24,7 @@ import tensorflow as tf
 from absl import app, flags
 
 import sddns_tf
-from sddns_tf import metrics, plots, schedules, sensitivity, shifts
+from sddns_tf import metrics, plots, sensitivity, shifts
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("output_dir", "custom_shift_output", "Folder to write the picture to.")
@@ -115,9 +115,6 @@ def train(images, shift):
         head=sddns_tf.ProjectionHead(
             num_prototypes=256, hidden_dim=256, bottleneck_dim=64, norm_last_layer=False
         ),
-        teacher_temperature=0.05,
-        teacher_momentum=0.98,
-        negative_weight=schedules.Linear(0.0, 0.5, int(0.4 * steps), int(0.1 * steps)),
         seed=FLAGS.seed,
     )
     model.compile(keras.optimizers.AdamW(2e-3, weight_decay=0.04))
@@ -146,12 +143,14 @@ def main(argv):
     for shift in SHIFTS:
         name = shifts.name_of(shift)
         print(f"Training with negatives by {name}")
+        model = train(training, shift)
         detector = sddns_tf.Detector.from_images(
-            train(training, shift).teacher_backbone,
+            model.teacher_backbone,
             bank_images=training,
             calibration_images=calibration,
             image_size=IMAGE_SIZE,
             k=20,
+            standardize=model.standardizes_features,
             verbose=0,
         )
         answers = [

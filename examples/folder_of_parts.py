@@ -59,24 +59,8 @@ flags.DEFINE_integer("seed", 0, "Random seed.")
 
 BATCH_SIZE = 32
 HELD_OUT_SHARE = 0.2
-LAYERS = ("stride4", "stride8")
-
-
-def make_backbone():
-    """Return a small convolutional network, because damage is local and photographs are few."""
-    layers = keras.layers
-    images = keras.Input((None, None, 3))
-    x = layers.Conv2D(32, 4, strides=2, padding="same")(images)
-    for stride, width in ((2, 32), (4, 64), (8, 96)):
-        y = layers.DepthwiseConv2D(5, padding="same")(x)
-        y = layers.LayerNormalization(epsilon=1e-6)(y)
-        y = layers.Dense(64, activation="gelu")(y)
-        x = layers.Add(name=f"stride{stride}")([x, layers.Dense(x.shape[-1])(y)])
-        x = layers.Conv2D(width, 2, strides=2)(layers.LayerNormalization(epsilon=1e-6)(x))
-    # The spread of a channel over the image reveals what is in one place only; its mean does not.
-    spread = keras.ops.sqrt(keras.ops.var(x, axis=(1, 2)) + 1e-4)
-    features = layers.Concatenate()([layers.GlobalAveragePooling2D()(x), spread])
-    return keras.Model(images, features)
+# Whose places are compared: half and a quarter of the resolution.
+LAYERS = ("stage_2", "stage_3")
 
 
 def load(folder):
@@ -99,19 +83,16 @@ def train(images):
     """Return a model trained on good parts, with negatives made from them by a shift."""
     steps = FLAGS.steps
     model = sddns_tf.SelfDistillation(
-        backbone=make_backbone(),
+        backbone=sddns_tf.ConvNet((16, 32, 64)),
         # Camera and light do not change, so views are nearly whole images without color jitter.
         views=sddns_tf.MultiCrop(
             FLAGS.image_size, local_views=2, global_area=(0.6, 1.0), color_jitter=0, grayscale=0
         ),
-        # Parts assembled in a wrong order. See docs/negatives.md for other choices.
-        negatives=sddns_tf.Negatives("perm16", source="in_distribution"),
+        # Local damage: a piece of another place. See docs/negatives.md for other choices.
+        negatives=sddns_tf.Negatives("cut_paste", source="in_distribution"),
         head=sddns_tf.ProjectionHead(
             num_prototypes=512, hidden_dim=256, bottleneck_dim=64, norm_last_layer=False
         ),
-        teacher_temperature=0.05,
-        teacher_momentum=0.98,
-        negative_weight=schedules.Linear(0.0, 0.5, int(0.4 * steps), int(0.1 * steps)),
         seed=FLAGS.seed,
     )
     rate = schedules.WarmupCosine(2e-3, 1e-5, steps, warmup_steps=steps // 10)

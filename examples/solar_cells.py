@@ -111,33 +111,16 @@ def pretrained_network():
     return sddns_tf.backbones.efficientnet_lite0(str(weights))
 
 
-def small_network():
-    """Return a small convolutional network; damage is local, and photographs are few."""
-    layers = keras.layers
-    images = keras.Input((None, None, 3))
-    x = layers.Conv2D(32, 4, strides=2, padding="same")(images)
-    for stride, width in ((2, 32), (4, 64), (8, 96)):
-        y = layers.DepthwiseConv2D(5, padding="same")(x)
-        y = layers.LayerNormalization(epsilon=1e-6)(y)
-        y = layers.Dense(64, activation="gelu")(y)
-        x = layers.Add(name=f"stride{stride}")([x, layers.Dense(x.shape[-1])(y)])
-        x = layers.Conv2D(width, 2, strides=2)(layers.LayerNormalization(epsilon=1e-6)(x))
-    # The spread of a channel over the image reveals what is in one place only; its mean does not.
-    spread = keras.ops.sqrt(keras.ops.var(x, axis=(1, 2)) + 1e-4)
-    return keras.Model(images, layers.Concatenate()([layers.GlobalAveragePooling2D()(x), spread]))
-
-
-def trained(network, images, views, shift, steps, rate, **options):
+def trained(network, images, views, steps, rate, **options):
     """Return the teacher of a self-distillation with negatives made of the images themselves."""
     steps = FLAGS.steps or steps
     model = sddns_tf.SelfDistillation(
         backbone=network,
         views=views,
-        negatives=sddns_tf.Negatives(shift, source="in_distribution"),
+        negatives=sddns_tf.Negatives("cut_paste", source="in_distribution"),
         head=sddns_tf.ProjectionHead(
             num_prototypes=512, hidden_dim=256, bottleneck_dim=64, norm_last_layer=False
         ),
-        negative_weight=schedules.Linear(0.0, 0.5, int(0.4 * steps), int(0.1 * steps)),
         seed=FLAGS.split_seed,
         **options,
     )
@@ -165,7 +148,15 @@ def fine_tuned(images):
     views = sddns_tf.MultiCrop(
         128, local_views=0, global_area=(0.3, 1.0), color_jitter=0.3, grayscale=0
     )
-    return trained(network, images, views, "cut_paste", 100, 1e-4, teacher_momentum=0.99)
+    return trained(
+        network,
+        images,
+        views,
+        steps=100,
+        rate=1e-4,
+        teacher_momentum=0.99,
+        negative_weight=schedules.Linear(0.0, 0.5, end_step=40, start_step=10),
+    )
 
 
 def from_scratch(images):
@@ -174,18 +165,18 @@ def from_scratch(images):
     views = sddns_tf.MultiCrop(
         64, local_views=2, global_area=(0.6, 1.0), color_jitter=0, grayscale=0
     )
-    options = {"teacher_temperature": 0.05, "teacher_momentum": 0.98}
-    return trained(small_network(), images, views, "perm16", 250, 2e-3, **options)
+    network = sddns_tf.ConvNet((16, 32, 64), convolutions=2)
+    return trained(network, images, views, steps=250, rate=2e-3)
 
 
 # For each network: how to make it, the size at which it sees images, the layers compared, and
 # whether each place is compared with the same place of other cells or with any.
 NETWORKS = {
-    "untrained": (lambda images: sddns_tf.ConvNet(), 64, "stage_1", True),
+    "untrained": (lambda images: sddns_tf.ConvNet(convolutions=2), 64, "stage_1", True),
     "frozen": (lambda images: pretrained_network(), SIZE, "block_10", False),
     "aligned": (lambda images: pretrained_network(), SIZE, "block_4", True),
     "fine_tuned": (fine_tuned, SIZE, "block_4", True),
-    "scratch": (from_scratch, 128, ("stride8", "stride4", "stride2"), True),
+    "scratch": (from_scratch, 128, "stage_2", True),
 }
 
 

@@ -15,14 +15,16 @@ from sddns_tf.validation import check_int
 class ConvNet(keras.Model):
     """A small network of plain 3x3 convolutions, for images of any size.
 
-    Each stage is two convolutions, each with group normalization and GELU; from the second stage
-    on, the first convolution halves the resolution. The feature is the mean over all places. Stages
-    end in the layers `stage_1`, `stage_2`, ..., whose maps a local detector can compare.
+    Each stage is one convolution or more, each with group normalization and GELU; from the second
+    stage on, the first convolution halves the resolution. The feature is the mean over all places.
+    Stages end in the layers `stage_1`, `stage_2`, ..., whose maps a local detector can compare.
     Convolutions learn local structure in minutes where a vision transformer takes hours, and plain
-    ones make better use of a CPU than depthwise ones do.
+    ones make better use of a CPU than depthwise ones do. The default knew most after some minutes
+    of training of the networks that were compared: see docs/training.md.
 
     Args:
         stages: Number of channels of each stage, a multiple of `groups`.
+        convolutions: Number of convolutions in each stage.
         groups: Number of groups in each normalization.
         **kwargs: `name` and other arguments of `keras.Model`.
 
@@ -43,7 +45,14 @@ class ConvNet(keras.Model):
     >>> model = SelfDistillation(backbone, MultiCrop(image_size=32, local_views=2))
     """
 
-    def __init__(self, stages: Sequence[int] = (32, 64, 128), groups: Any = 8, **kwargs) -> None:
+    def __init__(
+        self,
+        stages: Sequence[int] = (32, 64, 128),
+        convolutions: int = 1,
+        groups: int = 8,
+        **kwargs,
+    ) -> None:
+        check_int("convolutions", convolutions)
         check_int("groups", groups)
         if not isinstance(stages, (list, tuple)) or not stages:
             raise ValueError(f"`stages` must be channels of each stage. Received: stages={stages}")
@@ -57,16 +66,24 @@ class ConvNet(keras.Model):
         images = keras.Input((None, None, 3))
         x = images
         for index, channels in enumerate(stages):
-            x = _convolution(x, channels, groups, strides=2 if index else 1)
-            x = _convolution(x, channels, groups, name=f"stage_{index + 1}")
+            for number in range(convolutions):
+                strides = 2 if index and not number else 1
+                name = f"stage_{index + 1}" if number == convolutions - 1 else None
+                x = _convolution(x, channels, groups, strides, name)
         features = layers.GlobalAveragePooling2D(name="features")(x)
         super().__init__(inputs=images, outputs=features, **kwargs)
         self.stages = tuple(stages)
+        self.convolutions = convolutions
         self.groups = groups
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor arguments."""
-        return {"name": self.name, "stages": self.stages, "groups": self.groups}
+        return {
+            "name": self.name,
+            "stages": self.stages,
+            "convolutions": self.convolutions,
+            "groups": self.groups,
+        }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
@@ -74,7 +91,7 @@ class ConvNet(keras.Model):
         return cls(**config)
 
 
-def _convolution(x, channels, groups, strides=1, name=None):
+def _convolution(x, channels, groups, strides, name):
     # The normalization has a bias of its own.
     x = layers.Conv2D(channels, 3, strides, padding="same", use_bias=False)(x)
     return layers.Activation("gelu", name=name)(layers.GroupNormalization(groups)(x))

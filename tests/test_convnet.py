@@ -33,30 +33,37 @@ def numpy_stage(x, weights, groups, strides):
     return gelu(normalized * gain + bias)
 
 
+@pytest.mark.parametrize(("convolutions", "all_strides"), [(1, (1, 2)), (2, (1, 1, 2, 1))])
 @pytest.mark.parametrize("size", [(8, 8), (7, 10)])
-def test_features_equal_a_numpy_network(size):
+def test_features_equal_a_numpy_network(size, convolutions, all_strides):
     keras.utils.set_random_seed(0)
-    network = sddns_tf.ConvNet(stages=(4, 8), groups=2)
+    network = sddns_tf.ConvNet(stages=(4, 8), convolutions=convolutions, groups=2)
     for weight in network.weights:
         weight.assign(weight + 0.1 * np.random.default_rng(1).normal(size=weight.shape))
     images = np.random.default_rng(0).normal(size=(3, *size, 3)).astype("float32")
     x, weights = images.astype("float64"), [w.numpy() for w in network.weights]
-    for index, strides in enumerate((1, 1, 2, 1)):
+    for index, strides in enumerate(all_strides):
         x = numpy_stage(x, weights[3 * index : 3 * index + 3], 2, strides)
     np.testing.assert_allclose(network(images), x.mean(axis=(1, 2)), atol=1e-5)
 
 
 def test_a_saved_network_is_the_same(tmp_path):
-    network = sddns_tf.ConvNet(stages=(8, 16), groups=4)
+    network = sddns_tf.ConvNet(stages=(8, 16), convolutions=2, groups=4)
     network.save(tmp_path / "network.keras")
     loaded = keras.saving.load_model(tmp_path / "network.keras")
     images = np.random.default_rng(0).normal(size=(2, 9, 9, 3)).astype("float32")
     np.testing.assert_array_equal(network(images), loaded(images))
-    assert (loaded.stages, loaded.groups) == ((8, 16), 4)
+    assert (loaded.stages, loaded.convolutions, loaded.groups) == ((8, 16), 2, 4)
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"stages": (30,)}, {"stages": ()}, {"stages": (8,), "groups": 0}]
+    "wrong",
+    [
+        {"stages": (30,)},
+        {"stages": ()},
+        {"stages": (8,), "groups": 0},
+        {"stages": (8,), "convolutions": 0},
+    ],
 )
 def test_wrong_stages_are_refused(wrong):
     with pytest.raises(ValueError, match="Received"):

@@ -30,10 +30,11 @@ def candidates():
     from tools.research import networks
 
     return {
-        "ConvNet((16, 32, 64))": lambda: sddns_tf.ConvNet((16, 32, 64)),
-        "ConvNet(), the default": sddns_tf.ConvNet,
-        "ConvNet((64, 128, 256))": lambda: sddns_tf.ConvNet((64, 128, 256)),
-        "three 3x3 convolutions": networks.plain,
+        "`ConvNet()`, the default": sddns_tf.ConvNet,
+        "two convolutions a stage": lambda: sddns_tf.ConvNet(convolutions=2),
+        "two convolutions, half as wide": lambda: sddns_tf.ConvNet((16, 32, 64), convolutions=2),
+        "two convolutions, twice as wide": lambda: sddns_tf.ConvNet((64, 128, 256), convolutions=2),
+        "the default with ReLU": networks.plain,
         "residual, batch normalization": networks.resnet,
         "depthwise": networks.depthwise,
         "vision transformer 96/4/3": lambda: networks.vit(cifar10.SIDE),

@@ -139,7 +139,8 @@ def backbone(settings):
     """Return the network of a run with new weights."""
     width = settings.width
     if settings.network == "convnet":
-        return sddns_tf.ConvNet((width, 2 * width, 4 * width))
+        # Two convolutions a stage, as in the protocol.
+        return sddns_tf.ConvNet((width, 2 * width, 4 * width), convolutions=2)
     if settings.network == "vit":
         return networks.vit(SIDE, width)
     return networks.depthwise(width)

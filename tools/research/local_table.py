@@ -131,17 +131,8 @@ def auxiliary_images(count=2_000):
 
 
 def small_network():
-    """Return a small depthwise network, because damage is local and cells are few."""
-    layers = keras.layers
-    images = keras.Input((None, None, 3))
-    x = layers.Conv2D(32, 4, strides=2, padding="same")(images)
-    for stride, width in ((2, 32), (4, 64), (8, 96)):
-        y = layers.DepthwiseConv2D(5, padding="same")(x)
-        y = layers.LayerNormalization(epsilon=1e-6)(y)
-        y = layers.Dense(64, activation="gelu")(y)
-        x = layers.Add(name=f"stride{stride}")([x, layers.Dense(x.shape[-1])(y)])
-        x = layers.Conv2D(width, 2, strides=2)(layers.LayerNormalization(epsilon=1e-6)(x))
-    return keras.Model(images, layers.GlobalAveragePooling2D()(x))
+    """Return a small network of plain convolutions, because damage is local and cells are few."""
+    return sddns_tf.ConvNet((16, 32, 64))
 
 
 def small_transformer():
@@ -164,9 +155,6 @@ def trained(make_network, kind, negatives, seed):
         ),
         negatives=sddns_tf.Negatives(shift, source) if shift else None,
         head=sddns_tf.ProjectionHead(512, hidden_dim=256, bottleneck_dim=64, norm_last_layer=False),
-        teacher_temperature=0.05,
-        teacher_momentum=0.98,
-        negative_weight=schedules.Linear(0.0, 0.5, int(0.4 * steps), int(0.1 * steps)),
         seed=seed,
     )
     if negatives == "untrained":
@@ -292,7 +280,7 @@ def run(experiment, kind, setting, seed):
         return measured(*found, *DEFAULT, setting == "standardized")
     network, layers = small_transformer, setting
     if experiment == "negatives":
-        network, layers = small_network, ("stride4", "stride8")
+        network, layers = small_network, ("stage_2", "stage_3")
     network = trained(network, kind, "none" if experiment == "tokens" else setting, seed)
     cells = read_cells(kind, SIDE)
     whole = sddns_tf.Detector.from_images(
