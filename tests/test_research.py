@@ -45,12 +45,13 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def detector_file(data_dir, tmp_path_factory):
-    """A detector of grass, with a bank that is not compressed."""
+    """A detector of grass that errs at times, with a bank that is not compressed."""
     keras.utils.set_random_seed(0)
     grass = tiles("grass", 180, SIDE)
     path = tmp_path_factory.mktemp("detector") / "grass.keras"
+    network = sddns_tf.ConvNet((8, 16), convolutions=2)
     sddns_tf.Detector.from_images(
-        sddns_tf.ConvNet((8, 16)), grass[:100], grass[100::2], image_size=SIDE, verbose=0
+        network, grass[:100], grass[100::2], image_size=SIDE, verbose=0
     ).save(path)
     return path
 
