@@ -9,7 +9,8 @@ each tells fresh pieces from the same pieces with drawn damage (AUROC), and its 
 rotations, which neither shift resembles. If there are no damaged images to test on, sensitivity is
 what can be compared, over several runs (`sddns sensitivity`). Writes a picture of the negatives.
 
-Takes about four minutes on two CPU cores. The wall is a photograph that comes with scikit-image
+Takes one to four minutes on two CPU cores. With seed 0, `cut_paste` reaches an AUROC of 0.998 on
+the drawn stains, which it resembles, and `perm16` 0.926: one run, of damage that is easy. The wall is a photograph that comes with scikit-image
 (`pip install -e ".[examples]"`).
 
 Reference: the idea of the shift is from Li et al., "CutPaste", arXiv 2104.04015.
