@@ -10,8 +10,8 @@ rotations, which neither shift resembles. If there are no damaged images to test
 what can be compared, over several runs (`sddns sensitivity`). Writes a picture of the negatives.
 
 Takes one to four minutes on two CPU cores. With seed 0, `cut_paste` reaches an AUROC of 0.998 on
-the drawn stains, which it resembles, and `perm16` 0.926: one run, of damage that is easy. The wall is a photograph that comes with scikit-image
-(`pip install -e ".[examples]"`).
+the drawn stains, which it resembles, and `perm16` 0.926: one run, of damage that is easy. The wall
+is a photograph that comes with scikit-image (`pip install -e ".[examples]"`).
 
 Reference: the idea of the shift is from Li et al., "CutPaste", arXiv 2104.04015.
 """
