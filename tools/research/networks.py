@@ -19,8 +19,8 @@ def plain():
 def depthwise(width=32):
     """Return four residual blocks of a depthwise 5x5 convolution and two dense layers.
 
-    The features are the mean and the spread of each channel. Older records in docs/results and the
-    detector `cifar10-small` use it, of width 64 and 32.
+    The features are the mean and the spread of each channel. The records in docs/results and the
+    detector `cifar10-small` use it.
     """
     images = keras.Input((None, None, 3))
     x = layers.Conv2D(width, 4, strides=2, padding="same")(images)
