@@ -71,7 +71,11 @@ def test_both_types_in_one_detector_have_a_promise_each(output, capsys):
     assert found["both: poly, calibrated apart"]["images"] == [12, 12, 60]
     # One bank: the scores, and so how they rank, do not depend on the calibration.
     assert found["both: mono"]["auroc"] == found["both: mono, calibrated apart"]["auroc"]
-    assert "| both: mono, calibrated apart | scratch |" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "| both: mono, calibrated apart | scratch |" in told
+    # One calibration promises nothing for a type, so that this is no row of the table.
+    assert "| both: mono | scratch |" not in told
+    assert f"scratch, mono: {found['both: mono']['fresh_flagged']:.1%}; scratch, poly: " in told
 
 
 @pytest.fixture

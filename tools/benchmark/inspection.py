@@ -31,17 +31,24 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 ROWS = 10_000
 
 
-def parser():
-    """Return the arguments."""
+def cells_parser(description):
+    """Return a parser with the options that say which cells the example was run on."""
     found = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = found.add_argument
     add("--output_dir", required=True, help="folder that the example wrote to")
     add("--type", default="mono", choices=("mono", "poly"), help="of the cells")
-    add("--network", default="frozen", help="whose detector the example wrote: frozen or aligned")
     add("--split_seed", type=int, default=0, help="that the example was given")
     add("--limit", type=int, help="that the example was given")
+    return found
+
+
+def parser():
+    """Return the arguments."""
+    found = cells_parser(__doc__)
+    add = found.add_argument
+    add("--network", default="frozen", help="whose detector the example wrote: frozen or aligned")
     add("--rows", type=int, default=ROWS, help="rows of PatchCore's bank")
     add("--rounds", type=int, default=30, help="calls on each side")
     return found

@@ -11,7 +11,6 @@ the draws. All draws are from the same photographs of one split, so that the ran
 choice among them.
 """
 
-import argparse
 import pathlib
 
 import keras
@@ -23,15 +22,9 @@ from tools.benchmark import inspection
 
 def parser():
     """Return the arguments."""
-    found = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    found = inspection.cells_parser(__doc__)
     add = found.add_argument
-    add("--output_dir", required=True, help="folder that the example wrote to")
-    add("--type", default="mono", choices=("mono", "poly"), help="of the cells")
     add("--network", default="frozen", help="whose detector the example wrote")
-    add("--split_seed", type=int, default=0, help="that the example was given")
-    add("--limit", type=int, help="that the example was given")
     add("--rate", type=float, default=0.05, help="promised rate of false alarms")
     add("--counts", default="20,40,60,80,118,150", help="numbers of images to calibrate with")
     add("--draws", type=int, default=1_000, help="for each number of images")

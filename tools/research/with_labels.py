@@ -17,7 +17,6 @@ worth for damage of a kind that nobody has labeled yet. Writes both mean AUROCs 
 `labels_TYPE.json`, which `inspection_table` puts beside the detectors.
 """
 
-import argparse
 import pathlib
 
 import numpy as np
@@ -33,15 +32,7 @@ STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
 
 def parser():
     """Return the arguments."""
-    found = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = found.add_argument
-    add("--output_dir", required=True, help="folder that the example wrote to")
-    add("--type", default="mono", choices=("mono", "poly"), help="of the cells")
-    add("--split_seed", type=int, default=0, help="that the example was given")
-    add("--limit", type=int, help="that the example was given")
-    return found
+    return inspection.cells_parser(__doc__)
 
 
 def pooled(images, extractors):
