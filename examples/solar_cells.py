@@ -159,20 +159,26 @@ def fine_tuned(images):
     )
 
 
+def untrained(images):
+    """Return a small network with random weights."""
+    del images
+    return sddns_tf.ConvNet(convolutions=2, activation="gelu")
+
+
 def from_scratch(images):
     """Return a small network that has seen nothing but sound cells."""
     # Camera and light do not change, so views are nearly whole images without color jitter.
     views = sddns_tf.MultiCrop(
         64, local_views=2, global_area=(0.6, 1.0), color_jitter=0, grayscale=0
     )
-    network = sddns_tf.ConvNet((16, 32, 64), convolutions=2)
+    network = sddns_tf.ConvNet((16, 32, 64), convolutions=2, activation="gelu")
     return trained(network, images, views, steps=250, rate=2e-3)
 
 
 # For each network: how to make it, the size at which it sees images, the layers compared, and
 # whether each place is compared with the same place of other cells or with any.
 NETWORKS = {
-    "untrained": (lambda images: sddns_tf.ConvNet(convolutions=2), 64, "stage_1", True),
+    "untrained": (untrained, 64, "stage_1", True),
     "frozen": (lambda images: pretrained_network(), SIZE, "block_10", False),
     "aligned": (lambda images: pretrained_network(), SIZE, "block_4", True),
     "fine_tuned": (fine_tuned, SIZE, "block_4", True),

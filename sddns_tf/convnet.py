@@ -8,16 +8,21 @@ from typing import Any, Self
 import keras
 from keras import layers
 
-from sddns_tf.validation import check_int
+from sddns_tf.group_normalization import GroupNormalization
+from sddns_tf.validation import check_choice, check_int
+
+_ACTIVATIONS = ("relu", "gelu")
 
 
 @keras.saving.register_keras_serializable("sddns_tf")
 class ConvNet(keras.Model):
     """A small network of plain 3x3 convolutions, for images of any size.
 
-    Each stage is one convolution or more, each with group normalization and GELU; from the second
-    stage on, the first convolution halves the resolution. The feature is the mean over all places.
-    Stages end in the layers `stage_1`, `stage_2`, ..., whose maps a local detector can compare.
+    Each stage is one convolution or more, each with group normalization and an activation; from the
+    second stage on, the first convolution halves the resolution. The feature is the mean over all
+    places. Stages end in the layers `stage_1`, `stage_2`, ..., whose maps a local detector can
+    compare.
+
     Convolutions learn local structure in minutes where a vision transformer takes hours, and plain
     ones make better use of a CPU than depthwise ones do. The default knew most after some minutes
     of training of the networks that were compared: see docs/training.md.
@@ -26,6 +31,7 @@ class ConvNet(keras.Model):
         stages: Number of channels of each stage, a multiple of `groups`.
         convolutions: Number of convolutions in each stage.
         groups: Number of groups in each normalization.
+        activation: `"relu"`, or `"gelu"`, which takes longer.
         **kwargs: `name` and other arguments of `keras.Model`.
 
     Call arguments:
@@ -35,7 +41,8 @@ class ConvNet(keras.Model):
         Features `(B, stages[-1])`.
 
     Raises:
-        ValueError: If the channels of a stage are not a positive multiple of `groups`.
+        ValueError: If the channels of a stage are not a positive multiple of `groups`, or there is
+            no such activation.
 
     Reference:
         Wu and He, "Group Normalization", arXiv 1803.08494.
@@ -50,10 +57,12 @@ class ConvNet(keras.Model):
         stages: Sequence[int] = (32, 64, 128),
         convolutions: int = 1,
         groups: int = 8,
+        activation: str = "relu",
         **kwargs,
     ) -> None:
         check_int("convolutions", convolutions)
         check_int("groups", groups)
+        check_choice("activation", activation, _ACTIVATIONS)
         if not isinstance(stages, (list, tuple)) or not stages:
             raise ValueError(f"`stages` must be channels of each stage. Received: stages={stages}")
         for channels in stages:
@@ -69,12 +78,15 @@ class ConvNet(keras.Model):
             for number in range(convolutions):
                 strides = 2 if index and not number else 1
                 name = f"stage_{index + 1}" if number == convolutions - 1 else None
-                x = _convolution(x, channels, groups, strides, name)
+                # The normalization has a bias of its own.
+                x = layers.Conv2D(channels, 3, strides, padding="same", use_bias=False)(x)
+                x = layers.Activation(activation, name=name)(GroupNormalization(groups)(x))
         features = layers.GlobalAveragePooling2D(name="features")(x)
         super().__init__(inputs=images, outputs=features, **kwargs)
         self.stages = tuple(stages)
         self.convolutions = convolutions
         self.groups = groups
+        self.activation = activation
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor arguments."""
@@ -83,15 +95,11 @@ class ConvNet(keras.Model):
             "stages": self.stages,
             "convolutions": self.convolutions,
             "groups": self.groups,
+            "activation": self.activation,
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         """Return the network that a configuration describes."""
-        return cls(**config)
-
-
-def _convolution(x, channels, groups, strides, name):
-    # The normalization has a bias of its own.
-    x = layers.Conv2D(channels, 3, strides, padding="same", use_bias=False)(x)
-    return layers.Activation("gelu", name=name)(layers.GroupNormalization(groups)(x))
+        # Files that were written before these were arguments say nothing of them.
+        return cls(**{"convolutions": 2, "activation": "gelu", **config})

@@ -13,8 +13,11 @@ def gelu(x):
     return x * 0.5 * (1.0 + erf(x / np.sqrt(2.0)))
 
 
-def numpy_stage(x, weights, groups, strides):
-    """Convolution, group normalization and GELU, written out."""
+ACTIVATIONS = {"relu": lambda x: np.maximum(x, 0.0), "gelu": gelu}
+
+
+def numpy_stage(x, weights, groups, strides, activation):
+    """Convolution, group normalization and activation, written out."""
     kernel, gain, bias = weights
     height, width = x.shape[1:3]
     total = [max((-(-side // strides) - 1) * strides + 3 - side, 0) for side in (height, width)]
@@ -30,30 +33,35 @@ def numpy_stage(x, weights, groups, strides):
     mean = grouped.mean(axis=(1, 3), keepdims=True)
     variance = grouped.var(axis=(1, 3), keepdims=True)
     normalized = ((grouped - mean) / np.sqrt(variance + 1e-3)).reshape(out.shape)
-    return gelu(normalized * gain + bias)
+    return ACTIVATIONS[activation](normalized * gain + bias)
 
 
 @pytest.mark.parametrize(("convolutions", "all_strides"), [(1, (1, 2)), (2, (1, 1, 2, 1))])
-@pytest.mark.parametrize("size", [(8, 8), (7, 10)])
-def test_features_equal_a_numpy_network(size, convolutions, all_strides):
+@pytest.mark.parametrize(("size", "activation"), [((8, 8), "relu"), ((7, 10), "gelu")])
+def test_features_equal_a_numpy_network(size, activation, convolutions, all_strides):
     keras.utils.set_random_seed(0)
-    network = sddns_tf.ConvNet(stages=(4, 8), convolutions=convolutions, groups=2)
+    network = sddns_tf.ConvNet((4, 8), convolutions, groups=2, activation=activation)
     for weight in network.weights:
         weight.assign(weight + 0.1 * np.random.default_rng(1).normal(size=weight.shape))
     images = np.random.default_rng(0).normal(size=(3, *size, 3)).astype("float32")
     x, weights = images.astype("float64"), [w.numpy() for w in network.weights]
     for index, strides in enumerate(all_strides):
-        x = numpy_stage(x, weights[3 * index : 3 * index + 3], 2, strides)
+        x = numpy_stage(x, weights[3 * index : 3 * index + 3], 2, strides, activation)
     np.testing.assert_allclose(network(images), x.mean(axis=(1, 2)), atol=1e-5)
 
 
 def test_a_saved_network_is_the_same(tmp_path):
-    network = sddns_tf.ConvNet(stages=(8, 16), convolutions=2, groups=4)
+    network = sddns_tf.ConvNet((8, 16), convolutions=2, groups=4, activation="gelu")
     network.save(tmp_path / "network.keras")
     loaded = keras.saving.load_model(tmp_path / "network.keras")
     images = np.random.default_rng(0).normal(size=(2, 9, 9, 3)).astype("float32")
     np.testing.assert_array_equal(network(images), loaded(images))
-    assert (loaded.stages, loaded.convolutions, loaded.groups) == ((8, 16), 2, 4)
+    assert loaded.get_config() == network.get_config()
+
+
+def test_a_configuration_of_an_older_file_means_the_older_network():
+    network = sddns_tf.ConvNet.from_config({"name": "old", "stages": [8], "groups": 4})
+    assert (network.convolutions, network.activation) == (2, "gelu")
 
 
 @pytest.mark.parametrize(
@@ -63,6 +71,7 @@ def test_a_saved_network_is_the_same(tmp_path):
         {"stages": ()},
         {"stages": (8,), "groups": 0},
         {"stages": (8,), "convolutions": 0},
+        {"stages": (8,), "activation": "rely"},
     ],
 )
 def test_wrong_stages_are_refused(wrong):

@@ -16,7 +16,15 @@ PACKAGE = ROOT / "sddns_tf"
 LEVELS = (
     ("types", "version", "pictures"),
     ("keras_private", "files", "validation", "replicas", "image_ops", "tracing"),
-    ("networks", "losses", "schedules", "metrics", "calibration", "image_sources"),
+    (
+        "networks",
+        "losses",
+        "schedules",
+        "metrics",
+        "calibration",
+        "image_sources",
+        "group_normalization",
+    ),
     ("vit", "convnet", "efficientnet_lite", "heads", "shifts", "bank", "local"),
     ("aligned", "components"),
     ("backbones", "dino_weights", "views", "features", "data"),

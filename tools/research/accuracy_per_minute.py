@@ -29,12 +29,17 @@ def candidates():
     import sddns_tf
     from tools.research import networks
 
+    def convnet(*stages, **options):
+        return lambda: sddns_tf.ConvNet(stages or (32, 64, 128), **options)
+
     return {
-        "`ConvNet()`, the default": sddns_tf.ConvNet,
-        "two convolutions a stage": lambda: sddns_tf.ConvNet(convolutions=2),
-        "two convolutions, half as wide": lambda: sddns_tf.ConvNet((16, 32, 64), convolutions=2),
-        "two convolutions, twice as wide": lambda: sddns_tf.ConvNet((64, 128, 256), convolutions=2),
-        "the default with ReLU": networks.plain,
+        "`ConvNet()`, the default": convnet(),
+        "the default with GELU": convnet(activation="gelu"),
+        "the default with Keras's normalization": networks.plain,
+        "half as wide": convnet(16, 32, 64),
+        "twice as wide": convnet(64, 128, 256),
+        "a fourth stage of 256 channels": convnet(32, 64, 128, 256),
+        "two convolutions a stage": convnet(convolutions=2),
         "residual, batch normalization": networks.resnet,
         "depthwise": networks.depthwise,
         "vision transformer 96/4/3": lambda: networks.vit(cifar10.SIDE),

@@ -132,7 +132,7 @@ def auxiliary_images(count=2_000):
 
 def small_network():
     """Return a small network of plain convolutions, because damage is local and cells are few."""
-    return sddns_tf.ConvNet((16, 32, 64))
+    return sddns_tf.ConvNet((16, 32, 64), activation="gelu")
 
 
 def small_transformer():

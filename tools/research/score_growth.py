@@ -58,7 +58,9 @@ def detector():
     import sddns_tf
     from sddns_tf.features import FeatureExtractor, extract_features
 
-    extractor = FeatureExtractor(sddns_tf.ConvNet(stages=(8, 16), convolutions=2), 32, 32)
+    extractor = FeatureExtractor(
+        sddns_tf.ConvNet((8, 16), convolutions=2, activation="gelu"), 32, 32
+    )
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (1_200, 32, 32, 3), dtype=np.uint8)
     features = extract_features(extractor, images, verbose=0)
