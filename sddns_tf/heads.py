@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 from keras import layers, ops
 
+from sddns_tf.gelu import gelu
 from sddns_tf.types import Array
 from sddns_tf.validation import check_bool, check_int
 
@@ -159,7 +160,7 @@ class ProjectionHead(keras.Model):
         """Map features `(..., D)` to float32 logits `(..., num_prototypes)`."""
         x = features
         for layer in self.mlp[:-1]:
-            x = ops.gelu(layer(x), approximate=False)
+            x = gelu(layer(x))
         x = ops.cast(self.mlp[-1](x), "float32")
         # `epsilon` is for the squared length.
         return self.last_layer(tf.math.l2_normalize(x, axis=-1, epsilon=1e-24))

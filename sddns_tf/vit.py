@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 from keras import layers, ops
 
+from sddns_tf.gelu import gelu
 from sddns_tf.keras_private import layers_of
 from sddns_tf.tracing import run_block
 from sddns_tf.types import Array
@@ -296,7 +297,7 @@ class TransformerBlock(layers.Layer):
             x = self.attention(self.attention_norm(tokens), wanted=wanted)
             tokens = tokens[:, :wanted] + self.drop_path.scaled(x, scales[0])
             x = self.mlp_hidden(self.mlp_norm(tokens))
-            x = self.mlp_output(ops.gelu(x, approximate=False))
+            x = self.mlp_output(gelu(x))
             return tokens + self.drop_path.scaled(x, scales[1])
 
         if recompute:

@@ -23,6 +23,7 @@ LEVELS = (
         "metrics",
         "calibration",
         "image_sources",
+        "gelu",
         "group_normalization",
     ),
     ("vit", "convnet", "efficientnet_lite", "heads", "shifts", "bank", "local"),

@@ -1,4 +1,4 @@
-"""The same vision transformer and training step in PyTorch."""
+"""The same networks and training step in PyTorch."""
 
 from tools.benchmark.harness import NoPartnerError
 
@@ -60,6 +60,28 @@ def vit(torch, size, patch, dim, depth, heads):
     return Network()
 
 
+def convnet(torch, *shape):
+    """Return the same convolutional network, with its maps laid out as they are faster."""
+    del shape
+    nn, layers, width = torch.nn, [], 3
+    for channels in (32, 64, 128):
+        strides = 2 if layers else 1
+        layers += [nn.Conv2d(width, channels, 3, strides, 1, bias=False)]
+        layers += [nn.GroupNorm(8, channels, eps=1e-3), nn.ReLU()]
+        width = channels
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network.to(memory_format=torch.channels_last)
+
+        def forward(self, images):
+            return self.network(images.contiguous(memory_format=torch.channels_last))
+
+    return Network()
+
+
 def features(torch, shape, images, bfloat16=False, compiled=False):
     """Return a function that computes the features of normalized images `(B, H, W, 3)`."""
     network = vit(torch, *shape).eval()
@@ -73,7 +95,7 @@ def features(torch, shape, images, bfloat16=False, compiled=False):
     return call
 
 
-def train_step(torch, shape, batch, bfloat16=False, compiled=False):
+def train_step(torch, shape, batch, bfloat16=False, compiled=False, make_backbone=vit):
     """Return a function that does one training step in PyTorch, with the same math as ours."""
     functional = torch.nn.functional
     dim = shape[2]
@@ -93,7 +115,7 @@ def train_step(torch, shape, batch, bfloat16=False, compiled=False):
         layers = []
         for index in range(3):
             layers += [torch.nn.Linear(sizes[index], sizes[index + 1]), torch.nn.GELU()]
-        return vit(torch, *shape), torch.nn.Sequential(*layers[:-1], Last())
+        return make_backbone(torch, *shape), torch.nn.Sequential(*layers[:-1], Last())
 
     (backbone, head), (teacher, teacher_head) = make(), make()
     student = [*backbone.parameters(), *head.parameters()]
