@@ -85,7 +85,8 @@ def train(images):
     """Return a model trained on good parts, with negatives made from them by a shift."""
     steps = FLAGS.steps
     model = sddns_tf.SelfDistillation(
-        backbone=sddns_tf.ConvNet(),
+        # Places were told apart a little better with GELU than with ReLU, the default.
+        backbone=sddns_tf.ConvNet(activation="gelu"),
         # Camera and light do not change, so views are nearly whole images without color jitter.
         views=sddns_tf.MultiCrop(
             FLAGS.image_size, local_views=2, global_area=(0.6, 1.0), color_jitter=0, grayscale=0

@@ -32,6 +32,16 @@ from tools.research import networks
 SIDE = 32
 EPOCHS = 4  # entries in the log of a run
 CHECKPOINT_STEPS = 100
+# From the width, `--width`.
+NETWORKS = {
+    "default": lambda width: sddns_tf.ConvNet((width, 2 * width, 4 * width)),
+    "convolutional": networks.depthwise,
+    # As in the small scale of the protocol.
+    "convnet": lambda width: sddns_tf.ConvNet(
+        (width, 2 * width, 4 * width), convolutions=2, activation="gelu"
+    ),
+    "vit": lambda width: networks.vit(SIDE, width),
+}
 PATHS = ("data_dir", "auxiliary_exclude", "output_dir")  # not recorded as settings of a run
 
 
@@ -60,10 +70,10 @@ def parser(description):
     add("--steps", type=int, default=2400, help="training steps, a multiple of 4")
     add("--sets", default="development", choices=["development", "test"], help="sets to measure on")
     add("--output_dir", default="results", help="folder to write results to")
-    add("--network", default="convolutional", choices=["convolutional", "convnet", "vit"])
-    add("--width", type=int, default=64, help="channels of the first stage, or width of a vit")
+    add("--network", default="default", choices=list(NETWORKS))
+    add("--width", type=int, default=32, help="channels of the first stage, or width of a vit")
     add("--learning_rate", type=float, default=2e-3, help="largest learning rate")
-    add("--batch_size", type=int, default=96, help="images per step")
+    add("--batch_size", type=int, default=128, help="images per step")
     add("--bank_images", type=int, default=10_000, help="training images in the bank")
     add("--ood_images", type=int, default=2_000, help="largest number of images per OOD set")
     return found
@@ -137,13 +147,7 @@ def training_batches(settings, images, auxiliary=None, first_batch=0):
 
 def backbone(settings):
     """Return the network of a run with new weights."""
-    width = settings.width
-    if settings.network == "convnet":
-        # Two convolutions a stage, as in the protocol.
-        return sddns_tf.ConvNet((width, 2 * width, 4 * width), convolutions=2)
-    if settings.network == "vit":
-        return networks.vit(SIDE, width)
-    return networks.depthwise(width)
+    return NETWORKS[settings.network](settings.width)
 
 
 def optimizer(settings, steps):

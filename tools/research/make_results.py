@@ -7,10 +7,6 @@ paired by seed; sensitivities, and how well they rank strategies. Means are over
 alone: sets that are synthetic (noise) or from the negatives' own source (validation images of the
 auxiliary set) are shown beside them but are in no mean. Rank correlations are also printed with
 these sets, to show what depends on them. With several seeds there is a 95 % interval (Student's t).
-
-    python -m tools.research.make_results --results=runs/tuning --choose
-
-prints instead, for runs on the development sets, which settings each strategy gets.
 """
 
 import argparse
@@ -23,9 +19,6 @@ from scipy import stats
 
 from sddns_tf import plots, sensitivity
 from tools.research.reproduce_cifar10 import STRATEGIES
-
-TUNED = ("learning_rate", "teacher_temperature")
-SOUND = (0.05, 0.95)  # entropy of the mean output over a uniform one's; beyond these, collapsed
 
 
 def read_runs(folder):
@@ -212,28 +205,6 @@ def print_rankings(runs, probes):
     print(f"For that one alone: {'; '.join(f'{title}: {p:.4f}' for title, p in single.items())}")
 
 
-def print_choice(runs):
-    """Print each strategy's settings with their mean AUROC over the development sets."""
-    head = ["strategy", *TUNED, "mean AUROC", "output entropy", ""]
-    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
-    for strategy, records in runs.items():
-        rows = [
-            (
-                [f"{record['flags'][name]:g}" for name in TUNED],
-                mean_of(record, "auroc", record["ood"]),
-                record["history"]["mean_output_entropy"][-1],
-            )
-            for record in records
-        ]
-        sound = [row for row in rows if SOUND[0] < row[2] < SOUND[1]]
-        best = max(sound, key=lambda row: row[1], default=None)
-        for row in sorted(rows, key=lambda row: -row[1]):
-            settings, auroc, entropy = row
-            mark = "chosen" if row is best else "collapsed" if row not in sound else ""
-            cells = [strategy, *settings, f"{auroc:.3f}", f"{entropy:.3f}", mark]
-            print(f"| {' | '.join(cells)} |")
-
-
 def draw(runs, path):
     """Draw the mean AUROC of each strategy over the test sets, with intervals and single runs."""
     tested, _ = sets_of(runs)
@@ -260,12 +231,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", default="results", help="folder of JSON files")
     parser.add_argument("--figure", help="figure of the mean AUROCs to write (.png, .svg)")
-    parser.add_argument("--choose", action="store_true", help="choose settings instead")
     settings = parser.parse_args(argv)
     runs = read_runs(settings.results)
-    if settings.choose:
-        print_choice(runs)
-        return
     print_ood_table(runs)
     print_differences(runs)
     print_sensitivities(runs)
