@@ -12,8 +12,8 @@ import tensorflow as tf
 def gelu(inputs: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
     """Return `x P(X <= x)` for a standard normal `X`.
 
-    The hidden layers of a transformer's MLPs are its largest tensors. TensorFlow keeps four of that
-    size of each GELU for the gradient; this one keeps its input, and computes in float32.
+    The hidden layers of a transformer's MLPs are its largest tensors. Of each GELU TensorFlow keeps
+    five of that size for the gradient; this one keeps its input. It computes in float32.
 
     Args:
         inputs: Float tensor of any shape.

@@ -14,7 +14,8 @@ class GroupNormalization(keras.layers.GroupNormalization):
     all of it on reading and writing memory. Here the maps are read once for their moments, and
     once to be scaled and shifted, with their four axes as they are.
 
-    Arguments are those of `keras.layers.GroupNormalization`.
+    Arguments are those of `keras.layers.GroupNormalization`, of which `axis`, `center` and `scale`
+    stay at their defaults.
 
     Call arguments:
         inputs: Float maps `(B, H, W, C)`, of any height and width.
