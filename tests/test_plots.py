@@ -198,6 +198,24 @@ def test_score_histograms_show_each_set_beside_the_normal_images():
     assert_readable(figure)
 
 
+def test_score_histograms_stretch_the_axis_where_normal_scores_would_be_one_bar():
+    rng = np.random.default_rng(0)
+    normal, near = rng.normal(-20, 0.5, 1000), rng.normal(-19, 0.5, 500)
+    far = rng.uniform(0, 350, 500)
+    figure = plots.score_histograms(normal, {"near": near, "far": far}, threshold=-19.0)
+    for scores, drawn in zip((normal, near), bars(figure.axes[0]), strict=True):
+        assert np.count_nonzero(drawn.values) > 8
+        counts, _ = np.histogram(scores, drawn.edges)
+        np.testing.assert_allclose(drawn.values, counts / counts.max())
+        assert counts.sum() == len(scores)
+    assert figure.axes[0].get_xlim() == (normal.min(), far.max())
+    ticks = figure.axes[1].get_xticks()
+    assert len(ticks) >= 6
+    assert np.sum(ticks < -15) >= 2
+    assert "stretched around the in-distribution scores" in figure.get_supxlabel()
+    assert_readable(figure)
+
+
 def test_score_histograms_of_long_tails_stop_short_and_say_so():
     rng = np.random.default_rng(3)
     normal = rng.normal(size=1000)

@@ -16,6 +16,9 @@ import numpy as np
 from sddns_tf.metrics import as_scores, ood_metrics
 from sddns_tf.plots.style import BLACK, BLUE, VERMILION, figure_of, line_style, wrapped
 
+# The axis is bent where it is so many times as long as the range of the normal scores.
+_BENT_FROM = 12
+
 SCORE_LABEL = "OOD score (higher: more out-of-distribution)"
 
 
@@ -24,8 +27,10 @@ def score_histograms(id_scores: Array, ood_scores: Array, threshold: float | Non
 
     One row per set, all on the same score axis, with the in-distribution scores repeated in each.
     Every histogram is scaled to its own peak, so that sets of any size and spread can be
-    compared. If scores have long tails, the axis stops short of them: scores beyond it are counted
-    in the outermost bins, and a note says how many there are.
+    compared. If some scores are so far away that those of normal images would be a single bar, the
+    axis is linear around these and logarithmic beyond. If scores have long tails, the axis stops
+    short of them: scores beyond it are counted in the outermost bins, and a note says how many
+    there are.
 
     Args:
         id_scores: Scores of in-distribution images, `(N,)`, higher meaning more
@@ -51,7 +56,10 @@ def score_histograms(id_scores: Array, ood_scores: Array, threshold: float | Non
         raise ValueError(f"`threshold` must be a finite number. Received: {threshold}.")
     everything = np.concatenate([id_scores, *ood_scores.values()])
     low, high = _score_limits([id_scores, *ood_scores.values()])
-    bins = np.linspace(low, high, 61)
+    bent = high - low > _BENT_FROM * np.ptp(id_scores) > 0
+    bend, unbend = _axis_around(id_scores) if bent else (np.copy, np.copy)
+    bins = unbend(np.linspace(bend(low), bend(high), 61))
+    bins[[0, -1]] = low, high  # as they are, not as rounding leaves them
 
     figure = figure_of(7.0, 1.25 + 1.05 * len(ood_scores))
     rows = figure.subplots(len(ood_scores), 1, sharex=True, squeeze=False)[:, 0]
@@ -69,6 +77,10 @@ def score_histograms(id_scores: Array, ood_scores: Array, threshold: float | Non
             if low <= threshold <= high:
                 axes.axvline(threshold, color=BLACK, linewidth=1, linestyle="--", label="threshold")
         axes.set_title(wrapped(f"{name}  ({facts})", 88), loc="left", fontsize=9)
+        if bent:
+            axes.set_xscale("function", functions=(bend, unbend))
+            ticks = _round_numbers(unbend(np.linspace(bend(low), bend(high), 10)), low, high)
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.set(xlim=(low, high), ylim=(0, 1.08), yticks=[])
         axes.spines[["left", "top", "right"]].set_visible(False)
     rows[-1].set_xlabel(SCORE_LABEL)
@@ -76,6 +88,8 @@ def score_histograms(id_scores: Array, ood_scores: Array, threshold: float | Non
     figure.legend(handles, labels, loc="outside upper left", ncols=3, frameon=False, fontsize=9)
 
     notes = ["Each histogram is scaled to its own peak."]
+    if bent:
+        notes.append("The score axis is stretched around the in-distribution scores.")
     beyond = np.count_nonzero((everything < low) | (everything > high))
     if beyond:
         notes.append(
@@ -143,6 +157,25 @@ def roc_curves(id_scores: Array, ood_scores: Array) -> Figure:
         fontsize=9,
     )
     return figure
+
+
+def _axis_around(scores):
+    """Return a function that is linear around scores and logarithmic beyond, and its inverse."""
+    center, width = np.median(scores), np.ptp(scores) / 2
+
+    def bend(values):
+        return np.arcsinh((values - center) / width)
+
+    def unbend(values):
+        return np.sinh(values) * width + center
+
+    return bend, unbend
+
+
+def _round_numbers(values, low, high):
+    """Return values with two digits that lie between two others."""
+    rounded = sorted({float(f"{value:.2g}") for value in values})
+    return [value for value in rounded if low <= value <= high]
 
 
 def _score_sets(id_scores, ood_scores):
