@@ -16,7 +16,7 @@ import tensorflow as tf
 from sddns_tf import metrics, plots, shifts
 
 PROBES = ("rot90", "rot360", "perm4", "perm16", "pixel_perm", "cut_paste")
-# A network trained on one of a family detects the others too: see docs/results.md.
+# A network trained on one of a family detects the others too: see docs/results/earlier.md.
 FAMILIES = (("rot90", "rot360"), ("perm4", "perm16", "pixel_perm"))
 
 

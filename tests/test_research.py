@@ -25,7 +25,7 @@ from tools.research import (
 )
 
 SIDE = cifar10.SIDE
-RESULTS = pathlib.Path(sddns_tf.__file__).parents[1] / "docs" / "results"
+RESULTS = pathlib.Path(sddns_tf.__file__).parents[1] / "docs" / "results" / "seven_minutes"
 SETS = ("--in_distribution=lawn", "--ood=wall,cup", "--auxiliary=scenes")
 TINY = (*SETS, "--steps=4", "--width=8", "--batch_size=8", "--bank_images=90", "--ood_images=12")
 

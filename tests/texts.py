@@ -14,7 +14,7 @@ import textwrap
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = sorted(
     path for folder in ("sddns_tf", "examples", "tools") for path in (ROOT / folder).rglob("*.py")
 )

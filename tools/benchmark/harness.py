@@ -43,14 +43,25 @@ def seconds(function):
     return time.perf_counter() - start
 
 
-def take_turns(ours, theirs, rounds, warm_up=True):
-    """Return the seconds of both sides in each round, after one round to warm up."""
+def take_turns(ours, theirs, rounds, warm_up=True, measure=seconds):
+    """Return the seconds of both sides in each round, after one round to warm up.
+
+    Args:
+        ours: What is measured: a function without arguments.
+        theirs: The same for the alternative.
+        rounds: Number of rounds; in each one both sides run once.
+        warm_up: Whether a round that does not count goes before.
+        measure: Function from a side to its seconds.
+
+    Returns:
+        Pair of tuples, our seconds and theirs.
+    """
     if warm_up:
-        ours(), theirs()
+        measure(ours), measure(theirs)
     pairs = []
     for index in range(rounds):
         order = (ours, theirs) if index % 2 else (theirs, ours)
-        times = {function: seconds(function) for function in order}
+        times = {side: measure(side) for side in order}
         pairs.append((times[ours], times[theirs]))
     return tuple(zip(*pairs, strict=True))
 

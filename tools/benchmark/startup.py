@@ -1,12 +1,16 @@
-"""`import sddns_tf` against `import tensorflow`; our first training step against PyTorch's."""
+"""`import sddns_tf` against `import tensorflow`; our first training step against PyTorch's.
+
+Every round is a process of its own, because the second first step of a process finds its memory
+touched already.
+"""
 
 import subprocess
 import sys
 
-import keras
-
 from tools.benchmark import harness, models
 from tools.benchmark.partners import pytorch
+
+BATCH = 16
 
 
 def run(settings):
@@ -19,16 +23,33 @@ def run(settings):
     imports = fresh("import tensorflow, sddns_tf"), fresh("import tensorflow")
     times = harness.take_turns(*imports, settings.rounds)
     yield harness.durations("startup, import", "import tensorflow", times)
-    torch = pytorch.imported(settings.threads)
-    shape = (32, 4, 96, 3, 3) if settings.quick else models.training_shape(settings)
-
-    def first_step():
-        keras.utils.clear_session()
-        return models.train_step(shape, 16)()
-
-    # Three rounds are enough, because a first step takes many seconds.
+    pytorch.imported(settings.threads)  # or there is no partner
+    call = "from tools.benchmark import startup; startup.{}({}, {})"
+    shape = models.training_shape(settings)
     times = harness.take_turns(
-        first_step, lambda: pytorch.train_step(torch, shape, 16)(), rounds=3, warm_up=False
+        call.format("our_first_step", shape, settings.threads),
+        call.format("their_first_step", shape, settings.threads),
+        rounds=3,  # enough, because each takes half a minute
+        warm_up=False,
+        measure=printed_seconds,
     )
     record = harness.durations("startup, first step", "PyTorch eager first step", times)
-    yield {**record, "operations": models.operations(models.training_model(shape), 16)}
+    yield {**record, "operations": models.operations(models.training_model(shape), BATCH)}
+
+
+def printed_seconds(program):
+    """Return the number that a program prints, run in a process of its own."""
+    command = [sys.executable, "-c", program]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def our_first_step(shape, threads):
+    """Print the seconds in which the model is built and does its first step."""
+    harness.pin_threads(threads)
+    print(harness.seconds(lambda: models.train_step(shape, BATCH)()))
+
+
+def their_first_step(shape, threads):
+    """Print the same of PyTorch."""
+    torch = pytorch.imported(threads)
+    print(harness.seconds(lambda: pytorch.train_step(torch, shape, BATCH)()))

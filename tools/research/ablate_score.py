@@ -1,6 +1,6 @@
 r"""Measure how bank size, compression, k and temperature affect a detector's AUROC and speed.
 
-    python -m tools.research.ablate_score --detector=docs/results/auxiliary-rot90-0.keras \
+    python -m tools.research.ablate_score --detector=results/auxiliary-rot90-0.keras \
         --data=tfds:cifar10@train --test=tfds:cifar10@test[5000:] --ood=tfds:cifar100,tfds:dtd32
 
 Extracts the features once, scores them with each setting, and prints a Markdown table with the mean

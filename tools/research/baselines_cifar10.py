@@ -7,7 +7,8 @@ r"""Baselines for docs/results.md, on the same images and with the same network 
 - `untrained`: the features of the network with its initial weights.
 - `rotation`: the network trained to predict by how many quarter turns an image was rotated.
 
-Writes `BASELINE-SEED.json` in the format of `reproduce_cifar10`.
+Writes `BASELINE-SEED.json` in the format of `reproduce_cifar10`, with `--standardize`
+`BASELINE-standardized-SEED.json`.
 
 Reference: Gidaris et al., "Unsupervised representation learning by predicting image rotations",
 arXiv 1803.07728.
@@ -76,7 +77,8 @@ def main(argv=None):
     parser.add_argument("--standardize", action="store_true", help="features, by the bank")
     settings = parser.parse_args(argv)
 
-    name = f"{settings.baseline}-{settings.seed}"
+    standardized = "-standardized" if settings.standardize else ""
+    name = f"{settings.baseline}{standardized}-{settings.seed}"
 
     def measure():
         normal = cifar10.read_normal(settings)

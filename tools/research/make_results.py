@@ -1,6 +1,6 @@
 r"""Make the tables and the figure of the runs of `reproduce_cifar10` and `baselines_cifar10`.
 
-    python -m tools.research.make_results --results=docs/results --figure=docs/images/results.svg
+    python -m tools.research.make_results --results=docs/results/short --figure=results.svg
 
 Prints Markdown tables of the runs in a folder: AUROCs; differences from training without negatives,
 paired by seed; sensitivities, and how well they rank strategies. Means are over the test sets
@@ -29,6 +29,8 @@ def read_runs(folder):
         strategy = record["flags"]["strategy"]
         if record["flags"].get("auxiliary_overlap"):
             strategy += ", overlap kept"
+        if record["flags"].get("standardize"):
+            strategy += ", standardized"
         runs.setdefault(strategy, []).append(record)
     if not runs:
         raise ValueError(
@@ -119,15 +121,27 @@ def differences(runs, strategy, sets, baseline="none"):
     return [by_seed[0][seed] - by_seed[1][seed] for seed in seeds]
 
 
+def with_pairs(runs):
+    """Return the strategies, the best first, with several runs to subtract one without from."""
+    several = [name for name in by_auroc(runs) if len(runs[name]) > 1]
+    return [name for name in several if name != "none"] if "none" in several else []
+
+
+def sets_of_means(runs):
+    """Return the sets of each mean: all test sets, then each set alone."""
+    tested, alone = sets_of(runs)
+    return {"the test sets": tested, **{name: [name] for name in (*tested, *alone)}}
+
+
 def print_differences(runs):
     """Print what each strategy with several seeds gains over training without negatives."""
     tested, alone = sets_of(runs)
-    several = [name for name in by_auroc(runs) if name != "none" and len(runs[name]) > 1]
-    if "none" not in runs or not several:
+    several = with_pairs(runs)
+    if not several:
         return
     print("\nMinus no negatives, paired by seed:\n")
     print(f"| AUROC over | {' | '.join(several)} |\n|---|{'---|' * len(several)}")
-    rows = {"the test sets": tested, **{name: [name] for name in (*tested, *alone)}}
+    rows = sets_of_means(runs)
     for count in range(1, len(alone) + 1):
         rows[f"the test sets and {' and '.join(alone[:count])}"] = [*tested, *alone[:count]]
     for title, sets in rows.items():
@@ -206,31 +220,68 @@ def print_rankings(runs, probes):
 
 
 def draw(runs, path):
-    """Draw the mean AUROC of each strategy over the test sets, with intervals and single runs."""
-    tested, _ = sets_of(runs)
-    names = by_auroc(runs)[::-1]
-    figure, axes = plt.subplots(figsize=(6, 0.35 * len(names) + 1))
-    for place, name in enumerate(names):
-        values = [mean_of(record, "auroc", tested) for record in runs[name]]
-        if len(values) > 1:
-            axes.errorbar(
-                np.mean(values), place, xerr=half_width(values), color=plots.BLUE, capsize=3
-            )
-        axes.plot(values, [place] * len(values), ".", color=plots.VERMILION)
-    axes.set(yticks=range(len(names)), yticklabels=names)
-    axes.set_xlabel(
-        f"mean AUROC over {', '.join(tested)}\n(single runs, and 95 % intervals of their mean)"
-    )
-    axes.spines[["top", "right"]].set_visible(False)
+    """Draw what the tables have: mean AUROCs, and differences from training without negatives."""
+    tested, alone = sets_of(runs)
+    several = [name for name in with_pairs(runs) if name in STRATEGIES]
+    rows = max(len(runs), (len(several) + 0.5) * (1 + len(tested) + len(alone)) if several else 0)
+    size = (10 if several else 6, 0.28 * rows + 1.2)
+    figure, columns = plt.subplots(1, 1 + bool(several), figsize=size, squeeze=False)
+    axes = columns[0]
+    draw_means(axes[0], runs, tested)
+    if several:
+        draw_differences(axes[1], runs, several)
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     plots.save(figure, pathlib.Path(path))
+
+
+def draw_means(axes, runs, tested):
+    """Draw the mean AUROC of each strategy over the test sets, with intervals and single runs."""
+    names = by_auroc(runs)[::-1]
+    for place, name in enumerate(names):
+        values = [mean_of(record, "auroc", tested) for record in runs[name]]
+        draw_values(axes, values, place, plots.BLUE)
+    axes.set(yticks=range(len(names)), yticklabels=names)
+    axes.set_xlabel(f"AUROC, mean of {', '.join(tested)}")
+
+
+def draw_differences(axes, runs, names):
+    """Draw what strategies gain over training without negatives, for each set."""
+    tested, _ = sets_of(runs)
+    sets = sets_of_means(runs)
+    labels = [
+        name if set(one) <= set(tested) else f"{name}\n(in no mean)" for name, one in sets.items()
+    ]
+    step = len(names) + 0.5
+    for row, name in enumerate(names):
+        color = plots.LINE_COLORS[row]
+        for place, one in enumerate(sets.values()):
+            values = differences(runs, name, one)
+            label = name if place == 0 else None
+            draw_values(axes, values, place * step + row, color, label)
+    axes.axvline(0, color="0.6", linewidth=1)
+    middle = (len(names) - 1) / 2
+    axes.set(yticks=[place * step + middle for place in range(len(sets))], yticklabels=labels)
+    axes.invert_yaxis()
+    axes.set_xlabel("AUROC minus none, paired by seed")
+    axes.legend(frameon=False)
+
+
+def draw_values(axes, values, place, color, label=None):
+    """Draw single runs as points, and the 95 % interval of their mean."""
+    axes.plot(values, [place] * len(values), ".", color=color, alpha=0.4)
+    width = half_width(values) if len(values) > 1 else None
+    axes.errorbar(
+        np.mean(values), place, xerr=width, color=color, marker="D", capsize=3, label=label
+    )
 
 
 def main(argv=None):
     """Print the tables, and draw the figure if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", default="results", help="folder of JSON files")
-    parser.add_argument("--figure", help="figure of the mean AUROCs to write (.png, .svg)")
+    parser.add_argument("--figure", help="figure of means and differences to write (.png, .svg)")
     settings = parser.parse_args(argv)
     runs = read_runs(settings.results)
     print_ood_table(runs)
