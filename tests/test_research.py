@@ -68,6 +68,7 @@ def runs(data_dir, tmp_path_factory):
     reproduce_cifar10.main([*common, "--num_prototypes=16"])
     for baseline in ("untrained", "rotation"):
         baselines_cifar10.main([*common, f"--baseline={baseline}"])
+    baselines_cifar10.main([*common, "--baseline=untrained", "--standardize"])
     return folder
 
 
@@ -92,12 +93,22 @@ def test_a_strategy_is_trained_measured_and_kept(runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("baseline", "steps"), [("untrained", 0), ("rotation", 4)])
+@pytest.mark.parametrize(
+    ("baseline", "steps"), [("untrained", 0), ("untrained-standardized", 0), ("rotation", 4)]
+)
 def test_a_baseline_is_measured_as_the_method_is(runs, baseline, steps):
     found = record(runs, f"{baseline}-0")
     assert set(found["ood"]) == set(record(runs, "auxiliary-rot90-0")["ood"])
     assert found["steps"] == steps
     assert set(found["sensitivity"]) == {*sddns_tf.sensitivity.PROBES, "mean"}
+
+
+@pytest.mark.slow
+def test_a_baseline_of_standardized_features_has_a_row_of_its_own(runs, capsys):
+    make_results.main([f"--results={runs}"])
+    printed = capsys.readouterr().out
+    assert "\n| untrained | 1 |" in printed
+    assert "\n| untrained, standardized | 1 |" in printed
 
 
 @pytest.mark.slow

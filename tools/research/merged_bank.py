@@ -2,8 +2,9 @@
 
     python -m tools.research.merged_bank --sizes=100,400
 
-The features are of crops of photographs, from the detector that comes with the package: 8,000 for
-the bank, 1,000 others to score. Differences are between scores at the default temperature.
+The features are of crops of photographs, from the network of the detector that comes with the
+package, compared by cosines: 8,000 for the bank, 1,000 others to score. Differences are between
+scores at the default temperature.
 """
 
 import argparse
@@ -33,9 +34,9 @@ def main(argv=None):
     import sddns_tf
     from sddns_tf.bank import compress, ood_score
     from sddns_tf.beam import BankSketch
-    from sddns_tf.features import extract_features
+    from sddns_tf.features import FeatureExtractor, extract_features
 
-    extractor = sddns_tf.pretrained().extractor
+    extractor = FeatureExtractor(sddns_tf.pretrained().extractor.backbone, image_size=32)
     features, probes = (
         extract_features(extractor, crops(count, seed), verbose=0)
         for count, seed in ((8_000, 0), (1_000, 1))

@@ -1,6 +1,6 @@
 r"""Print how often nearest neighbors predict CIFAR-10's classes, to see if features are semantic.
 
-    python -m tools.research.nearest_neighbors --data_dir=TFDS --network=convolutional \
+    python -m tools.research.nearest_neighbors --data_dir=TFDS \
         --detector=sddns_tf/trained/cifar10-small.keras
 
 The 20 nearest of 10,000 training images vote for the class of 2,500 test images. Distances are
