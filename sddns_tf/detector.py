@@ -930,9 +930,10 @@ def pretrained(name: str = "cifar10-small") -> Detector:
     """Return a trained and calibrated detector that ships with the package.
 
     `"cifar10-small"`: `ConvNet()` trained for 46 passes over CIFAR-10's training images, 90 minutes
-    of one CPU core, with rotated auxiliary images as negatives, and a bank of 1,000 weighted centers.
-    Calibrated at a false positive rate of 0.05 on 2,500 test images (every other one of the first
-    5,000, starting with the first). It flags 5.5 % of the last 5,000. Those against other sets:
+    of one CPU core, with rotated auxiliary images as negatives. Its bank has 1,000 weighted
+    centers. Calibrated at a false positive rate of 0.05 on 2,500 test images (every other one of
+    the first 5,000, starting with the first). It flags 5.5 % of the last 5,000. Those against
+    other sets:
 
     | AUROC | CIFAR-100 | DTD | GTSRB | MNIST |
     |---|---|---|---|---|
