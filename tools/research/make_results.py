@@ -255,7 +255,7 @@ def draw_differences(axes, runs, names):
     ]
     step = len(names) + 0.5
     for row, name in enumerate(names):
-        color = plots.LINE_COLORS[row]
+        color = plots.LINE_COLORS[row % len(plots.LINE_COLORS)]
         for place, one in enumerate(sets.values()):
             values = differences(runs, name, one)
             label = name if place == 0 else None
