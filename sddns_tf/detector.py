@@ -932,8 +932,8 @@ def pretrained(name: str = "cifar10-small") -> Detector:
     `"cifar10-small"`: `ConvNet()` trained for 46 passes over CIFAR-10's training images, 90 minutes
     of one CPU core, with rotated auxiliary images as negatives. Its bank has 1,000 weighted
     centers. Calibrated at a false positive rate of 0.05 on 2,500 test images (every other one of
-    the first 5,000, starting with the first). It flags 5.5 % of the last 5,000. Those against
-    other sets:
+    the first 5,000, starting with the first). It flags 5.4 % of the others of these. Test images
+    against other sets:
 
     | AUROC | CIFAR-100 | DTD | GTSRB | MNIST |
     |---|---|---|---|---|
