@@ -73,9 +73,9 @@ def load(
             - a `tf.data.Dataset`, batched or not, of such images, of dictionaries with the key
               `"image"`, or of `(image, label)` pairs. Its first element is read to check it.
         batch_size: int, images per batch.
-        split: TFDS split, such as `"train"` or `"train[:10%]"`, which are not the first images of
-            `"train"`: TFDS reads several files in turns. Take all parts by such slices, or all
-            from one array. Other sources have no splits.
+        split: TFDS split, such as `"train"` or `"train[:10%]"`. A slice is not what comes first
+            in the whole split: TFDS reads several files in turns. Take all parts by slices, or
+            all from one array. Other sources have no splits.
         data_dir: folder of prepared TFDS data sets. `None` means the environment variable
             `TFDS_DATA_DIR`, then TFDS's own default.
         exclude_labels: names of the classes of a TFDS data set to leave out.
