@@ -161,10 +161,14 @@ print(keras.saving.get_registered_object("sddns_tf>Detector").__name__)
     assert apart(program=program).stdout == "Detector\n"
 
 
-def test_a_reader_that_has_seen_enough_gets_no_traceback(trained):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_seen_enough_gets_no_traceback(trained, unbuffered):
     """Such as `sddns info FILE | head -1`."""
     command = [sys.executable, "-m", "sddns_tf", "info", str(trained / "detector.keras")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    )
     process.stdout.close()
     assert process.communicate(timeout=120)[1] == b""
     assert process.returncode == 1

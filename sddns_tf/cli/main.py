@@ -58,19 +58,11 @@ def main(argv: list[str]) -> int:
         Exit code.
     """
     name = argv[0] if argv else "--help"
-    if name in ("-h", "--help", "help"):
-        print(overview())
-        return 0
-    if name == "--version":
-        from sddns_tf.version import __version__
-
-        print(f"sddns_tf {__version__}")
-        return 0
     try:
-        if name not in COMMANDS:
-            raise UsageError(f"Expected one of {', '.join(COMMANDS)}. Received: {name}")
-        command = importlib.import_module(f"sddns_tf.cli.{name.replace('-', '_')}")
-        return command.main(argv[1:]) or 0
+        try:
+            return _run_command(name, argv[1:])
+        finally:
+            sys.stdout.flush()  # Else a reader that has gone is only noticed when Python exits.
     except UsageError as error:
         sender = f"sddns {name}" if name in COMMANDS else "sddns"
         message = re.sub(r"\s*\n\s*", " ", str(error).strip())  # Keras' errors have many lines.
@@ -84,6 +76,22 @@ def main(argv: list[str]) -> int:
         # rest when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _run_command(name: str, arguments: list[str]) -> int:
+    """Run the command of that name, or print what `--help` and `--version` ask for."""
+    if name in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if name == "--version":
+        from sddns_tf.version import __version__
+
+        print(f"sddns_tf {__version__}")
+        return 0
+    if name not in COMMANDS:
+        raise UsageError(f"Expected one of {', '.join(COMMANDS)}. Received: {name}")
+    command = importlib.import_module(f"sddns_tf.cli.{name.replace('-', '_')}")
+    return command.main(arguments) or 0
 
 
 def run() -> None:
