@@ -18,7 +18,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 SOURCES = sorted(
     path for folder in ("sddns_tf", "examples", "tools") for path in (ROOT / folder).rglob("*.py")
 )
-COMMENTED = [*sorted((ROOT / "examples" / "serving").iterdir())]
+COMMENTED = sorted(path for path in (ROOT / "examples" / "serving").iterdir() if path.is_file())
 RECIPES = sorted((ROOT / "sddns_tf" / "cli" / "recipes").glob("*.json"))
 
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
