@@ -248,11 +248,9 @@ def draw_means(axes, runs, tested):
 
 def draw_differences(axes, runs, names):
     """Draw what strategies gain over training without negatives, for each set."""
-    tested, _ = sets_of(runs)
+    _, alone = sets_of(runs)
     sets = sets_of_means(runs)
-    labels = [
-        name if set(one) <= set(tested) else f"{name}\n(in no mean)" for name, one in sets.items()
-    ]
+    labels = [f"{name}\n(in no mean)" if name in alone else name for name in sets]
     step = len(names) + 0.5
     for row, name in enumerate(names):
         color = plots.LINE_COLORS[row % len(plots.LINE_COLORS)]
