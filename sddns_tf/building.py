@@ -2,13 +2,15 @@
 
 import warnings
 
+import keras
 import numpy as np
 
 from sddns_tf.aligned import PlaceMoments
 from sddns_tf.bank import METHODS, Reservoir, coreset, ood_score
 from sddns_tf.components import check_reducible
-from sddns_tf.features import stream_features
+from sddns_tf.features import image_size_of, stream_features
 from sddns_tf.local import Moments
+from sddns_tf.networks import is_standardized
 from sddns_tf.validation import check_choice, check_int, check_number
 
 # Features this near are those of one image: its batch moves them by less.
@@ -93,6 +95,33 @@ def check_auxiliary(auxiliary, weight):
             "Auxiliary images and a positive `auxiliary_weight`, such as 4, go together. "
             f"Received: auxiliary_weight={weight} and {given} of the images"
         )
+
+
+def check_backbone(backbone, local, standardize):
+    """Raise a `ValueError` for a backbone without weights; warn if its features need a standard."""
+    if isinstance(backbone, keras.Model) and not backbone.built:
+        raise ValueError(
+            f"The backbone has no weights yet: train or build it. Received: {backbone}."
+        )
+    if standardize is None and not local and is_standardized(backbone):
+        warnings.warn(
+            "This backbone was trained on standardized features, and these hardly tell images "
+            "apart if compared as they are: pass `standardize=model.standardizes_features`. "
+            "Received: standardize=None, which compares them as they are",
+            stacklevel=3,
+        )
+
+
+def resolution_for(bank_images, resolution):
+    """Return the resolution that was asked for, else the size of the bank images."""
+    found = image_size_of(bank_images) if resolution is None else resolution
+    if found is None:
+        raise ValueError(
+            "`resolution` is needed where the size of the bank images is not known or not one: "
+            "the resolution in pixels to which every image is resized first. "
+            f"Received: bank_images={bank_images}, resolution=None."
+        )
+    return found
 
 
 def bank_of_places(extractor, images, counted, size, seed=0, **options):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import pathlib
-import warnings
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -20,10 +19,9 @@ import tensorflow as tf
 from sddns_tf import building, files, image_ops, second_voice
 from sddns_tf.bank import compress, coreset, ood_score
 from sddns_tf.calibration import ending_at, largest_flagged_rank, merged, rounding, snapped
-from sddns_tf.features import FeatureExtractor, extract_features, image_size_of, stream_features
+from sddns_tf.features import FeatureExtractor, extract_features, stream_features
 from sddns_tf.image_sources import batches_of, image_source
 from sddns_tf.local import counted_places, smoothed
-from sddns_tf.networks import is_standardized
 from sddns_tf.types import Array
 from sddns_tf.validation import check_int
 
@@ -279,30 +277,15 @@ class Detector(keras.Model):
             **score,
         )
         building.check_auxiliary(auxiliary_images, auxiliary_weight)
+        building.check_backbone(backbone, layers is not None, standardize)
         bank_images = image_source(bank_images, "bank_images")
         calibration_images = image_source(calibration_images, "calibration_images")
-        resolution = image_size_of(bank_images) if resolution is None else resolution
-        if resolution is None:
-            raise ValueError(
-                "`resolution` is needed where the size of the bank images is not known or not one: "
-                "the resolution in pixels to which every image is resized first. "
-                f"Received: bank_images={bank_images}, resolution=None."
-            )
-        if isinstance(backbone, keras.Model) and not backbone.built:
-            raise ValueError(
-                f"The backbone has no weights yet: train or build it. Received: {backbone}."
-            )
-        if standardize is None and layers is None and is_standardized(backbone):
-            warnings.warn(
-                "This backbone was trained on standardized features, and these hardly tell images "
-                "apart if compared as they are: pass `standardize=model.standardizes_features`. "
-                "Received: standardize=None, which compares them as they are",
-                stacklevel=2,
-            )
+        if auxiliary_images is not None:
+            auxiliary_images = image_source(auxiliary_images, "auxiliary_images")
         extractor = FeatureExtractor(
             backbone,
             image_size,
-            resolution,
+            building.resolution_for(bank_images, resolution),
             layers=layers,
             standardized=bool(standardize),
             aligned=aligned,
@@ -311,47 +294,46 @@ class Detector(keras.Model):
             mean=mean,
             std=std,
         ).snapshot()
-        if auxiliary_weight:
-            auxiliary_images = image_source(auxiliary_images, "auxiliary_images")
         options: dict[str, Any] = {"batch_size": batch_size or 256, "verbose": verbose}
-        if layers is not None:
-            options["batch_size"] = batch_size or building.PLACES_BATCH
-            return cls._of_places(
+        if layers is None:
+            return cls._of_whole_images(
                 extractor,
-                (bank_images, calibration_images),
-                false_positive_rate,
-                counted_places(ignore, extractor.map_size),
-                bank_size,
-                seed,
-                score,
+                (bank_images, calibration_images, auxiliary_images),
                 options,
+                false_positive_rate=false_positive_rate,
+                auxiliary_weight=auxiliary_weight,
+                bank_size=bank_size,
+                bank_method=bank_method,
+                seed=seed,
+                **score,
             )
+        options["batch_size"] = batch_size or building.PLACES_BATCH
+        counted = counted_places(ignore, extractor.map_size)
+        images = (bank_images, calibration_images)
+        return cls._of_places(
+            extractor, images, false_positive_rate, counted, bank_size, seed, score, options
+        )
+
+    @classmethod
+    def _of_whole_images(cls, extractor, images, options, **settings):
+        """Return a detector that compares whole images; the features of all are held."""
+        bank_images, calibration_images, auxiliary_images = images
         # Calibration first: it is the smaller set, and if it is too small, the bank costs nothing.
-        calibration_features = extract_features(
+        calibration = extract_features(
             extractor, calibration_images, name="calibration_images", **options
         )
-        largest_flagged_rank(len(calibration_features), false_positive_rate)
-        bank_features = extract_features(extractor, bank_images, name="bank_images", **options)
-        if standardize:
-            center, deviation = building.moments_of(bank_features)
+        largest_flagged_rank(len(calibration), settings["false_positive_rate"])
+        bank = extract_features(extractor, bank_images, name="bank_images", **options)
+        if extractor.standardized:
+            center, deviation = building.moments_of(bank)
             extractor.standardize(center, deviation)
-            bank_features = (bank_features - center) / deviation
-            calibration_features = (calibration_features - center) / deviation
-        if auxiliary_weight:
-            score["auxiliary_weight"] = auxiliary_weight
-            score["auxiliary_features"] = extract_features(
+            bank = (bank - center) / deviation
+            calibration = (calibration - center) / deviation
+        if auxiliary_images is not None:
+            settings["auxiliary_features"] = extract_features(
                 extractor, auxiliary_images, name="auxiliary_images", **options
             )
-        return cls.from_features(
-            extractor,
-            bank_features,
-            calibration_features,
-            false_positive_rate,
-            bank_size=bank_size,
-            bank_method=bank_method,
-            seed=seed,
-            **score,
-        )
+        return cls.from_features(extractor, bank, calibration, **settings)
 
     @classmethod
     def _of_places(cls, extractor, images, rate, counted, bank_size, seed, score, options):
