@@ -27,9 +27,9 @@ region that is flagged (0.98). Drawn damage is easy: on real photographs expect 
 docs/inspection.md.
 """
 
-from sddns_tf.cli import quiet
+from sddns_tf.cli import starting
 
-quiet.import_tensorflow()  # without its own messages
+starting.import_tensorflow()  # without its messages, with oneDNN
 
 import csv
 import pathlib

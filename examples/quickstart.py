@@ -6,15 +6,15 @@ The normal images are crops of two photographs, grass and brick. Training sees n
 anomalies. The result is tested on gravel, the brick wall rotated by 90 degrees, cells and tissue.
 All photographs come with scikit-image (`pip install -e ".[examples]"`); nothing is downloaded.
 
-Prints a table of AUROCs after two to four minutes on two free CPU cores, then two baselines
+Prints a table of AUROCs after two to three minutes on two free CPU cores, then two baselines
 (nearest neighbor on pixels, the untrained network), and writes pictures, the trained model and the
 detector to `--output_dir`. `--without_negatives` also trains the same network without negatives,
 for as long again.
 """
 
-from sddns_tf.cli import quiet
+from sddns_tf.cli import starting
 
-quiet.import_tensorflow()  # without its own messages
+starting.import_tensorflow()  # without its messages, with oneDNN
 
 import pathlib
 import sys

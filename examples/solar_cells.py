@@ -30,9 +30,9 @@ The detector of both types has one bank. It flags at most the promised share of 
 average; calibrated for each type separately (`Detector.calibrated_on`), it promises that for each.
 """
 
-from sddns_tf.cli import quiet
+from sddns_tf.cli import starting
 
-quiet.import_tensorflow()  # without its own messages
+starting.import_tensorflow()  # without its messages, with oneDNN
 
 import functools
 import json

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import platform
 import subprocess
 import sys
 
@@ -146,10 +147,23 @@ def test_an_import_of_tensorflow_that_fails_is_shown(tmp_path):
     (tmp_path / "tensorflow.py").write_text(
         "import os\nos.write(2, b'what it said')\nraise ImportError('broken')\n"
     )
-    program = "from sddns_tf.cli import quiet; quiet.import_tensorflow()"
+    program = "from sddns_tf.cli import starting; starting.import_tensorflow()"
     result = apart(program=program, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert result.returncode == 1
     assert "what it said" in result.stderr and "broken" in result.stderr
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="oneDNN is for x86")
+@pytest.mark.parametrize("chosen", [{}, {"TF_ENABLE_ONEDNN_OPTS": "0"}])
+def test_commands_use_onednn_unless_told_otherwise(chosen):
+    """TensorFlow by itself does so only on processors with AVX-512."""
+    program = """
+from sddns_tf.cli import starting
+starting.import_tensorflow()
+from tensorflow.python.util import _pywrap_util_port
+print(_pywrap_util_port.IsMklEnabled())
+"""
+    assert apart(program=program, **chosen).stdout == f"{not chosen}\n"
 
 
 def test_classes_are_known_when_tensorflow_is_imported_between():

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from sddns_tf import files
-from sddns_tf.cli import quiet
+from sddns_tf.cli import starting
 from sddns_tf.cli.console import Parser, positive_int, require, size
 from sddns_tf.cli.errors import UsageError, user_input
 
@@ -197,7 +197,7 @@ def convert(
     state = read_state(checkpoint, key)
 
     # Imported after reading the checkpoint, so that a wrong file fails at once.
-    quiet.import_tensorflow()
+    starting.import_tensorflow()
     from sddns_tf import dino_weights, heads, vit
 
     shapes: dict[str, dict[str, tuple[int, ...]]] = {"backbone": {}, "head": {}}

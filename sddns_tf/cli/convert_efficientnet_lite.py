@@ -10,7 +10,7 @@ Needs PyTorch to read the file.
 from __future__ import annotations
 
 from sddns_tf import files
-from sddns_tf.cli import quiet
+from sddns_tf.cli import starting
 from sddns_tf.cli.console import Parser, require
 from sddns_tf.cli.convert_dino import read_state
 from sddns_tf.cli.errors import UsageError, user_input
@@ -49,7 +49,7 @@ def convert(output: str, checkpoint: str | None = None) -> None:
         checkpoint: Path of the PyTorch checkpoint, or None for the one in the package.
     """
     state = read_state(checkpoint or packaged_checkpoint(), key="state_dict")
-    quiet.import_tensorflow()
+    starting.import_tensorflow()
     from sddns_tf import efficientnet_lite
 
     with user_input("checkpoint"):

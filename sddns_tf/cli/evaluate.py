@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sddns_tf import files
-from sddns_tf.cli import configuration, quiet, sources
+from sddns_tf.cli import configuration, sources, starting
 from sddns_tf.cli.console import Parser, positive_int, require, say, share, verbose
 from sddns_tf.cli.errors import UsageError, user_input
 from sddns_tf.cli.scorers import load_keras
@@ -303,7 +303,7 @@ def main(argv: list[str]) -> None:
     for option, split in (("test", "test"), ("data", "train"), ("calibration", "test")):
         if text := getattr(options, option):
             sources.parse(option, text, split)  # before anything slow
-    quiet.import_tensorflow()
+    starting.import_tensorflow()
 
     import sddns_tf
     from sddns_tf import evaluation, report

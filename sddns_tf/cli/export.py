@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from sddns_tf.cli import quiet, sources
+from sddns_tf.cli import sources, starting
 from sddns_tf.cli.console import Parser, positive_int, require, say, verbose
 from sddns_tf.cli.errors import UsageError, user_input
 from sddns_tf.cli.scorers import load_keras
@@ -119,7 +119,7 @@ def main(argv: list[str]) -> None:
     """Write the exports that the options name."""
     options = parser().parse_args(argv)
     check(options)
-    quiet.import_tensorflow()
+    starting.import_tensorflow()
 
     import sddns_tf
 

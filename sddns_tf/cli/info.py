@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Iterator
 from typing import Any
 
-from sddns_tf.cli import quiet
+from sddns_tf.cli import starting
 from sddns_tf.cli.console import Parser
 from sddns_tf.cli.errors import UsageError, user_input
 from sddns_tf.cli.scorers import load_keras, saved_model_folder
@@ -105,7 +105,7 @@ def _saved_model(folder: pathlib.Path) -> dict[str, Any]:
 
 def _signatures(folder: pathlib.Path) -> dict[str, dict[str, list[str]]]:
     """Return the names of each signature's inputs and outputs."""
-    quiet.import_tensorflow()
+    starting.import_tensorflow()
     from tensorflow.core.protobuf import saved_model_pb2
 
     graph = saved_model_pb2.SavedModel.FromString((folder / "saved_model.pb").read_bytes())
@@ -120,7 +120,7 @@ def _signatures(folder: pathlib.Path) -> dict[str, dict[str, list[str]]]:
 
 
 def _keras(path: pathlib.Path) -> dict[str, Any]:
-    quiet.import_tensorflow()
+    starting.import_tensorflow()
     model = load_keras("FILE", path)
     found = {"file": str(path), "holds": type(model).__name__, "bytes": path.stat().st_size}
     with zipfile.ZipFile(path) as archive:

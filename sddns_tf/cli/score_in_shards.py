@@ -7,7 +7,7 @@ import pathlib
 import shlex
 from argparse import Namespace
 
-from sddns_tf.cli import quiet
+from sddns_tf.cli import starting
 from sddns_tf.cli.console import require, say
 from sddns_tf.cli.errors import UsageError, user_input
 from sddns_tf.cli.score import image_paths, summary
@@ -37,7 +37,7 @@ def run(options: Namespace, kind: str) -> int:
     images = options.images
     if images == "-" or images.startswith(("folder:", "list:")):
         images = image_paths(images)
-    quiet.import_tensorflow()
+    starting.import_tensorflow()
     logging.getLogger().setLevel(logging.ERROR)  # Beam warns about parts that are not installed.
     with user_input("runner", ImportError):
         from sddns_tf import beam

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sddns_tf.cli import quiet
+from sddns_tf.cli import starting
 from sddns_tf.cli.errors import UsageError, name_of, user_input
 
 
@@ -155,7 +155,7 @@ def _tflite(path: pathlib.Path, threads: int | None) -> Scorer:
 
 
 def _saved_model(folder: pathlib.Path) -> Scorer:
-    quiet.import_tensorflow()
+    starting.import_tensorflow()
     import tensorflow as tf
 
     try:
@@ -181,7 +181,7 @@ def _described_scale(path: pathlib.Path) -> MapScale | None:
 
 
 def _keras(path: pathlib.Path) -> Scorer:
-    quiet.import_tensorflow()
+    starting.import_tensorflow()
     import tensorflow as tf
 
     import sddns_tf

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sddns_tf import files
-from sddns_tf.cli import quiet, sources, train
+from sddns_tf.cli import sources, starting, train
 from sddns_tf.cli.console import Parser, positive_int, say
 from sddns_tf.cli.errors import UsageError
 
@@ -294,7 +294,7 @@ def main(argv: list[str]) -> None:
     if options.ood and not options.test:
         raise UsageError(f"--ood needs --test. Received: only --ood={','.join(options.ood)}")
     sources.parse_list("ood", options.ood, "test")
-    quiet.import_tensorflow()
+    starting.import_tensorflow()
 
     from sddns_tf import plots, sensitivity
     from sddns_tf.cli import training

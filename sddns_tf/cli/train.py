@@ -23,7 +23,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
-from sddns_tf.cli import configuration, quiet
+from sddns_tf.cli import configuration, starting
 from sddns_tf.cli.console import Parser, positive_int, require, share, size
 from sddns_tf.cli.devices import STRATEGIES
 
@@ -297,7 +297,7 @@ def place_of(options: Namespace) -> Place:
 def main(argv: list[str]) -> None:
     """Run the training that the options describe."""
     options = parser().parse_args(argv)
-    quiet.import_tensorflow()
+    starting.import_tensorflow()
     from sddns_tf.cli import training
 
     config, place = configuration_of(options), place_of(options)

@@ -13,7 +13,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is impor
 # Each is a module of this package with a function `run(settings)` that yields records.
 BENCHMARKS = (
     "views", "train_step", "features", "score", "places", "growth", "startup", "input",
-    "saved_model", "tflite", "precision",
+    "saved_model", "tflite", "precision", "onednn",
 )  # fmt: skip
 
 
