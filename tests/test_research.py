@@ -257,7 +257,15 @@ def test_tables_have_a_row_for_each_strategy(capsys, tmp_path):
 
     test = stats.ttest_rel(mean_of("auxiliary-rot90"), mean_of("none"))
     low, high = test.confidence_interval(0.95)
-    assert f"| the test sets | {(low + high) / 2:+.3f} ± {(high - low) / 2:.3f} |" in printed
+    row = "| the test sets | {:+.3f} ± {:.3f} |"
+    assert row.format((low + high) / 2, (high - low) / 2) in printed
+    make_results.main([f"--results={RESULTS}", "--minus=auxiliary:rot90"])
+    printed = capsys.readouterr().out
+    assert "Minus auxiliary:rot90, paired by seed" in printed
+    assert row.format(-(low + high) / 2, (high - low) / 2) in printed
+    with pytest.raises(SystemExit):
+        make_results.main([f"--results={RESULTS}", "--minus=rot90"])
+    assert "Received: rot90" in capsys.readouterr().err
 
 
 def test_an_interval_over_seeds_is_that_of_student():

@@ -2,11 +2,12 @@ r"""Make the tables and the figure of the runs of `reproduce_cifar10` and `basel
 
     python -m tools.research.make_results --results=docs/results/short --figure=results.svg
 
-Prints Markdown tables of the runs in a folder: AUROCs; differences from training without negatives,
-paired by seed; sensitivities, and how well they rank strategies. Means are over the test sets
-alone: sets that are synthetic (noise) or from the negatives' own source (validation images of the
-auxiliary set) are shown beside them but are in no mean. Rank correlations are also printed with
-these sets, to show what depends on them. With several seeds there is a 95 % interval (Student's t).
+Prints Markdown tables of the runs in a folder: AUROCs; differences from training without negatives
+or from `--minus`, paired by seed; sensitivities, and how well they rank strategies. Means are over
+the test sets alone: sets that are synthetic (noise) or from the negatives' own source (validation
+images of the auxiliary set) are shown beside them but are in no mean. Rank correlations are also
+printed with these sets, to show what depends on them. With several seeds there is a 95 % interval
+(Student's t).
 """
 
 import argparse
@@ -111,7 +112,7 @@ def image_counts(records):
     return " to ".join(f"{count:,}" for count in (counts[0], counts[-1])[: len(counts)])
 
 
-def differences(runs, strategy, sets, baseline="none"):
+def differences(runs, strategy, sets, baseline):
     """Return a strategy's mean AUROC minus the baseline's for each seed that both have."""
     by_seed = [
         {r["flags"]["seed"]: mean_of(r, "auroc", sets) for r in runs[name]}
@@ -121,10 +122,10 @@ def differences(runs, strategy, sets, baseline="none"):
     return [by_seed[0][seed] - by_seed[1][seed] for seed in seeds]
 
 
-def with_pairs(runs):
-    """Return the strategies, the best first, with several runs to subtract one without from."""
+def with_pairs(runs, baseline):
+    """Return the strategies, the best first, with several runs to subtract the baseline's from."""
     several = [name for name in by_auroc(runs) if len(runs[name]) > 1]
-    return [name for name in several if name != "none"] if "none" in several else []
+    return [name for name in several if name != baseline] if baseline in several else []
 
 
 def sets_of_means(runs):
@@ -133,19 +134,19 @@ def sets_of_means(runs):
     return {"the test sets": tested, **{name: [name] for name in (*tested, *alone)}}
 
 
-def print_differences(runs):
-    """Print what each strategy with several seeds gains over training without negatives."""
+def print_differences(runs, baseline):
+    """Print what each strategy with several seeds gains over the baseline."""
     tested, alone = sets_of(runs)
-    several = with_pairs(runs)
+    several = with_pairs(runs, baseline)
     if not several:
         return
-    print("\nMinus no negatives, paired by seed:\n")
+    print(f"\nMinus {baseline}, paired by seed:\n")
     print(f"| AUROC over | {' | '.join(several)} |\n|---|{'---|' * len(several)}")
     rows = sets_of_means(runs)
     for count in range(1, len(alone) + 1):
         rows[f"the test sets and {' and '.join(alone[:count])}"] = [*tested, *alone[:count]]
     for title, sets in rows.items():
-        cells = [signed(differences(runs, name, sets)) for name in several]
+        cells = [signed(differences(runs, name, sets, baseline)) for name in several]
         print(f"| {title} | {' | '.join(cells)} |")
 
 
@@ -219,17 +220,17 @@ def print_rankings(runs, probes):
     print(f"For that one alone: {'; '.join(f'{title}: {p:.4f}' for title, p in single.items())}")
 
 
-def draw(runs, path):
-    """Draw what the tables have: mean AUROCs, and differences from training without negatives."""
+def draw(runs, path, baseline):
+    """Draw what the tables have: mean AUROCs, and differences from the baseline."""
     tested, alone = sets_of(runs)
-    several = [name for name in with_pairs(runs) if name in STRATEGIES]
+    several = [name for name in with_pairs(runs, baseline) if name in STRATEGIES]
     rows = max(len(runs), (len(several) + 0.5) * (1 + len(tested) + len(alone)) if several else 0)
     size = (10 if several else 6, 0.28 * rows + 1.2)
     figure, columns = plt.subplots(1, 1 + bool(several), figsize=size, squeeze=False)
     axes = columns[0]
     draw_means(axes[0], runs, tested)
     if several:
-        draw_differences(axes[1], runs, several)
+        draw_differences(axes[1], runs, several, baseline)
     for one in axes:
         one.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
@@ -246,8 +247,8 @@ def draw_means(axes, runs, tested):
     axes.set_xlabel(f"AUROC, mean of {', '.join(tested)}")
 
 
-def draw_differences(axes, runs, names):
-    """Draw what strategies gain over training without negatives, for each set."""
+def draw_differences(axes, runs, names, baseline):
+    """Draw what strategies gain over the baseline, for each set."""
     _, alone = sets_of(runs)
     sets = sets_of_means(runs)
     labels = [f"{name}\n(in no mean)" if name in alone else name for name in sets]
@@ -255,14 +256,14 @@ def draw_differences(axes, runs, names):
     for row, name in enumerate(names):
         color = plots.LINE_COLORS[row % len(plots.LINE_COLORS)]
         for place, one in enumerate(sets.values()):
-            values = differences(runs, name, one)
+            values = differences(runs, name, one, baseline)
             label = name if place == 0 else None
             draw_values(axes, values, place * step + row, color, label)
     axes.axvline(0, color="0.6", linewidth=1)
     middle = (len(names) - 1) / 2
     axes.set(yticks=[place * step + middle for place in range(len(sets))], yticklabels=labels)
     axes.invert_yaxis()
-    axes.set_xlabel("AUROC minus none, paired by seed")
+    axes.set_xlabel(f"AUROC minus {baseline}, paired by seed")
     axes.legend(frameon=False)
 
 
@@ -280,13 +281,16 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", default="results", help="folder of JSON files")
     parser.add_argument("--figure", help="figure of means and differences to write (.png, .svg)")
+    parser.add_argument("--minus", default="none", help="strategy that differences are from")
     settings = parser.parse_args(argv)
     runs = read_runs(settings.results)
+    if settings.minus not in {"none", *runs}:
+        parser.error(f"--minus must be one of {', '.join(runs)}. Received: {settings.minus}")
     print_ood_table(runs)
-    print_differences(runs)
+    print_differences(runs, settings.minus)
     print_sensitivities(runs)
     if settings.figure:
-        draw(runs, settings.figure)
+        draw(runs, settings.figure, settings.minus)
 
 
 if __name__ == "__main__":
