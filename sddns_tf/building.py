@@ -98,7 +98,7 @@ def check_auxiliary(auxiliary, weight):
 
 
 def check_backbone(backbone, local, standardize):
-    """Raise a `ValueError` for a backbone without weights; warn if its features need a standard."""
+    """Raise a `ValueError` for a backbone without weights; warn of standardized features."""
     if isinstance(backbone, keras.Model) and not backbone.built:
         raise ValueError(
             f"The backbone has no weights yet: train or build it. Received: {backbone}."

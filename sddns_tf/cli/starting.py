@@ -3,9 +3,9 @@
 TensorFlow's libraries warn about missing GPU drivers before they read `TF_CPP_MIN_LOG_LEVEL`, so
 stderr (file descriptor 2) has to be redirected during the import.
 
-oneDNN's convolutions are part of TensorFlow on x86, but it uses them by itself only on processors
-with AVX-512. They are faster on others too (`tools.benchmark --benchmarks=onednn`). The variable
-has to be set before the import, so a library cannot do this for its users.
+oneDNN is part of TensorFlow on x86, but by itself it is used only on processors with AVX-512 VNNI
+or the like. Most networks are faster with it on others too (`tools.benchmark --benchmarks=onednn`).
+The variable has to be set before the import, so a library cannot do this for its users.
 """
 
 from __future__ import annotations
