@@ -11,6 +11,7 @@ import time
 import keras
 import numpy as np
 import pytest
+from tensorflow.python.util._pywrap_util_port import IsMklEnabled
 from tiny import no_pictures
 
 import sddns_tf
@@ -57,9 +58,10 @@ def finish(process):
 
 def as_a_user_starts_it(image_sets, output_dir, *arguments):
     """What `python -m sddns_tf train` writes to stdout and stderr."""
-    # Without what silences TensorFlow, but with as many threads as the forks have: their number
-    # changes sums in the last bit.
+    # Without what silences TensorFlow, but with as many threads as the forks have, and with oneDNN
+    # only if they have it: both change sums in the last bit.
     inherited = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+    inherited["TF_ENABLE_ONEDNN_OPTS"] = str(int(IsMklEnabled()))
     done = subprocess.run(
         [sys.executable, "-m", "sddns_tf", *command(image_sets, output_dir, arguments)],
         capture_output=True,

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import subprocess
 import sys
 
@@ -134,6 +135,15 @@ def test_a_process_says_nothing_of_tensorflow(trained):
 
 
 @pytest.mark.slow
+def test_training_says_nothing_of_tensorflow(image_sets, tmp_path):
+    """Where a processor has no AVX-512, oneDNN would say that it does not take uint8."""
+    sets = f"--data=npz:{image_sets}/grass.npz", f"--auxiliary=npz:{image_sets}/coffee.npz"
+    result = apart("train", *sets, f"--output_dir={tmp_path}", "--steps_per_epoch=2", "--epochs=1")
+    assert result.returncode == 0, result.stderr
+    assert not re.findall(r"^(?:[IWE]\d{4}|WARNING:) .*", result.stderr, re.MULTILINE)
+
+
+@pytest.mark.slow
 def test_a_mistake_ends_a_process_with_one_line(tmp_path):
     result = apart("train", "--data=npz:x.npz", f"--output_dir={tmp_path}", "--set=views.hu=1")
     assert result.returncode == 1
@@ -164,6 +174,17 @@ from tensorflow.python.util import _pywrap_util_port
 print(_pywrap_util_port.IsMklEnabled())
 """
     assert apart(program=program, **chosen).stdout == f"{not chosen}\n"
+
+
+def test_a_command_leaves_the_environment_of_its_caller_alone(trained, monkeypatch):
+    """Or what the caller starts later would compute in another way than the caller."""
+    import tensorflow  # noqa: F401 - as in a script or notebook that calls the command
+
+    for name in ("TF_ENABLE_ONEDNN_OPTS", "TF_CPP_MIN_LOG_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
+    before = dict(os.environ)
+    assert cli.main(["info", str(trained / "detector.keras")]) == 0
+    assert dict(os.environ) == before
 
 
 def test_classes_are_known_when_tensorflow_is_imported_between():

@@ -6,6 +6,10 @@ stderr (file descriptor 2) has to be redirected during the import.
 oneDNN is part of TensorFlow on x86, but by itself it is used only on processors with AVX-512 VNNI
 or the like. Most networks are faster with it on others too (`tools.benchmark --benchmarks=onednn`).
 The variable has to be set before the import, so a library cannot do this for its users.
+
+With it, TensorFlow says on processors without AVX-512 that oneDNN does not take uint8, as an error
+although nothing is wrong; so errors of its libraries are not shown either. Those that matter are
+raised in Python.
 """
 
 from __future__ import annotations
@@ -22,13 +26,14 @@ def import_tensorflow() -> None:
     """Import TensorFlow, and show its messages only if the import fails.
 
     Call it before anything that imports TensorFlow or Keras. Variables of the environment that are
-    set already stay as they are.
+    set already stay as they are, and all do where TensorFlow is imported already: processes that
+    are started from there compute as their parent does.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    if platform.machine() in _X86:
-        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     if "tensorflow" in sys.modules:
         return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if platform.machine() in _X86:
+        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     sys.stderr.flush()
     terminal = os.dup(2)
     try:
