@@ -105,7 +105,13 @@ def add_recipe_options(parser: Parser) -> None:
 
 def add_training_options(parser: Parser) -> None:
     """Add the options that `sddns sensitivity` has as well."""
-    group = parser.group("images")
+    _add_image_options(parser.group("images"))
+    _add_step_options(parser.group("training"))
+    _add_detector_options(parser.group("detector"))
+    add_place_options(parser)
+
+
+def _add_image_options(group: Any) -> None:
     group.add_argument(
         "--data_dir",
         metavar="FOLDER",
@@ -150,7 +156,9 @@ def add_training_options(parser: Parser) -> None:
         default=None,
         help="Read the training images again in every epoch. Needs --calibration.",
     )
-    group = parser.group("training")
+
+
+def _add_step_options(group: Any) -> None:
     group.add_argument(
         "--backbone",
         metavar="NAME",
@@ -183,7 +191,9 @@ def add_training_options(parser: Parser) -> None:
         choices=("float32", "mixed_bfloat16", "mixed_float16"),
         help="Keras dtype policy.",
     )
-    group = parser.group("detector")
+
+
+def _add_detector_options(group: Any) -> None:
     group.add_argument(
         "--false_positive_rate",
         metavar="SHARE",
@@ -210,7 +220,6 @@ def add_training_options(parser: Parser) -> None:
         help="Compare each place of --layers with the same place only, for parts that a fixture "
         "holds in one place.",
     )
-    add_place_options(parser)
 
 
 def _layers(text: str) -> str | list[str]:
