@@ -561,6 +561,18 @@ def test_tfds_by_name_through_argument_and_environment(prepared, coffee, chelsea
     np.testing.assert_array_equal(stack(dataset), images)
 
 
+def test_tfds_does_not_warn_of_itself(prepared, monkeypatch, caplog):
+    """Once opened, it warns as before: the level of absl's logger is what it was."""
+    feature = pytest.importorskip("tensorflow_datasets.core.features.feature")
+    # It counts its warnings, and gives ten of them in a process.
+    warn = logging.warning
+    monkeypatch.setattr(feature, "log_tf_warning", lambda name: warn("%s.dtype", name))
+    data.load_arrays("tfds:tiny", data_dir=prepared)
+    assert not caplog.records
+    warn("later")
+    assert [record.message for record in caplog.records] == ["later"]
+
+
 def test_tfds_shuffle(prepared):
     def orders(seed):
         dataset = data.load("tfds:tiny", data_dir=prepared, batch_size=5, shuffle=True, seed=seed)

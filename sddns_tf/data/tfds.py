@@ -1,5 +1,7 @@
 """Images of prepared TFDS data sets. Nothing is downloaded."""
 
+import contextlib
+import logging
 import os
 
 import numpy as np
@@ -36,14 +38,12 @@ def open_tfds(name, shaping, exclude_labels, split, data_dir, shuffle_files_seed
         try_autocache=False, skip_prefetch=True, shuffle_seed=shuffle_files_seed
     )
     config.options.deterministic = True
-    records = builder.as_dataset(
-        split,
-        decoders=tfds.decode.PartialDecoding(
-            wanted, decoders={"image": tfds.decode.SkipDecoding()}
-        ),
-        read_config=config,
-        shuffle_files=shuffle_files_seed is not None,
-    )
+    decoders = tfds.decode.PartialDecoding(wanted, {"image": tfds.decode.SkipDecoding()})
+    shuffle_files = shuffle_files_seed is not None
+    with _without_warnings():
+        records = builder.as_dataset(
+            split, decoders=decoders, read_config=config, shuffle_files=shuffle_files
+        )
     if excluded:
         records = records.filter(lambda record: tf.reduce_all(record["label"] != excluded))
     if next(iter(records.take(1)), None) is None:
@@ -57,6 +57,18 @@ def open_tfds(name, shaping, exclude_labels, split, data_dir, shuffle_files_seed
         return {**record, "image": shaping.finish(pixels, shape)}
 
     return Opened(records, decode, shuffle_buffer(examples, image.shape))
+
+
+@contextlib.contextmanager
+def _without_warnings():
+    """Silence TFDS, whose `PartialDecoding` warns of an attribute that it uses itself."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _tfds_builder(name, data_dir):
