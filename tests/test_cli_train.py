@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import pathlib
 import re
 import shutil
 import types
@@ -263,8 +264,10 @@ def test_beside_a_progress_bar_only_the_first_line_is_told(capsys):
     assert [line.partition(":")[0] for line in told] == ["", "Step 2 of 100", "10 s", ""]
 
 
-def advised(seconds, steps, backbone, negatives="auxiliary", local_views=2):
-    config = {"backbone": {"type": backbone}}
+def advised(
+    seconds, steps, backbone, negatives="auxiliary", local_views=2, precision="mixed_bfloat16"
+):
+    config = {"backbone": {"type": backbone}, "precision": precision}
     views = sddns_tf.MultiCrop(32, local_views)
     negatives = negatives and sddns_tf.Negatives("rot90", negatives)
     model = types.SimpleNamespace(views=views, negatives=negatives)
@@ -289,6 +292,17 @@ def test_a_run_of_hours_is_told_what_would_be_shorter():
     assert "--set=views.local_views=0; --epochs=1" in line  # 1,800 steps of 18,000
     assert "--backbone" not in advised(2.0, 18_000, "convnet", local_views=0)[-1]
     assert "--epochs=1 --steps_per_epoch=1800" in advised(2.0, 180_000, "vit_tiny")[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [("avx2 avx512_bf16", True), ("amx_bf16 amx_tile", True), ("avx2 avx512f", False)],
+)
+def test_bfloat16_is_advised_where_the_processor_multiplies_in_it(monkeypatch, flags, told):
+    monkeypatch.setattr(pathlib.Path, "read_text", lambda *_, **__: f"flags\t\t: fpu {flags}\n")
+    line = advised(2.0, 18_000, "convnet", precision="float32")[-1]
+    assert ("--precision=mixed_bfloat16" in line) == told
+    assert "--precision" not in advised(2.0, 18_000, "convnet")[-1]
 
 
 @pytest.mark.parametrize(("images", "epochs"), [(320, 100), (3_200, 40), (50_000, 3), (10**7, 1)])

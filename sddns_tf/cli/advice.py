@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from typing import Any
 
 from sddns_tf.cli.schedule_forms import Length
@@ -9,6 +10,8 @@ from sddns_tf.cli.schedule_forms import Length
 # A pass forward and backward takes about three times as long as one forward.
 _BACKWARD = 3.0
 _LONG = 3600.0
+# Linux' names for what multiplies in bfloat16: AVX-512 BF16 and AMX.
+_BFLOAT16_UNITS = {"avx512_bf16", "amx_bf16"}
 
 
 def shares(model: Any) -> dict[str, float]:
@@ -33,6 +36,15 @@ def shares(model: Any) -> dict[str, float]:
     return {setting: cost / whole for setting, cost in ordered if cost}
 
 
+def multiplies_in_bfloat16() -> bool:
+    """Return whether the processor has units for bfloat16, as far as Linux tells."""
+    try:
+        text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return not _BFLOAT16_UNITS.isdisjoint(text.split())
+
+
 def lines(model: Any, config: dict[str, Any], length: Length, seconds: float) -> list[str]:
     """Return what to say of a run once the time of its steps is known.
 
@@ -53,8 +65,11 @@ def lines(model: Any, config: dict[str, Any], length: Length, seconds: float) ->
     if seconds * length.steps <= _LONG:
         return said
     shorter = []
-    if config["backbone"]["type"] != "convnet" and not tf.config.list_physical_devices("GPU"):
-        shorter.append("--backbone=convnet, which suits a CPU")
+    if not tf.config.list_physical_devices("GPU"):
+        if config["backbone"]["type"] != "convnet":
+            shorter.append("--backbone=convnet, which suits a CPU")
+        if config["precision"] == "float32" and multiplies_in_bfloat16():
+            shorter.append("--precision=mixed_bfloat16, for which this processor has units")
     if model.views.local_views:
         shorter.append("--set=views.local_views=0")
     in_an_hour = max(1, int(_LONG / seconds))
