@@ -770,7 +770,8 @@ class Detector(keras.Model):
         holds. Otherwise, or to flag as many as promised and no fewer, call `recalibrate` with
         images that are not in the bank, never with these.
 
-        A second voice stays as it is: what looks like the auxiliary images is still flagged.
+        A second voice stays as it is: what looks like the auxiliary images is still flagged. In an
+        aligned detector, what joins the bank counts as normal at every place.
 
         Args:
             images: In-distribution images, as for `from_images`.

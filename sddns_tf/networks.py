@@ -223,6 +223,9 @@ def normalizing_by_batch(
 ) -> Iterator[None]:
     """Let a frozen backbone, called in training mode, normalize by its batch and drop nothing.
 
+    What drops something is told by its `rate`, which Keras' dropouts and `StochasticDepth` have.
+    Other layers that are random in training, such as `GaussianNoise`, stay random.
+
     Its moving statistics follow its own batches. The student's, averaged a second time, would fit
     the teacher's weights too late: the features of a deep network then become constant within the
     first steps.
@@ -233,7 +236,6 @@ def normalizing_by_batch(
         part: `replicas.Part` of the batch.
         momentum: Share of the moving statistics that stays.
     """
-    # Layers that drop something have a `rate`.
     drops = [layer for layer in layers_of(backbone) if getattr(layer, "rate", None)]
     rates, momenta = [drop.rate for drop in drops], [norm.momentum for norm in norms]
     statistics = moving_statistics(norms)

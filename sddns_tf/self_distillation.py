@@ -58,8 +58,9 @@ class SelfDistillation(keras.Model):
     and however alike they are: features are standardized before the heads, and the targets are
     `losses.balanced_probabilities`. With a `teacher_temperature` the features go to the heads as
     they are, and the targets are centered and sharpened as in the paper;
-    `SelfDistillation(backbone, views, head=ProjectionHead(), **SelfDistillation.PAPER)` has its
-    constants. Untrained features of different images are nearly the same vector. Without
+    `SelfDistillation(backbone, views, head=ProjectionHead(norm_last_layer=False),
+    **SelfDistillation.PAPER)` has its head, and its constants, which are the first values of its
+    schedules. Untrained features of different images are nearly the same vector. Without
     standardization they need a temperature, momentum and learning rate that suit the backbone, or
     the center cancels what little tells images apart and all outputs become uniform.
 
@@ -83,8 +84,8 @@ class SelfDistillation(keras.Model):
         views: `MultiCrop`.
         negatives: `Negatives`, or `None` to train by self-distillation alone.
         head: `ProjectionHead` of the student. Defaults to one that suits small data: 1024
-            prototypes, a hidden layer of 512 and a bottleneck of 128. Its own defaults are the
-            paper's.
+            prototypes, a hidden layer of 512 and a bottleneck of 128. Its own defaults are of the
+            paper's sizes.
         student_temperature: Float.
         teacher_temperature: Schedule, or `None` for balanced targets and standardized features.
         teacher_momentum: Schedule; the share of the teacher that stays at each step. Defaults to
@@ -380,19 +381,25 @@ class SelfDistillation(keras.Model):
             )
             terms = self._loss_terms(targets, positive_logits, negative_logits, part)
             scaled_loss = self.optimizer.scale_loss(part.share(terms["loss"]))
+        # Read before the update, after which it is that of the next step.
+        learning_rate = tf.cast(self.optimizer.learning_rate, tf.float32)
         student_moves = self._update_student(self._gradients(tape, scaled_loss, part))
         self._update_teacher(student_moves)
         logs = self._update_trackers(terms, teacher_features, teacher_logits, targets, part)
         self._update_center(teacher_logits, part)
 
-        logs["learning_rate"] = tf.cast(self.optimizer.learning_rate, tf.float32)
+        logs["learning_rate"] = learning_rate
         logs["teacher_momentum"] = self.teacher_momentum(self.step)
         self.step.assign_add(1)
         return _as_keras_reduces(logs)
 
     @tracing.repeats_once()
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
-        """Compute the same losses on held-out images, without any update."""
+        """Compute the same losses on held-out images, without any update.
+
+        The step does not change meanwhile, so images in the same place of their batches are cropped
+        and shifted alike.
+        """
         images, auxiliary, part = self._unpack(data)
         views, negatives = self._draw(images, auxiliary, part)
         teacher_features, teacher_logits = self._teacher_outputs(views[0], part, training=False)
@@ -615,12 +622,12 @@ class SelfDistillation(keras.Model):
 
     def _warn_of_a_small_batch(self, images):
         count = tf.distribute.get_replica_context().num_replicas_in_sync
-        batches = inner(self.optimizer).gradient_accumulation_steps or 1
-        if images is not None and images * count * batches < _SMALLEST_BATCH:
+        if images is not None and images * count < _SMALLEST_BATCH:
             warnings.warn(
                 f"DINO needs batches of at least {_SMALLEST_BATCH} images, better hundreds: the "
-                "center and the balanced targets depend on the whole batch. Received: "
-                f"{images} images x {count} replicas x {batches} accumulated batches.",
+                "center and the balanced targets depend on the whole batch, and "
+                "accumulating gradients does not change that. "
+                f"Received: {images} images x {count} replicas.",
                 stacklevel=2,
             )
 

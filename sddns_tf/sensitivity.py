@@ -56,7 +56,9 @@ def sensitivity(
     """
     names = [shifts.name_of(probe) for probe in probes]
     trained_name = shifts.name_of(shifts.get(trained_on)) if trained_on else None
-    used = [pair for pair in zip(names, probes, strict=True) if pair[0] != trained_name]
+    # With their places, so that the draws of a probe do not depend on what is left out.
+    pairs = enumerate(zip(names, probes, strict=True))
+    used = [(index, pair) for index, pair in pairs if pair[0] != trained_name]
     if not used:
         raise ValueError(
             "`probes` must hold a shift other than the one trained on. Received: "
@@ -64,7 +66,7 @@ def sensitivity(
         )
     scores = _scores(detector, images, batch_size)
     result = {}
-    for index, (name, probe) in enumerate(used):
+    for index, (name, probe) in used:
         shifted = shifts.get(probe)(tf.convert_to_tensor(images), [seed, index]).numpy()
         shifted_scores = _scores(detector, shifted, batch_size)
         result[name] = metrics.ood_metrics(scores, shifted_scores)["auroc"]

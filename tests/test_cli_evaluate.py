@@ -74,6 +74,25 @@ def test_it_makes_a_detector(run, image_sets, model):
         run(model)
 
 
+def test_a_backbone_says_how_its_features_are_compared(run, image_sets, capsys):
+    """It does not tell how it was trained."""
+    arguments = f"--data=npz:{image_sets}/grass.npz", f"--calibration=npz:{image_sets}/coffee.npz"
+    run("backbone", *arguments)
+    assert "needs --set=detector.standardize=true" in capsys.readouterr().err
+    results = run("backbone", *arguments, "--set=detector.standardize=true")
+    assert results["configuration"]["standardized"]
+    assert "standardize" not in capsys.readouterr().err
+
+
+def test_a_detector_of_oblong_images_is_that_of_training(run, image_sets, tmp_path):
+    """Its input has the aspect ratio of the images."""
+    path = tmp_path / "oblong.npz"
+    np.savez(path, images=np.load(image_sets / "grass.npz")["images"][:, ::2])
+    results = run("model", f"--data=npz:{path}", f"--calibration=npz:{image_sets}/coffee.npz")
+    assert results["configuration"]["resolution"] == [16, 32]
+    assert results["configuration"]["image_size"] == [23, 45]  # the area of a view of 32 x 32
+
+
 def test_it_recalibrates(run, image_sets):
     results = run("detector", "--false_positive_rate=0.25")
     assert results["false_positive_rate"] == 0.25

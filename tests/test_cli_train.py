@@ -84,6 +84,22 @@ def test_a_finished_run_makes_another_detector(train_on, trained, tmp_path):
     assert config["detector"]["bank_size"] == 20
 
 
+def test_other_images_are_another_run(train_on, trained, image_sets, tmp_path):
+    """Or images that were trained on would be held out to calibrate with."""
+    run, path = shutil.copytree(trained, tmp_path / "run"), tmp_path / "grass.npz"
+    images = np.load(image_sets / "grass.npz")["images"]
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["source"] = f"npz:{path}"
+    (run / "config.json").write_text(json.dumps(config))
+    np.savez(path, images=images)
+    train_on(run, f"--data=npz:{path}")
+    for others in (images[:-5], np.concatenate([255 - images[:1], images[1:]])):
+        np.savez(path, images=others)
+        with pytest.raises(UsageError, match=r"trained on 96 other images.*Received: 9[26] images"):
+            train_on(run, f"--data=npz:{path}")
+    train_on(run, f"--data=npz:{path}", "--noresume", "--steps_per_epoch=1", "--epochs=1")
+
+
 WRONG_DETECTORS = [
     (["detector.smoothing=3"], "`smoothing` averages over places.*Received: smoothing=3"),
     (["detector.temperature=0"], "`temperature` must be a number above 0.0. Received: .*0"),

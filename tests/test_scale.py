@@ -400,8 +400,11 @@ def test_compiling_anew_in_the_middle_of_an_accumulation_begins_another():
     assert moved == [False, False, False, False, True, False]
 
 
-def test_small_batches_are_warned_of():
+@pytest.mark.parametrize("accumulated", [None, 4])
+def test_small_batches_are_warned_of(accumulated):
+    """Targets and center are of a batch, however many are accumulated for the gradient."""
     model = make_model()
+    model.compile(keras.optimizers.SGD(0.05, gradient_accumulation_steps=accumulated))
     images = next(iter(batches(1, 8)))
     with pytest.warns(UserWarning, match=r"at least 32 images.*Received: 8 images x 1 replicas"):
         tf.function(model.train_step, autograph=False).get_concrete_function(images)

@@ -389,8 +389,10 @@ def test_schedules_follow_the_step(images):
         teacher_momentum=schedules.Linear(0.5, 0.9, end_step=4),
         negative_weight=schedules.Linear(0.0, 1.0, start_step=3, end_step=4),
     )
-    model.compile(keras.optimizers.Adam(schedules.WarmupCosine(1e-3, 0.0, 8, 4)))
+    rate = schedules.WarmupCosine(1e-3, 0.0, 8, 4)
+    model.compile(keras.optimizers.Adam(rate))
     history = model.fit(batches(images, repeat=8), steps_per_epoch=1, epochs=6, verbose=0).history
+    np.testing.assert_allclose(history["learning_rate"], [rate(step) for step in range(6)])
     np.testing.assert_allclose(history["teacher_momentum"], [0.5, 0.6, 0.7, 0.8, 0.9, 0.9])
     gap = np.subtract(history["loss"], history["positive_loss"])
     np.testing.assert_allclose(gap[:4], 0.0, atol=1e-6)

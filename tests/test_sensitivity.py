@@ -60,6 +60,12 @@ def test_shift_trained_on_is_left_out(images):
         sensitivity(TopIsBright(), images, trained_on="rot91")
 
 
+def test_draws_of_a_probe_do_not_depend_on_what_is_left_out(images):
+    whole = sensitivity(TopIsBright(), images, probes=("rot90", "perm4"))
+    part = sensitivity(TopIsBright(), images, trained_on="rot90", probes=("rot90", "perm4"))
+    assert part["perm4"] == whole["perm4"]
+
+
 def test_rank_correlation_is_that_of_ranks():
     sensitivities, aurocs = [0.9, 0.7, 0.8, 0.6, 0.5], [0.95, 0.7, 0.6, 0.65, 0.5]
     # Ranks 5 3 4 2 1 and 5 4 2 3 1: 1 - 6 * (0 + 1 + 4 + 1 + 0) / (5 * 24)

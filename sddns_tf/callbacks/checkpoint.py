@@ -39,7 +39,8 @@ class Checkpoint(keras.callbacks.Callback):
         >>> checkpoint = Checkpoint("run/checkpoint", every=500)
         >>> step = checkpoint.restore(model)  # 0 at the first start
         >>> batches = data.load(images, batch_size=64, shuffle=True, first_batch=step)
-        >>> model.fit(batches, steps_per_epoch=500, epochs=100, callbacks=[checkpoint])
+        >>> length = {"steps_per_epoch": 500, "epochs": 100, "initial_epoch": step // 500}
+        >>> model.fit(batches, callbacks=[checkpoint], **length)
 
     To resume in the middle of an epoch, see `training_state.parts_left`.
     """

@@ -40,7 +40,7 @@ def check_layers(config: dict[str, Any], model: Any, resolution: tuple[int, int]
     with user_input(kinds=(ValueError, OSError)):
         extractor = sddns_tf.FeatureExtractor(
             model.teacher_backbone,
-            _input_size(model, resolution),
+            input_size(model, resolution),
             resolution,
             layers=options["layers"],
             aligned=options["aligned"],
@@ -48,6 +48,16 @@ def check_layers(config: dict[str, Any], model: Any, resolution: tuple[int, int]
         )
         if options["ignore"] is not None:
             local.counted_places(options["ignore"], extractor.map_size)
+
+
+def input_size(model: Any, resolution: tuple[int, int]) -> tuple[int, ...]:
+    """Return the detector's input size: the area of a view, in the aspect ratio of the images."""
+    side = model.views.image_size
+    if resolution[0] == resolution[1]:
+        return side, side
+    unit = getattr(model.teacher_backbone, "patch_size", 1)
+    scale = side / math.sqrt(math.prod(resolution))
+    return tuple(max(unit, round(scale * length / unit) * unit) for length in resolution)
 
 
 def write(
@@ -65,7 +75,7 @@ def write(
             bank_images=bank,
             calibration_images=found.calibration,
             auxiliary_images=found.auxiliary if images.compares_auxiliary(config) else None,
-            image_size=_input_size(model, found.resolution),
+            image_size=input_size(model, found.resolution),
             resolution=found.resolution,
             resize=config["data"]["resize"],
             mean=model.mean,
@@ -81,13 +91,3 @@ def write(
 def _save(path: pathlib.Path, model: Any) -> None:
     with files.replacing(path) as unfinished:
         model.save(unfinished)
-
-
-def _input_size(model: Any, resolution: tuple[int, int]) -> tuple[int, ...]:
-    """Return the detector's input size: the area of a view, in the aspect ratio of the images."""
-    side = model.views.image_size
-    if resolution[0] == resolution[1]:
-        return side, side
-    unit = getattr(model.teacher_backbone, "patch_size", 1)
-    scale = side / math.sqrt(math.prod(resolution))
-    return tuple(max(unit, round(scale * length / unit) * unit) for length in resolution)

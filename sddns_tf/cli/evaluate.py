@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sddns_tf import files
-from sddns_tf.cli import configuration, sources, starting
+from sddns_tf.cli import configuration, detectors, sources, starting
 from sddns_tf.cli.console import Parser, positive_int, require, say, share, verbose
 from sddns_tf.cli.errors import UsageError, user_input
 from sddns_tf.cli.scorers import load_keras
@@ -149,26 +149,35 @@ def make_detector(model: Any, options: Namespace) -> Any:
     """Return a detector made from a training model or a backbone."""
     import sddns_tf
 
-    given, settings = {}, [("detector.standardize", False)]
-    if isinstance(model, sddns_tf.SelfDistillation):
-        given = {"mean": model.mean, "std": model.std, "image_size": model.views.image_size}
-        settings = [("detector.standardize", model.standardizes_features)]
-        model = model.teacher_backbone
-    settings += [configuration.parse_setting(text) for text in options.set]
+    trained = model if isinstance(model, sddns_tf.SelfDistillation) else None
+    settings = [configuration.parse_setting(text) for text in options.set]
+    chosen = "detector.standardize" in dict(settings)
+    if not chosen:
+        standardize = trained is not None and trained.standardizes_features
+        settings.append(("detector.standardize", standardize))
     for key, value in settings:
         if not key.startswith("detector."):
             raise UsageError(f"--set must be detector.KEY=VALUE here. Received: {key}={value}")
     if options.false_positive_rate is not None:
         settings.append(("detector.false_positive_rate", options.false_positive_rate))
     config = configuration.resolve({}, settings)
+    if trained is None and not chosen and config["detector"]["layers"] is None:
+        say(
+            "Features are compared as they are. A backbone that was trained with balanced targets, "
+            "as by default, needs --set=detector.standardize=true; model.keras knows it by itself"
+        )
     reading = {"data_dir": options.data_dir, "resize": options.resize}
     source = sources.parse("data", options.data, "train")
     bank = sources.read("data", source, **reading)
     source = sources.parse("calibration", options.calibration, "test")
     calibration = sources.read("calibration", source, image_size=bank.shape[1:3], **reading)
+    given = {}
+    if trained is not None:
+        size = detectors.input_size(trained, bank.shape[1:3])
+        given = {"mean": trained.mean, "std": trained.std, "image_size": size}
     with user_input():
         return sddns_tf.Detector.from_images(
-            model,
+            model if trained is None else trained.teacher_backbone,
             bank_images=bank,
             calibration_images=calibration,
             resize=options.resize,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any, NamedTuple
 
@@ -69,6 +70,15 @@ def read(config: dict[str, Any], data_options: DataOptions, data_dir: str | None
         source = sources.parse("auxiliary", data_options.auxiliary, "train")
         auxiliary = sources.read("auxiliary", source, **reading, **_excluded(data_options))
     return Images(training, calibration, auxiliary, resolution)
+
+
+def fingerprint(images: np.ndarray | None) -> str | None:
+    """Return a short text that differs for other images, or None for none."""
+    if images is None:
+        return None
+    found = hashlib.sha256(repr((images.shape, images.dtype.str)).encode())
+    found.update(np.ascontiguousarray(images))
+    return found.hexdigest()[:16]
 
 
 def batches(

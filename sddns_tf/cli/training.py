@@ -78,6 +78,7 @@ def train(config: dict[str, Any], place: Place) -> tuple[Any, images.Images]:
         forget(output_dir)
     check_same_run(config, output_dir)
     found = images.read(config, data_options, place.data_dir)
+    check_same_images(found, output_dir)
     given, config = config, {**config, "batch_size": images.batch_size(config, found.training)}
     one_epoch = images.batches(config, data_options, place.data_dir, found)
     length = length_of(config, one_epoch)
@@ -269,6 +270,34 @@ def check_same_run(config: dict[str, Any], output_dir: str | pathlib.Path) -> No
         )
 
 
+def check_same_images(found: images.Images, output_dir: pathlib.Path) -> None:
+    """Check that a folder holds no run that trained on other images.
+
+    With other images others are held out, and the network may have been trained on these: a
+    detector calibrated with them would flag too many. Images that are streamed are not compared;
+    they are calibrated with others.
+
+    Args:
+        found: Images of this run.
+        output_dir: Folder of the run.
+
+    Raises:
+        UsageError: If it does.
+    """
+    path = output_dir / "config.json"
+    if not path.exists() or found.training is None:
+        return
+    before = json.loads(path.read_text(encoding="utf-8")).get("derived", {})
+    fingerprint = images.fingerprint(found.training)
+    if before.get("training_fingerprint", fingerprint) != fingerprint:
+        raise UsageError(
+            f"--output_dir={output_dir} holds a run that trained on {before['training_images']} "
+            "other images: --data has changed since, or how many of it are held out to calibrate "
+            "with. Choose another folder, or start over with --noresume. "
+            f"Received: {len(found.training)} images to train on"
+        )
+
+
 def forget(output_dir: pathlib.Path) -> None:
     """Remove the files from which a run would continue."""
     for name in ("checkpoint", "tensorboard"):
@@ -307,6 +336,7 @@ def _write_config(
         "steps_per_epoch": length.steps_per_epoch,
         "batch_size": length.batch_size,
         "training_images": None if found.training is None else len(found.training),
+        "training_fingerprint": images.fingerprint(found.training),
         "calibration_images": len(found.calibration),
         "sddns_tf": __version__,
         "keras": keras.__version__,
