@@ -77,7 +77,7 @@ def fingerprint(images: np.ndarray | None) -> str | None:
     if images is None:
         return None
     found = hashlib.sha256(repr((images.shape, images.dtype.str)).encode())
-    found.update(np.ascontiguousarray(images))
+    found.update(np.ascontiguousarray(images).data)
     return found.hexdigest()[:16]
 
 
