@@ -5,13 +5,13 @@ r"""Check that `SelfDistillation` trains with its defaults on different networks
     python -m tools.research.defaults_table --runs_dir=defaults --table_only
 
 Trains every combination of data, backbone, negatives, settings and seed for 400 steps of 64 images
-with `keras.optimizers.AdamW(1e-3)` and two global views. Nothing else is set: the settings
-`default` use the constructor's defaults, `paper` the paper's constants. Each run writes
-`NAME.json`, and is skipped if that file exists. At the end a Markdown table of all runs is printed:
-k-NN accuracy (CIFAR-10) or mean AUROC (other data) of the trained network and of the untrained one
-(with standardized features or as they are, whichever is better for it), and the positive loss and
-the entropy of the teacher's targets relative to ln K. Outputs count as uniform if either is above
-0.995.
+with `keras.optimizers.AdamW(1e-3)` (`--learning_rate` takes another) and two global views. Nothing
+else is set: the settings `default` use the constructor's defaults, `paper` the paper's constants.
+Each run writes `NAME.json`, and is skipped if that file exists. At the end a Markdown table of all
+runs is printed: k-NN accuracy (CIFAR-10) or mean AUROC (other data) of the trained network and of
+the untrained one (with standardized features or as they are, whichever is better for it), and the
+positive loss and the entropy of the teacher's targets relative to ln K. Outputs count as uniform if
+either is above 0.995.
 
 `cifar10` needs prepared TFDS data sets (`cifar10`, and `--auxiliary` for auxiliary images),
 `textures` needs scikit-image, and `cells` needs the package `elpv-dataset`: 300 photographs of
@@ -51,6 +51,7 @@ def parser():
     add("--seeds", default="0,1", help="seeds, separated by commas")
     add("--train_steps", type=int, default=400, help="training steps of each run")
     add("--batch_size", type=int, default=64, help="images per step")
+    add("--learning_rate", type=float, default=1e-3, help="that of AdamW, in every step")
     add("--table_only", action="store_true", help="do not train; print the table of existing runs")
     return found
 
@@ -146,7 +147,7 @@ def make_model(data, backbone, negatives, settings, seed):
         seed=seed,
         **constants,
     )
-    model.compile(keras.optimizers.AdamW(1e-3))
+    model.compile(keras.optimizers.AdamW(FLAGS.learning_rate))
     return model
 
 
@@ -220,6 +221,7 @@ def run(data, name, backbone, negatives, settings, seed):
         "seed": seed,
         "steps": FLAGS.train_steps,
         "batch_size": FLAGS.batch_size,
+        "learning_rate": FLAGS.learning_rate,
         "seconds": time.perf_counter() - start,
         "measure": "AUROC" if "ood" in data else "k-NN",
         "untrained": untrained,
