@@ -558,7 +558,7 @@ class Detector(keras.Model):
         Example:
         >>> left = detector.calibrated_on(images_of_the_left_camera)
         """
-        scores = self._scores_of_images(images, batch_size, verbose)
+        scores = self._scores_to_calibrate(images, batch_size, verbose)
         bank, weights = self.bank.numpy(), self.bank_weights.numpy()
         return self._with(bank, weights, scores, false_positive_rate)
 
@@ -756,8 +756,7 @@ class Detector(keras.Model):
         if images is None:
             self._set_rate(rate)
             return
-        scores = self._scores_of_images(images, batch_size, verbose)
-        self._calibrate(scores, rate)
+        self._calibrate(self._scores_to_calibrate(images, batch_size, verbose), rate)
 
     def extend(
         self, images: Array, *, batch_size: int | None = None, verbose: int | str = "auto"
@@ -780,7 +779,7 @@ class Detector(keras.Model):
 
         Example:
         >>> false_alarms = [path for path in flagged if inspector_says_good(path)]
-        >>> detector.extend(sddns_tf.data.load_arrays(false_alarms))
+        >>> detector.extend(sddns_tf.data.load_arrays("false_alarms", image_size=256))
         """
         found = [self._rows_of(f) for f in self._stream(images, batch_size, verbose)]
         rows = np.concatenate([self.bank.numpy(), *found])
@@ -852,6 +851,19 @@ class Detector(keras.Model):
 
     def _scores_of_images(self, images, batch_size=None, verbose="auto"):
         return np.concatenate([self._scores(f) for f in self._stream(images, batch_size, verbose)])
+
+    def _scores_to_calibrate(self, images, batch_size, verbose):
+        """Return scores of calibration images, and warn of those that are in the bank."""
+        found, shared = [], 0
+        for features in self._stream(images, batch_size, verbose):
+            found.append(self._scores(features))
+            if not self.is_local:
+                shared += building.count_shared(self.bank.numpy(), features)
+        scores = np.concatenate(found)
+        if self.is_local and not self.extractor.aligned:
+            shared = np.count_nonzero(scores <= self.lowest_score + self.rounding)
+        building.warn_of_shared_images(shared, len(scores))
+        return scores
 
     def _scores(self, features):
         """Return scores `(N,)` of calibration features, a few at a time."""

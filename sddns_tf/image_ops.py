@@ -25,6 +25,8 @@ LUMA = (0.299, 0.587, 0.114)
 
 RESIZES = ("squash", "crop")
 
+_JPEG = b"\xff\xd8\xff"
+
 
 def bicubic_kernel(x: tf.Tensor, a: float = -0.5) -> tf.Tensor:
     """Evaluate Keys' cubic convolution kernel.
@@ -193,6 +195,24 @@ def center_crop(images: Array, height: int, width: int) -> tf.Tensor:
     new_columns = smaller(columns, larger(1, rows * width // height))
     top, left = (rows - new_rows) // 2, (columns - new_columns) // 2
     return images[:, top : top + new_rows, left : left + new_columns]
+
+
+def decoded(file: Array) -> tf.Tensor:
+    """Decode a JPEG, PNG, BMP or GIF file to the pixels that Pillow gives.
+
+    Args:
+        file: Scalar string tensor, the file's bytes.
+
+    Returns:
+        uint8 `(H, W, 3)`, of a GIF the first frame.
+    """
+    # By default TensorFlow decodes JPEG by a faster transform, nearly a gray level darker. To a
+    # detector of images from a fixed camera that is a difference.
+    return tf.cond(
+        tf.strings.substr(file, 0, len(_JPEG)) == _JPEG,
+        lambda: tf.io.decode_jpeg(file, channels=3, dct_method="INTEGER_ACCURATE"),
+        lambda: tf.io.decode_image(file, channels=3, expand_animations=False),
+    )
 
 
 def from_16_bits(values: Any) -> Array:

@@ -160,6 +160,12 @@ class SelfDistillation(keras.Model):
         for layer in (backbone, head):
             networks.check_scope(layer)
         feature_dim = networks.check_backbone(backbone, views.sizes)
+        if backbone.weights and not backbone.trainable_weights:
+            raise ValueError(
+                "`backbone` must have weights to train. A teacher is saved frozen: set "
+                "`backbone.trainable = True` to go on from one. Received: "
+                f"{len(backbone.weights)} weights, none of them trainable"
+            )
         validation.check_number("student_temperature", student_temperature, above=0.0)
         validation.check_number("center_momentum", center_momentum, 0.0, 1.0)
         validation.check_int("frozen_last_layer_steps", frozen_last_layer_steps, low=0)

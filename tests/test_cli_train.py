@@ -84,6 +84,41 @@ def test_a_finished_run_makes_another_detector(train_on, trained, tmp_path):
     assert config["detector"]["bank_size"] == 20
 
 
+@pytest.mark.parametrize("name", ["backbone", "model"])
+def test_training_goes_on_from_a_saved_network(trained, image_sets, tmp_path, name):
+    """A teacher is saved frozen, but is not meant to stay so."""
+    train.main(
+        [
+            f"--data=npz:{image_sets}/grass.npz", f"--backbone={trained}/{name}.keras",
+            "--set=views.local_views=0", "--set=head.num_prototypes=16", "--epochs=1",
+            "--steps_per_epoch=2", f"--output_dir={tmp_path}",
+        ]
+    )  # fmt: skip
+    before = keras.saving.load_model(trained / "backbone.keras").get_weights()
+    after = keras.saving.load_model(tmp_path / "model.keras").student_backbone
+    assert len(after.trainable_weights) == len(before)
+    for old, new in zip(before, after.get_weights(), strict=True):
+        assert (old != new).any()
+
+
+def test_a_mistake_leaves_the_run_that_was_there(train_on, trained, tmp_path):
+    """`--noresume` removes it once the new one begins."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    before = sorted(path.relative_to(run) for path in run.rglob("*"))
+    with pytest.raises(UsageError, match="existing folder"):
+        train_on(run, "--noresume", f"--data=folder:{tmp_path}/nowhere")
+    with pytest.raises(UsageError, match="no layer of that name"):
+        train_on(run, "--noresume", "--set=detector.layers=nowhere")
+    assert sorted(path.relative_to(run) for path in run.rglob("*")) == before
+
+
+def test_too_few_calibration_images_are_told_before_training(train_on, image_sets, tmp_path):
+    calibration = f"--calibration=npz:{image_sets}/fresh.npz"
+    with pytest.raises(UsageError, match=r"at least 99 calibration images.*Received: 40"):
+        train_on(tmp_path, calibration, "--set=detector.false_positive_rate=0.01")
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_images_are_another_run(train_on, trained, image_sets, tmp_path):
     """Or images that were trained on would be held out to calibrate with."""
     run, path = shutil.copytree(trained, tmp_path / "run"), tmp_path / "grass.npz"

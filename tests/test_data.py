@@ -331,6 +331,44 @@ def test_folder_of_photographs_as_jpeg_and_gif(tmp_path):
     assert np.abs(images[2].astype(int) - photograph[..., :1]).mean() < 3
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"quality": 90}, {"quality": 60, "subsampling": 2}, {"quality": 75, "progressive": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("channels", [3, 1])
+def test_a_jpeg_has_the_pixels_that_pillow_gives(tmp_path, options, channels):
+    """`sddns score` and devices read with Pillow; one gray level is a difference to a detector."""
+    photograph = photographs.chelsea()[:97, :130]
+    save(tmp_path / "a.jpg", photograph if channels == 3 else photograph[..., 0], **options)
+    expected = np.asarray(Image.open(tmp_path / "a.jpg").convert("RGB"))
+    np.testing.assert_array_equal(data.load_arrays(f"folder:{tmp_path}")[0], expected)
+    np.testing.assert_array_equal(next(iter(data.load(tmp_path, batch_size=1)))[0], expected)
+
+
+def test_folders_behind_links_are_told(tmp_path, coffee):
+    save(tmp_path / "in" / "a.png", coffee[0])
+    save(tmp_path / "out" / "b.png", coffee[1])
+    (tmp_path / "in" / "day").symlink_to(tmp_path / "out", target_is_directory=True)
+    with pytest.warns(UserWarning, match=r"Links to folders are not followed: 1 were.*in/day"):
+        assert len(data.load_arrays(tmp_path / "in")) == 1
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, coffee, monkeypatch):
+    for name in ("one", "two"):
+        save(tmp_path / name / "a.png", coffee[0])
+    scandir = os.scandir
+
+    def denied(path):
+        if str(path).endswith("two"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(PermissionError, match="two"):
+        data.load_arrays(tmp_path)
+
+
 def test_mixed_sizes_need_image_size(tmp_path, coffee):
     save(tmp_path / "a.png", coffee[0])
     save(tmp_path / "b.png", coffee[1, :20])

@@ -362,6 +362,17 @@ def test_tflite_takes_the_whole_detector_with_built_in_operations(k, tmp_path):
     assert set(outputs["is_ood"].tolist()) == {False, True}
 
 
+@pytest.mark.parametrize("method", ["recalibrate", "calibrated_on"])
+def test_recalibration_with_the_bank_is_called_out(method):
+    bank = grass(30, 0)
+    detector = Detector.from_images(conv_backbone(), bank, grass(19, 1), verbose=0)
+    with pytest.warns(UserWarning, match="30 of the 30 calibration images are in the bank"):
+        getattr(detector, method)(bank, verbose=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        getattr(detector, method)(crops(skimage.data.astronaut(), 19, 0), verbose=0)
+
+
 def test_calibration_images_in_the_bank_are_called_out():
     bank, calibration = grass(30, 0), grass(19, 1)
     calibration[3:18] = bank[:15]

@@ -76,12 +76,12 @@ class Slow:
         return getattr(self._file, name)
 
 
-def run_slowly(folder, result):
+def run_slowly(folder, result, every=2):
     """Train, write states slowly, and keep what training has made."""
     savez = np.savez
     checkpoint.np.savez = lambda file, **arrays: savez(Slow(file), **arrays)
     print("ready", flush=True)
-    model = train(folder)
+    model = train(folder, every)
     savez(result, *state(model))
 
 
@@ -141,6 +141,34 @@ def test_sigterm_saves_and_exits_with_0(fork, tmp_path, unbroken):
     assert not result.exists()
     for old, new in zip(unbroken, state(train(folder)), strict=True):
         np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_the_run_goes_on_from_there(fork, tmp_path, unbroken):
+    folder, result = tmp_path / "run", tmp_path / "result.npz"
+    process = fork(run_slowly, folder, result, 1_000)
+    wait_for(lambda: checkpoint.saved(folder), process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(240) == 1
+    assert process.errors.endswith("KeyboardInterrupt\n")
+    stopped = int(checkpoint.saved(folder)[-1].stem.removeprefix("step-"))
+    assert 0 < stopped < STEPS_PER_EPOCH * EPOCHS
+    assert f"SIGINT: saved step {stopped}" in process.errors
+    for old, new in zip(unbroken, state(train(folder)), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    kept = Checkpoint(tmp_path)
+    kept.set_model(make_model())
+    kept.on_train_begin()
+    try:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        kept.release()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 class Stop(keras.callbacks.Callback):

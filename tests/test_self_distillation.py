@@ -384,6 +384,13 @@ def test_weight_decay_asked_for_twice_is_refused():
         model.compile(keras.optimizers.AdamW(1e-3, weight_decay=0.1))
 
 
+def test_a_frozen_backbone_is_refused():
+    backbone = conv()
+    backbone.trainable = False
+    with pytest.raises(ValueError, match=r"weights to train.*backbone.trainable = True.*Received"):
+        tiny_model(backbone=backbone)
+
+
 def test_schedules_follow_the_step(images):
     model = tiny_model(
         teacher_momentum=schedules.Linear(0.5, 0.9, end_step=4),

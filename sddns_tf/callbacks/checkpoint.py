@@ -24,7 +24,8 @@ class Checkpoint(keras.callbacks.Callback):
 
     A state is written before the first step (so a read-only folder or a disk without enough space
     fails right away), every `every` steps, and at the end. On SIGTERM, such as before a machine is
-    preempted, the state is written after the current step and the process exits with 0. With
+    preempted, the state is written after the current step and the process exits with 0. On Ctrl-C
+    it is written too, and `KeyboardInterrupt` is raised then; a second Ctrl-C does so at once. With
     several machines only the first one writes, but all must see the same folder.
 
     Args:
@@ -52,8 +53,8 @@ class Checkpoint(keras.callbacks.Callback):
         self.folder = str(folder)
         self.every = every
         self.keep = keep
-        self._terminated = False
-        self._listens = False
+        self._signal: int | None = None
+        self._before: dict[int, Any] = {}
 
     def restore(self, model: keras.Model) -> int:
         """Load the newest state into a compiled model.
@@ -72,15 +73,15 @@ class Checkpoint(keras.callbacks.Callback):
         return next(reversed(training_state.saved(self.folder)), None)
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Write a first state, and listen for SIGTERM."""
+        """Write a first state, and listen for SIGTERM and Ctrl-C."""
         del logs
         self._since = 0
         self.save()
         self._check_room()
-        self._terminated = False
+        self._signal = None
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
-            self._listens = True
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._on_signal)
 
     def on_train_batch_begin(self, batch: Array, logs: Any = None) -> None:
         """Remember the first step of this call, which may run several."""
@@ -91,29 +92,30 @@ class Checkpoint(keras.callbacks.Callback):
         """Write a state if one is due."""
         del logs
         self._since += batch - self._begin + 1
-        if self._since >= self.every or self._terminated:
+        if self._since >= self.every or self._signal:
             self.save()
-        self._exit_if_terminated()
+        self._stop_if_told()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Save and exit if a signal came during the other callbacks."""
         del epoch, logs
-        if self._terminated:
+        if self._signal:
             self.save()
-        self._exit_if_terminated()
+        self._stop_if_told()
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Write the last state, and restore the SIGTERM handler."""
+        """Write the last state, and restore the signals' handlers."""
         del logs
         self.save()
         self.release()
-        self._exit_if_terminated()
+        self._stop_if_told()
 
     def release(self) -> None:
-        """Restore the earlier SIGTERM handler. `fit` calls this, whether it succeeds or fails."""
-        if self._listens and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
-            self._listens = False
+        """Restore the signals' earlier handlers. `fit` calls this, whether it succeeds or fails."""
+        if threading.current_thread() is threading.main_thread():
+            while self._before:
+                number, handler = self._before.popitem()
+                signal.signal(number, handler or signal.SIG_DFL)
 
     def save(self) -> None:
         """Write the state now."""
@@ -132,18 +134,26 @@ class Checkpoint(keras.callbacks.Callback):
                 f"{needed / 2**20:.0f} MB. Received: {free / 2**20:.0f} MB free"
             )
 
-    def _on_sigterm(self, number, frame):
-        del number, frame
-        if self._terminated:  # a second signal, or `fit` has failed
+    def _on_signal(self, number, frame):
+        del frame
+        if self._signal:  # a second signal, or `fit` has failed
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
             sys.exit(1)
-        self._terminated = True
+        self._signal = number
+        if number == signal.SIGINT:
+            logging.warning("Ctrl-C: stopping after this step. Once more stops at once, unsaved")
 
-    def _exit_if_terminated(self):
-        if self._terminated:
-            logging.warning(
-                "SIGTERM: saved step %d in %s", training_state.step_of(self.model), self.folder
-            )
-            sys.exit(0)
+    def _stop_if_told(self):
+        if not self._signal:
+            return
+        name = signal.Signals(self._signal).name
+        step = training_state.step_of(self.model)
+        logging.warning("%s: saved step %d in %s", name, step, self.folder)
+        if self._signal == signal.SIGINT:
+            self.release()
+            raise KeyboardInterrupt
+        sys.exit(0)
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor arguments."""

@@ -202,11 +202,15 @@ def _listed(lines: Iterable[str]) -> Iterator[str]:
 def _in_folder(folder: pathlib.Path) -> Iterator[str]:
     """Yield the image files in a folder and its subfolders, except hidden ones.
 
-    At the end, say how many other files were skipped.
+    At the end, yield folders that cannot be read, as if they were such files, and say how many
+    other files and links to folders were skipped.
     """
-    others = []
-    for parent, folders, names in os.walk(folder):
+    others: list[str] = []
+    links: list[str] = []
+    unreadable: list[str] = []
+    for parent, folders, names in os.walk(folder, onerror=lambda e: unreadable.append(e.filename)):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        links += filter(os.path.islink, (os.path.join(parent, name) for name in folders))
         for name in sorted(names):
             if name.startswith("."):
                 continue
@@ -215,8 +219,11 @@ def _in_folder(folder: pathlib.Path) -> Iterator[str]:
                 yield path
             else:
                 others.append(path)
+    yield from sorted(unreadable)
     if others:
         say(f"Skipped {len(others)} files that are not images, such as {others[0]}")
+    if links:
+        say(f"Skipped {len(links)} links to folders, such as {links[0]}")
 
 
 def scored(

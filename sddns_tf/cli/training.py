@@ -62,6 +62,7 @@ def train(config: dict[str, Any], place: Place) -> tuple[Any, images.Images]:
         UsageError: If the user can fix what is wrong.
     """
     import sddns_tf
+    from sddns_tf import calibration
     from sddns_tf.callbacks import training_state
     from sddns_tf.cli.progress import Progress
 
@@ -74,17 +75,22 @@ def train(config: dict[str, Any], place: Place) -> tuple[Any, images.Images]:
     output_dir = checkpoint_dir.parent / f"worker-{index}" if index else checkpoint_dir.parent
     with user_input("output_dir"):
         output_dir.mkdir(parents=True, exist_ok=True)
-    if not place.resume:
-        forget(output_dir)
-    check_same_run(config, output_dir)
+    if place.resume:
+        check_same_run(config, output_dir)
     found = images.read(config, data_options, place.data_dir)
-    check_same_images(found, output_dir)
+    if place.resume:
+        check_same_images(found, output_dir)
     given, config = config, {**config, "batch_size": images.batch_size(config, found.training)}
     one_epoch = images.batches(config, data_options, place.data_dir, found)
     length = length_of(config, one_epoch)
+    with user_input():
+        rate = config["detector"]["false_positive_rate"]
+        calibration.largest_flagged_rank(len(found.calibration), rate)
     with strategy.scope() if strategy else contextlib.nullcontext():
         model = make_model(config, found.resolution, length)
     detectors.check_layers(config, model, found.resolution)
+    if not place.resume:
+        forget(output_dir)
     _write_config(given, output_dir, found, length)
     checkpoint = sddns_tf.callbacks.Checkpoint(checkpoint_dir, place.checkpoint_every)
     with user_input():
@@ -186,7 +192,10 @@ def make_backbone(config: dict[str, Any], image_size: int) -> Any:
     if name.endswith(".keras"):
         with user_input("backbone"):
             backbone = keras.saving.load_model(pathlib.Path(name).expanduser())
-        return getattr(backbone, "teacher_backbone", backbone)
+        backbone = getattr(backbone, "teacher_backbone", backbone)
+        if not backbone.trainable_weights:  # as a teacher is saved
+            backbone.trainable = True
+        return backbone
     weights = options.pop("weights")
     options = {key: value for key, value in options.items() if value is not None}
     if name != "convnet":
@@ -256,10 +265,9 @@ def check_same_run(config: dict[str, Any], output_dir: str | pathlib.Path) -> No
     Raises:
         UsageError: If it does.
     """
-    path = pathlib.Path(output_dir) / "config.json"
-    if not path.exists():
+    before = _earlier(output_dir)
+    if before is None:
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
     before.pop("derived", None)
     for key, old, new in configuration.differences(before, json.loads(json.dumps(config))):
         if key.startswith("detector."):
@@ -268,6 +276,21 @@ def check_same_run(config: dict[str, Any], output_dir: str | pathlib.Path) -> No
             f"--output_dir={output_dir} holds a run with {key}={json.dumps(old)}; choose another "
             f"folder, or start over with --noresume. Received: {key}={json.dumps(new)}"
         )
+
+
+def _earlier(output_dir: str | pathlib.Path) -> dict[str, Any] | None:
+    """Return the configuration of the run in a folder, or None if there is none."""
+    path = pathlib.Path(output_dir) / "config.json"
+    if not path.exists():
+        return None
+    with contextlib.suppress(ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    raise UsageError(
+        "--output_dir must be a folder of its own, and not one with another program's "
+        f"config.json. Received: {output_dir}"
+    )
 
 
 def check_same_images(found: images.Images, output_dir: pathlib.Path) -> None:
@@ -284,10 +307,7 @@ def check_same_images(found: images.Images, output_dir: pathlib.Path) -> None:
     Raises:
         UsageError: If it does.
     """
-    path = output_dir / "config.json"
-    if not path.exists() or found.training is None:
-        return
-    before = json.loads(path.read_text(encoding="utf-8")).get("derived", {})
+    before = (_earlier(output_dir) or {}).get("derived", {})
     fingerprint = images.fingerprint(found.training)
     if before.get("training_fingerprint", fingerprint) != fingerprint:
         raise UsageError(

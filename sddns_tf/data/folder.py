@@ -12,7 +12,7 @@ from PIL import Image
 
 from sddns_tf import pictures
 from sddns_tf.data.pixels import Opened, by
-from sddns_tf.image_ops import from_16_bits
+from sddns_tf.image_ops import decoded, from_16_bits
 
 MAX_PIXELS = 64_000_000
 
@@ -202,9 +202,10 @@ class Folder:
             raise ValueError(
                 f"folder:PATH must be an existing folder. Received: folder:{self.path}"
             )
-        paths, others = [], []
-        for parent, folders, names in os.walk(self.path, followlinks=False):
+        paths, others, links = [], [], []
+        for parent, folders, names in os.walk(self.path, onerror=_raise, followlinks=False):
             folders[:] = [name for name in folders if not name.startswith(".")]
+            links += filter(os.path.islink, (os.path.join(parent, name) for name in folders))
             for name in names:
                 if not name.startswith("."):
                     is_image = name.lower().endswith(EXTENSIONS)
@@ -215,7 +216,18 @@ class Folder:
                 f"folder:{self.path} must hold images ({', '.join(EXTENSIONS)}). Received: {found}"
             )
         _warn_of_other_images(others)
+        if links:
+            warnings.warn(
+                f"Links to folders are not followed: {len(links)} were, such as {min(links)}. "
+                "Name the folders themselves to use their images.",
+                stacklevel=2,
+            )
         return sorted(paths)
+
+
+def _raise(error):
+    """Stop at a folder that cannot be read; `os.walk` would leave it out."""
+    raise error
 
 
 def _warn_of_other_images(paths):
@@ -233,7 +245,7 @@ def _warn_of_other_images(paths):
 def _by_tensorflow(file, decoder):
     if decoder == "png_16":
         return from_16_bits(tf.io.decode_png(file, channels=3, dtype=tf.uint16))
-    return tf.io.decode_image(file, channels=3, expand_animations=False)
+    return decoded(file)
 
 
 def _turned_later(pixels, orientation):

@@ -7,6 +7,7 @@ import os
 import numpy as np
 import tensorflow as tf
 
+from sddns_tf import image_ops
 from sddns_tf.data.pixels import Opened, shuffle_buffer
 
 
@@ -53,7 +54,7 @@ def open_tfds(name, shaping, exclude_labels, split, data_dir, shuffle_files_seed
         )
 
     def decode(record):
-        pixels = tf.io.decode_image(record["image"], channels=3, expand_animations=False)
+        pixels = image_ops.decoded(record["image"])
         return {**record, "image": shaping.finish(pixels, shape)}
 
     return Opened(records, decode, shuffle_buffer(examples, image.shape))

@@ -112,7 +112,7 @@ def _decoded(file: Array) -> tf.Tensor:
     image = tf.cond(
         is_16_bits,
         lambda: image_ops.from_16_bits(tf.io.decode_png(file, channels=3, dtype=tf.uint16)),
-        lambda: tf.io.decode_image(file, channels=3, expand_animations=False),
+        lambda: image_ops.decoded(file),
     )
     return tf.ensure_shape(image, [None, None, 3])
 
