@@ -314,7 +314,7 @@ def check_same_images(found: images.Images, output_dir: pathlib.Path) -> None:
             f"--output_dir={output_dir} holds a run that trained on {before['training_images']} "
             "other images: --data has changed since, or how many of it are held out to calibrate "
             "with. Choose another folder, or start over with --noresume. "
-            f"Received: {len(found.training)} images to train on"
+            f"Received: {_number_of(found.training)} images to train on"
         )
 
 
