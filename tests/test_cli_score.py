@@ -85,6 +85,27 @@ def score(*arguments, stdin=""):
     return Done(code, out.getvalue(), errors.getvalue())
 
 
+def test_nothing_in_a_folder_is_left_out_in_silence(models, normal, tmp_path, monkeypatch):
+    for name in ("out", "in/one", "in/two"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.fromarray(normal[0]).save(tmp_path / name / "a.png")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "out", target_is_directory=True)
+    scandir, two = os.scandir, str(tmp_path / "in" / "two")
+
+    def denied(path):
+        if str(path) == two:
+            raise PermissionError(13, "Permission denied", two)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    done = score(f"--model={models / 'model.tflite'}", f"--images=folder:{tmp_path / 'in'}")
+    assert done.returncode == 2
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))
+    assert [row["path"] for row in rows] == [str(tmp_path / "in" / "one" / "a.png"), two]
+    assert rows[1]["error"] and not rows[0]["error"]
+    assert "Skipped 1 links to folders" in done.stderr and "1 not scored" in done.stderr
+
+
 def score_without_tensorflow(*arguments, missing=("tensorflow", "keras")):
     """The command in a process in which TensorFlow and Keras cannot be imported."""
     program = f"""

@@ -208,6 +208,8 @@ def test_an_overlay_is_inside_of_its_folder_and_shows_what_the_detector_saw(tmp_
 def test_a_detector_without_maps_has_no_overlays(wall, tmp_path):
     whole = Detector.from_images(convnet(), bricks(60, 0), bricks(59, 1), verbose=0)
     whole.save(tmp_path / "whole.keras")
+    with pytest.raises(UsageError, match=f"--maps must not lie in the folder.*{wall}/maps"):
+        score.main([f"--images=folder:{wall}", f"--maps={wall}/maps", "--model=none.keras"])
     with pytest.raises(UsageError, match="--maps needs the model of a local detector"):
         score.main([f"--model={tmp_path}/whole.keras", f"--images=folder:{wall}", "--maps=maps"])
 

@@ -158,6 +158,22 @@ def test_ctrl_c_saves_and_the_run_goes_on_from_there(fork, tmp_path, unbroken):
         np.testing.assert_array_equal(old, new)
 
 
+def test_a_state_is_written_after_ten_minutes_however_few_the_steps(tmp_path, monkeypatch):
+    kept, now = Checkpoint(tmp_path, every=1_000), iter(range(0, 10**6, 250))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    kept.set_model(make_model())
+    kept.save()  # at 0 s
+    written = []
+    for batch in range(6):
+        kept.model.step.assign(batch + 1)
+        kept.on_train_batch_begin(batch)
+        kept.on_train_batch_end(batch)
+        written.append(checkpoint.saved(tmp_path)[-1].stem)
+    # 250 and 500 s have passed after two steps, 750 after the third.
+    assert written[:3] == ["step-00000000", "step-00000000", "step-00000003"]
+    assert len(set(written)) == 3
+
+
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
     kept = Checkpoint(tmp_path)
     kept.set_model(make_model())

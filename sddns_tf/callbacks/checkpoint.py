@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from typing import Any, Self
 
 import keras
@@ -17,20 +18,24 @@ from sddns_tf.callbacks import training_state
 from sddns_tf.types import Array
 from sddns_tf.validation import check_int
 
+# Seconds after which a state is written, however few the steps.
+_LONGEST = 600.0
+
 
 @keras.saving.register_keras_serializable("sddns_tf")
 class Checkpoint(keras.callbacks.Callback):
     """Saves the training state to disk, so a killed run resumes as if it had never stopped.
 
     A state is written before the first step (so a read-only folder or a disk without enough space
-    fails right away), every `every` steps, and at the end. On SIGTERM, such as before a machine is
-    preempted, the state is written after the current step and the process exits with 0. On Ctrl-C
-    it is written too, and `KeyboardInterrupt` is raised then; a second Ctrl-C does so at once. With
-    several machines only the first one writes, but all must see the same folder.
+    fails right away), every `every` steps, after ten minutes, and at the end. On SIGTERM, such as
+    before a machine is preempted, the state is written after the current step and the process exits
+    with 0. On Ctrl-C it is written too, and `KeyboardInterrupt` is raised then; a second Ctrl-C
+    does so at once. With several machines only the first one writes, but all must see the same
+    folder.
 
     Args:
         folder: Path; created if it does not exist.
-        every: Steps between two writes.
+        every: Largest number of steps between two writes.
         keep: Number of states to keep, the newest ones.
 
     Raises:
@@ -92,7 +97,8 @@ class Checkpoint(keras.callbacks.Callback):
         """Write a state if one is due."""
         del logs
         self._since += batch - self._begin + 1
-        if self._since >= self.every or self._signal:
+        waited = time.monotonic() - self._saved
+        if self._since >= self.every or waited >= _LONGEST or self._signal:
             self.save()
         self._stop_if_told()
 
@@ -119,7 +125,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     def save(self) -> None:
         """Write the state now."""
-        self._since = 0
+        self._since, self._saved = 0, time.monotonic()
         if _writes_here(self.model.distribute_strategy):
             training_state.save(self.model, self.folder, self.keep)
 

@@ -130,6 +130,8 @@ def main(argv: list[str]) -> int:
     if kind == "parquet":
         raise UsageError("--format must be csv or jsonl without --runner. Received: parquet")
     paths = image_paths(options.images)
+    if options.maps:
+        check_apart(options.images, options.maps)
     scorer = open_model(options.model, options.threads)
     write_map = overlays.writer(scorer, options.maps) if options.maps else None
     counts = {"images": 0, "flagged": 0, "failed": 0}
@@ -149,6 +151,17 @@ def main(argv: list[str]) -> int:
                 say(f"{counts['images']} images, {rate:.1f}/s")
     say(summary(**counts))
     return 2 if counts["failed"] else 0
+
+
+def check_apart(images: str, maps: str) -> None:
+    """Raise a `UsageError` if overlays would be written among the images, and scored next time."""
+    kind, _, name = images.partition(":")
+    folder, inside = pathlib.Path(name).expanduser(), pathlib.Path(maps).expanduser()
+    if kind == "folder" and inside.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(
+            "--maps must not lie in the folder of --images, or the next run would score the "
+            f"overlays. Received: {maps}, in {folder}"
+        )
 
 
 def format_of(output: str | None) -> str:
