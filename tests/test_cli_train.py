@@ -84,6 +84,19 @@ def test_a_finished_run_makes_another_detector(train_on, trained, tmp_path):
     assert config["detector"]["bank_size"] == 20
 
 
+def test_epochs_that_are_done_again_are_logged_once(train_on, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    before = (run / "log.csv").read_text()
+    for state in (run / "checkpoint").glob("step-*.npz"):
+        if int(state.stem.removeprefix("step-")) > 2:
+            state.unlink()  # as if the run had been killed before it was written
+    assert list((run / "checkpoint").glob("step-*.npz"))
+    train_on(run)
+    after = (run / "log.csv").read_text()
+    assert [row["epoch"] for row in csv.DictReader(after.splitlines())] == ["0", "1"]
+    assert after.splitlines()[0] == before.splitlines()[0]
+
+
 @pytest.mark.parametrize("name", ["backbone", "model"])
 def test_training_goes_on_from_a_saved_network(trained, image_sets, tmp_path, name):
     """A teacher is saved frozen, but is not meant to stay so."""

@@ -95,6 +95,7 @@ def train(config: dict[str, Any], place: Place) -> tuple[Any, images.Images]:
     checkpoint = sddns_tf.callbacks.Checkpoint(checkpoint_dir, place.checkpoint_every)
     with user_input():
         step = checkpoint.restore(model)
+    cut_log(output_dir / "log.csv", step // length.steps_per_epoch)
     say(
         f"Training {model.student_backbone.name} on {_number_of(found.training)} images: "
         f"{length.epochs} epochs of {length.steps_per_epoch} steps, from step {step}"
@@ -324,6 +325,14 @@ def forget(output_dir: pathlib.Path) -> None:
         shutil.rmtree(pathlib.Path(output_dir) / name, ignore_errors=True)
     for name in ("config.json", "log.csv"):
         (pathlib.Path(output_dir) / name).unlink(missing_ok=True)
+
+
+def cut_log(path: pathlib.Path, epochs: int) -> None:
+    """Leave only the first epochs in a `log.csv`: a run that was killed does later ones again."""
+    if path.exists():
+        header, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
+        kept = [row for row in rows if int(row.partition(",")[0]) < epochs]
+        files.write_text(path, "".join([header, *kept]))
 
 
 def length_of(config: dict[str, Any], one_epoch: Any) -> Length:
