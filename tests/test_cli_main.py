@@ -136,7 +136,7 @@ def test_a_process_says_nothing_of_tensorflow(trained):
 
 @pytest.mark.slow
 def test_training_says_nothing_of_tensorflow(image_sets, tmp_path):
-    """Where a processor has no AVX-512, oneDNN would say that it does not take uint8."""
+    """oneDNN would say that it does not take uint8."""
     sets = f"--data=npz:{image_sets}/grass.npz", f"--auxiliary=npz:{image_sets}/coffee.npz"
     result = apart("train", *sets, f"--output_dir={tmp_path}", "--steps_per_epoch=2", "--epochs=1")
     assert result.returncode == 0, result.stderr
