@@ -7,8 +7,8 @@ oneDNN is part of TensorFlow on x86, but by itself it is used only on processors
 or the like. Most networks are faster with it on others too (`tools.benchmark --benchmarks=onednn`).
 The variable has to be set before the import, so a library cannot do this for its users.
 
-With it, TensorFlow says that oneDNN does not take uint8 here, as an error although nothing is wrong;
-so errors of its libraries are not shown either. Those that matter are raised in Python.
+With it, TensorFlow says that oneDNN does not take uint8, as an error although nothing is wrong; so
+errors of its libraries are not shown either. Those that matter are raised in Python.
 """
 
 from __future__ import annotations
