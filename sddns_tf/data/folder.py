@@ -218,8 +218,8 @@ class Folder:
         _warn_of_other_images(others)
         if links:
             warnings.warn(
-                f"Links to folders are not followed: {len(links)} were, such as {min(links)}. "
-                "Name the folders themselves to use their images.",
+                f"Skipped {len(links)} links to folders, such as {min(links)}. Name the folders "
+                "themselves to use their images.",
                 stacklevel=2,
             )
         return sorted(paths)
