@@ -78,6 +78,7 @@ class Slow:
 
 def run_slowly(folder, result, every=2):
     """Train, write states slowly, and keep what training has made."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Tests in the background ignore it.
     savez = np.savez
     checkpoint.np.savez = lambda file, **arrays: savez(Slow(file), **arrays)
     print("ready", flush=True)
@@ -174,7 +175,16 @@ def test_a_state_is_written_after_ten_minutes_however_few_the_steps(tmp_path, mo
     assert len(set(written)) == 3
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path):
+@pytest.fixture
+def on_ctrl_c():
+    """A function that says what Ctrl-C does, which stays so for this test."""
+    before = signal.getsignal(signal.SIGINT)
+    yield lambda handler: signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path, on_ctrl_c):
+    on_ctrl_c(signal.default_int_handler)
     kept = Checkpoint(tmp_path)
     kept.set_model(make_model())
     kept.on_train_begin()
@@ -185,6 +195,16 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     finally:
         kept.release()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_job_in_the_background_still_ignores_ctrl_c(tmp_path, on_ctrl_c):
+    on_ctrl_c(signal.SIG_IGN)
+    kept = Checkpoint(tmp_path)
+    kept.set_model(make_model())
+    kept.on_train_begin()
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    kept.release()
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 class Stop(keras.callbacks.Callback):

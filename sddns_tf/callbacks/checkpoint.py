@@ -85,7 +85,10 @@ class Checkpoint(keras.callbacks.Callback):
         self._check_room()
         self._signal = None
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            numbers = [signal.SIGTERM, signal.SIGINT]
+            if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a job in the background
+                numbers.remove(signal.SIGINT)
+            for number in numbers:
                 self._before[number] = signal.signal(number, self._on_signal)
 
     def on_train_batch_begin(self, batch: Array, logs: Any = None) -> None:
