@@ -365,12 +365,10 @@ class Detector(keras.Model):
                 found.append(detector._scores(extractor.whitening(maps).numpy()))
             scores = np.concatenate(found)
             shared = building.count_shared(seen, np.concatenate(known))
+            building.warn_of_shared_images(shared, len(scores))
         else:
-            scores = detector._scores_of_images(calibration_images, **options)
-            lowest = detector.lowest_score + detector.rounding
-            shared = np.count_nonzero(scores <= lowest)
+            scores = detector._scores_to_calibrate(calibration_images, **options)
         detector._calibrate(scores, rate)
-        building.warn_of_shared_images(shared, len(scores))
         return detector
 
     @classmethod
@@ -848,9 +846,6 @@ class Detector(keras.Model):
     def _stream(self, images, batch_size, verbose):
         size = batch_size or (building.PLACES_BATCH if self.is_local else 256)
         return stream_features(self.extractor, images, batch_size=size, verbose=verbose)
-
-    def _scores_of_images(self, images, batch_size=None, verbose="auto"):
-        return np.concatenate([self._scores(f) for f in self._stream(images, batch_size, verbose)])
 
     def _scores_to_calibrate(self, images, batch_size, verbose):
         """Return scores of calibration images, and warn of those that are in the bank."""

@@ -81,6 +81,11 @@ def fingerprint(images: np.ndarray | None) -> str | None:
     return found.hexdigest()[:16]
 
 
+def number_of(images: np.ndarray | None) -> str:
+    """Return how many images there are, as text."""
+    return "streamed" if images is None else f"{len(images):,}"
+
+
 def batches(
     config: dict[str, Any],
     data_options: DataOptions,

@@ -160,13 +160,13 @@ def measure(
     import keras
 
     from sddns_tf import sensitivity
-    from sddns_tf.cli import training
+    from sddns_tf.cli import earlier, training
 
     path = pathlib.Path(place.output_dir) / "sensitivity.json"
     asked = {"ood": options.ood, "test": options.test, "probe_images": options.probe_images}
     asked["probes"] = list(probes)
     if path.exists() and place.resume:
-        training.check_same_run(config, place.output_dir)
+        earlier.check_same_run(config, place.output_dir)
         before = json.loads(path.read_text(encoding="utf-8"))
         if before["asked"] == asked:
             say("Already done")

@@ -5,16 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import json
 import math
 import pathlib
-import shutil
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from sddns_tf import files
-from sddns_tf.cli import advice, configuration, detectors, devices, images, sources
+from sddns_tf.cli import advice, configuration, detectors, devices, earlier, images, sources
 from sddns_tf.cli.configuration import DataOptions
 from sddns_tf.cli.console import say, verbose
 from sddns_tf.cli.errors import UsageError, user_input
@@ -76,10 +72,10 @@ def train(config: dict[str, Any], place: Place) -> tuple[Any, images.Images]:
     with user_input("output_dir"):
         output_dir.mkdir(parents=True, exist_ok=True)
     if place.resume:
-        check_same_run(config, output_dir)
+        earlier.check_same_run(config, output_dir)
     found = images.read(config, data_options, place.data_dir)
     if place.resume:
-        check_same_images(found, output_dir)
+        earlier.check_same_images(found, output_dir)
     given, config = config, {**config, "batch_size": images.batch_size(config, found.training)}
     one_epoch = images.batches(config, data_options, place.data_dir, found)
     length = length_of(config, one_epoch)
@@ -90,14 +86,14 @@ def train(config: dict[str, Any], place: Place) -> tuple[Any, images.Images]:
         model = make_model(config, found.resolution, length)
     detectors.check_layers(config, model, found.resolution)
     if not place.resume:
-        forget(output_dir)
+        earlier.forget(output_dir)
     _write_config(given, output_dir, found, length)
     checkpoint = sddns_tf.callbacks.Checkpoint(checkpoint_dir, place.checkpoint_every)
     with user_input():
         step = checkpoint.restore(model)
-    cut_log(output_dir / "log.csv", step // length.steps_per_epoch)
+    earlier.cut_log(output_dir / "log.csv", step // length.steps_per_epoch)
     say(
-        f"Training {model.student_backbone.name} on {_number_of(found.training)} images: "
+        f"Training {model.student_backbone.name} on {images.number_of(found.training)} images: "
         f"{length.epochs} epochs of {length.steps_per_epoch} steps, from step {step}"
     )
     watching = callbacks(config, place, output_dir, checkpoint, one_epoch, found)
@@ -254,87 +250,6 @@ def make_model(config: dict[str, Any], resolution: tuple[int, int], length: Leng
 # --- The run -----------------------------------------------------------------------------------
 
 
-def check_same_run(config: dict[str, Any], output_dir: str | pathlib.Path) -> None:
-    """Check that a folder holds no run with another configuration.
-
-    Only the detector's may differ: it is made after training, whatever was there before.
-
-    Args:
-        config: Resolved configuration.
-        output_dir: Folder of the run.
-
-    Raises:
-        UsageError: If it does.
-    """
-    before = _earlier(output_dir)
-    if before is None:
-        return
-    before.pop("derived", None)
-    for key, old, new in configuration.differences(before, json.loads(json.dumps(config))):
-        if key.startswith("detector."):
-            continue
-        raise UsageError(
-            f"--output_dir={output_dir} holds a run with {key}={json.dumps(old)}; choose another "
-            f"folder, or start over with --noresume. Received: {key}={json.dumps(new)}"
-        )
-
-
-def _earlier(output_dir: str | pathlib.Path) -> dict[str, Any] | None:
-    """Return the configuration of the run in a folder, or None if there is none."""
-    path = pathlib.Path(output_dir) / "config.json"
-    if not path.exists():
-        return None
-    with contextlib.suppress(ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-    raise UsageError(
-        "--output_dir must be a folder of its own, and not one with another program's "
-        f"config.json. Received: {output_dir}"
-    )
-
-
-def check_same_images(found: images.Images, output_dir: pathlib.Path) -> None:
-    """Check that a folder holds no run that trained on other images.
-
-    With other images others are held out, and the network may have been trained on these: a
-    detector calibrated with them would flag too many. Images that are streamed are not compared;
-    they are calibrated with others.
-
-    Args:
-        found: Images of this run.
-        output_dir: Folder of the run.
-
-    Raises:
-        UsageError: If it does.
-    """
-    before = (_earlier(output_dir) or {}).get("derived", {})
-    fingerprint = images.fingerprint(found.training)
-    if before.get("training_fingerprint", fingerprint) != fingerprint:
-        raise UsageError(
-            f"--output_dir={output_dir} holds a run that trained on {before['training_images']} "
-            "other images: --data has changed since, or how many of it are held out to calibrate "
-            "with. Choose another folder, or start over with --noresume. "
-            f"Received: {_number_of(found.training)} images to train on"
-        )
-
-
-def forget(output_dir: pathlib.Path) -> None:
-    """Remove the files from which a run would continue."""
-    for name in ("checkpoint", "tensorboard"):
-        shutil.rmtree(pathlib.Path(output_dir) / name, ignore_errors=True)
-    for name in ("config.json", "log.csv"):
-        (pathlib.Path(output_dir) / name).unlink(missing_ok=True)
-
-
-def cut_log(path: pathlib.Path, epochs: int) -> None:
-    """Leave only the first epochs in a `log.csv`: a run that was killed does later ones again."""
-    if path.exists():
-        header, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
-        kept = [row for row in rows if int(row.partition(",")[0]) < epochs]
-        files.write_text(path, "".join([header, *kept]))
-
-
 def length_of(config: dict[str, Any], one_epoch: Any) -> Length:
     """Return the length of a run.
 
@@ -410,7 +325,3 @@ def callbacks(
             keras.callbacks.TensorBoard(folder, write_graph=False),
         ]
     return [*watching, keras.callbacks.CSVLogger(output_dir / "log.csv", append=True)]
-
-
-def _number_of(images: np.ndarray | None) -> str:
-    return "streamed" if images is None else f"{len(images):,}"
