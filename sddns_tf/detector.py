@@ -23,7 +23,7 @@ from sddns_tf.features import FeatureExtractor, extract_features, stream_feature
 from sddns_tf.image_sources import batches_of, image_source
 from sddns_tf.local import counted_places, smoothed
 from sddns_tf.types import Array
-from sddns_tf.validation import check_int
+from sddns_tf.validation import check_int, image_array
 
 # Rows of the bank that all places of a batch are compared with at once.
 _BLOCK_OF_PLACES = 256
@@ -709,6 +709,10 @@ class Detector(keras.Model):
         if hasattr(x, "shape") and steps is None:
             x, batch_size = batches_of(x, 32 if batch_size is None else batch_size), None
         return super().predict(x, batch_size, verbose, steps, callbacks)
+
+    def predict_on_batch(self, x: Array) -> dict[str, np.ndarray]:
+        """`keras.Model.predict_on_batch`: what `predict` returns, for one batch of images."""
+        return super().predict_on_batch(image_array(x, "x", allow_nan=True))
 
     def save(self, filepath: str | os.PathLike, *args, **kwargs) -> None:
         """`keras.Model.save`, whole or not at all: a failed save leaves what was there."""

@@ -161,6 +161,11 @@ def _checked_dataset(dataset, name, trains, allow_nan):
         specs = {f"{name}['{key}']": part for key, part in first.items()}
     else:
         specs = {name: first}
+    if int(dataset.cardinality()) == 0:
+        raise ValueError(
+            f"`{name}` has no batches. A dataset that drops the remainder has none if there are "
+            "fewer images than a batch takes. Received: a tf.data.Dataset without elements"
+        )
     for key, part in specs.items():
         if not isinstance(part, tf.TensorSpec):
             raise ValueError(

@@ -350,6 +350,10 @@ class SelfDistillation(keras.Model):
         """`keras.Model.predict`: features `(N, D)` of a whole set of images."""
         return super().predict(image_source(x, "x", allow_nan=True), *args, **kwargs)
 
+    def predict_on_batch(self, x: Array) -> np.ndarray:
+        """`keras.Model.predict_on_batch`: features `(B, D)` of one batch of images."""
+        return super().predict_on_batch(validation.image_array(x, "x", allow_nan=True))
+
     def train_on_batch(
         self,
         x: Array,

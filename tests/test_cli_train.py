@@ -6,6 +6,8 @@ import json
 import pathlib
 import re
 import shutil
+import subprocess
+import sys
 import types
 
 import keras
@@ -123,6 +125,24 @@ def test_a_mistake_leaves_the_run_that_was_there(train_on, trained, tmp_path):
     with pytest.raises(UsageError, match="no layer of that name"):
         train_on(run, "--noresume", "--set=detector.layers=nowhere")
     assert sorted(path.relative_to(run) for path in run.rglob("*")) == before
+
+
+def test_two_runs_do_not_write_to_one_folder(train_on, trained, tmp_path):
+    """Not even one after a mistake of the other, which ends its hold."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    before = sorted(path.relative_to(run) for path in run.rglob("*"))
+    with pytest.raises(UsageError, match="existing folder"):
+        train_on(run, "--noresume", f"--data=folder:{tmp_path}/nowhere")
+    script = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)"
+    script += "; print('locked', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", script, str(run)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(UsageError, match=r"no other run is writing to.*Received: .*run"):
+            train_on(run, "--noresume")
+        other.kill()  # as a run that is killed
+    assert sorted(path.relative_to(run) for path in run.rglob("*")) == before
+    train_on(run)
 
 
 def test_too_few_calibration_images_are_told_before_training(train_on, image_sets, tmp_path):

@@ -238,6 +238,12 @@ def test_a_bank_is_compressed_and_calibrated_anew(detector, calibration, tmp_pat
     assert metadata.description(path.read_bytes())["bank_rows"] == len(centers) <= 10
 
 
+def test_calibration_images_of_the_bank_are_told(detector, calibration, tmp_path):
+    shared = np.concatenate([grass(60, 0)[:3], calibration])
+    with pytest.warns(UserWarning, match="3 of the 52 calibration images are in the bank"):
+        export.tflite(detector, tmp_path / "a.tflite", calibration_images=shared, verbose=0)
+
+
 def test_there_is_room_for_more_calibration_images_than_the_detector_had(detector, tmp_path):
     images = mixture(1100, 7)[:1100]
     path = export.tflite(

@@ -454,6 +454,25 @@ def test_a_call_outside_of_a_graph_holds_to_the_rule_too(grass_detector):
             grass_detector(wide)
 
 
+def test_one_batch_to_predict_is_checked_like_many(grass_detector, model):
+    for network in (grass_detector, model):
+        expected = network.predict(PHOTOS, verbose=0)
+        tf.nest.map_structure(
+            lambda one, other: np.testing.assert_allclose(one, other, atol=1e-3),
+            network.predict_on_batch(PHOTOS),
+            expected,
+        )
+        with pytest.raises(ValueError, match="must hold values in 0-255"):
+            network.predict_on_batch(WIDE)
+
+
+def test_a_dataset_without_batches_is_named(grass_detector, model):
+    few = tf.data.Dataset.from_tensor_slices(PHOTOS).batch(100, drop_remainder=True)
+    for run in (grass_detector.predict, model.predict, model.fit, model.evaluate):
+        with pytest.raises(ValueError, match=r"`x` has no batches.*fewer images than a batch"):
+            run(few)
+
+
 def test_a_dataset_of_uint8_is_passed_on_as_it_is():
     from sddns_tf.image_sources import image_source
 

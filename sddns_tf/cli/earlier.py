@@ -1,16 +1,51 @@
-"""What an earlier run has left in a folder: whether this one may go on from it, and from where."""
+"""What another run does or has left in a folder: whether this one may go on, and from where."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 from sddns_tf import files
 from sddns_tf.cli import configuration, images
 from sddns_tf.cli.errors import UsageError
+
+
+@contextlib.contextmanager
+def alone(output_dir: str | pathlib.Path) -> Iterator[None]:
+    """Keep a folder to this process, so that no two runs write to it at once.
+
+    The folder itself is locked, which leaves no file and ends with the process, however it ends.
+
+    Args:
+        output_dir: An existing folder.
+
+    Raises:
+        UsageError: If another process has the folder.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    folder = os.open(output_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                "--output_dir must be a folder that no other run is writing to. Wait for that one "
+                f"to end, stop it, or choose another folder. Received: {output_dir}"
+            ) from None
+        except OSError:  # Some network file systems have no locks.
+            pass
+        yield
+    finally:
+        os.close(folder)
 
 
 def check_same_run(config: dict[str, Any], output_dir: str | pathlib.Path) -> None:

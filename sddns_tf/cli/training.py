@@ -57,20 +57,33 @@ def train(config: dict[str, Any], place: Place) -> tuple[Any, images.Images]:
     Raises:
         UsageError: If the user can fix what is wrong.
     """
+    strategy = devices.strategy(place.strategy, place.logical_devices)
+    data_options = check(config)
+    index = devices.worker_index(place.strategy)
+    folder = pathlib.Path(place.output_dir).expanduser()
+    output_dir = folder / f"worker-{index}" if index else folder
+    with user_input("output_dir"):
+        output_dir.mkdir(parents=True, exist_ok=True)
+    with earlier.alone(output_dir):
+        model, found, bank = _train(config, place, data_options, strategy, output_dir)
+        if index:
+            return None, found
+        return detectors.write(config, model, bank, found, output_dir), found
+
+
+def _train(
+    config: dict[str, Any],
+    place: Place,
+    data_options: DataOptions,
+    strategy: Any,
+    output_dir: pathlib.Path,
+) -> tuple[Any, images.Images, Any]:
+    """Train, or continue training, and return the model, the `Images` and those of the bank."""
     import sddns_tf
     from sddns_tf import calibration
     from sddns_tf.callbacks import training_state
     from sddns_tf.cli.progress import Progress
 
-    strategy = devices.strategy(place.strategy, place.logical_devices)
-    data_options = check(config)
-    index = devices.worker_index(place.strategy)
-    checkpoint_dir = (
-        pathlib.Path(place.output_dir).expanduser() / "checkpoint"
-    )  # shared by all machines
-    output_dir = checkpoint_dir.parent / f"worker-{index}" if index else checkpoint_dir.parent
-    with user_input("output_dir"):
-        output_dir.mkdir(parents=True, exist_ok=True)
     if place.resume:
         earlier.check_same_run(config, output_dir)
     found = images.read(config, data_options, place.data_dir)
@@ -88,7 +101,8 @@ def train(config: dict[str, Any], place: Place) -> tuple[Any, images.Images]:
     if not place.resume:
         earlier.forget(output_dir)
     _write_config(given, output_dir, found, length)
-    checkpoint = sddns_tf.callbacks.Checkpoint(checkpoint_dir, place.checkpoint_every)
+    shared = pathlib.Path(place.output_dir).expanduser()  # by all machines
+    checkpoint = sddns_tf.callbacks.Checkpoint(shared / "checkpoint", place.checkpoint_every)
     with user_input():
         step = checkpoint.restore(model)
     earlier.cut_log(output_dir / "log.csv", step // length.steps_per_epoch)
@@ -103,10 +117,7 @@ def train(config: dict[str, Any], place: Place) -> tuple[Any, images.Images]:
         batches = images.batches(config, data_options, place.data_dir, found, first_batch)
         with user_input(kinds=OSError):  # such as a full disk
             model.fit(batches, callbacks=watching, verbose=verbose(), shuffle=False, **part)
-    if index:
-        return None, found
-    bank = images.bank(config, data_options, place.data_dir, found)
-    return detectors.write(config, model, bank, found, output_dir), found
+    return model, found, images.bank(config, data_options, place.data_dir, found)
 
 
 def check(config: dict[str, Any]) -> DataOptions:

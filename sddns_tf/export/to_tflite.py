@@ -157,6 +157,8 @@ def tflite(
         room = max(_CALIBRATION_ROOM, len(scores), 0 if calibration is None else len(calibration))
         file = _converted(reference, folder, quantization, images, batch_size, room, extension_room)
         if calibration is not None:
+            # For its warning of images that are in the bank.
+            detector.calibrated_on(calibration, verbose=0)
             scores = _scores(file, calibration, batch_size, verbose)
         metadata.calibrate(file, merged(scores, detector.rounding), detector.false_positive_rate)
         _check(
