@@ -10,6 +10,10 @@ import numpy as np
 from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP")
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+# A few kilobytes can decode to gigabytes. Files with more pixels are not decoded.
+MAX_PIXELS = 64_000_000
 
 _ORIENTATION = 0x0112
 _FLIPPED_LEFT_RIGHT = (2, 3, 6, 7)

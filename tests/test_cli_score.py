@@ -304,6 +304,16 @@ def test_a_file_is_brought_to_the_size_as_the_detector_does_it(resize, shape, au
     assert difference.max() <= 2 and difference.mean() < 0.4
 
 
+def test_a_file_of_too_many_pixels_is_not_decoded(models, normal, tmp_path):
+    """As by `load`, whose limit is Pillow's only at many more."""
+    Image.new("1", (9000, 8000)).save(tmp_path / "huge.png")
+    Image.fromarray(normal[0]).save(tmp_path / "small.png")
+    done = score(f"--model={models / 'model.tflite'}", f"--images=folder:{tmp_path}")
+    huge, small = csv.DictReader(io.StringIO(done.stdout))
+    assert huge["error"] == "8000 x 9000 is more than 64000000 pixels" and not huge["ood_score"]
+    assert small["ood_score"] and done.returncode == 2
+
+
 def test_a_turned_photograph_is_turned_back(normal, tmp_path):
     tags = Image.Exif()
     tags[0x0112] = 6  # to be turned clockwise

@@ -441,6 +441,16 @@ def test_bad_files_are_skipped_and_counted(tmp_path, coffee, monkeypatch):
     assert files == [str(tmp_path / f"{i}.png") for i in range(3)]
 
 
+def test_a_limit_on_files_holds_for_their_check(tmp_path, coffee):
+    for number in range(100):
+        save(tmp_path / f"{number:03}.png", coffee[0])
+    (tmp_path / "099.png").write_bytes(b"damaged")
+    found = data.image_files(tmp_path, limit=10)
+    assert found == [str(tmp_path / f"{number:03}.png") for number in range(10)]
+    with pytest.raises(ValueError, match=r"099\.png"):
+        data.image_files(tmp_path)
+
+
 def test_folder_limits_on_size(tmp_path, coffee):
     save(tmp_path / "a.jpg", coffee[0])
     save(tmp_path / "b.gif", coffee[1, :, :20])

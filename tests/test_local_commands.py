@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from test_local import bricks, convnet, damaged
 
-from sddns_tf import metrics, plots
+from sddns_tf import data, metrics, plots
 from sddns_tf.cli import evaluate, score, train
 from sddns_tf.cli.errors import UsageError
 from sddns_tf.data import mvtec
@@ -157,7 +157,7 @@ def test_masks_are_cut_as_images_are(tmp_path):
     mask[8:16, 20:28] = 255
     write_images(tmp_path / "images", [np.zeros((32, 64, 3), "uint8")])
     write_images(tmp_path / "masks", [mask])
-    paths = mvtec.image_paths(tmp_path / "images")
+    paths = data.image_files(tmp_path / "images")
     (cut,) = mvtec.masks_of(paths, tmp_path / "masks", (32, 32), "crop")
     np.testing.assert_array_equal(cut, mask[:, 16:48] > 0)
     (squashed,) = mvtec.masks_of(paths, tmp_path / "masks", (32, 32))

@@ -3,10 +3,12 @@
 import keras
 import numpy as np
 import pytest
+import skimage.data
 from PIL import Image
 from scipy import ndimage
 from test_local import bricks, convnet, damaged
 
+import sddns_tf
 from sddns_tf import evaluation, metrics, plots, report, shifts
 from sddns_tf.data import mvtec
 from sddns_tf.detector import Detector
@@ -187,6 +189,29 @@ def test_the_layout_of_mvtec_ad_is_read(tmp_path):
         mvtec.load(tmp_path, 64)
     with pytest.raises(ValueError, match="which is not a folder"):
         mvtec.load(tmp_path / "nowhere", 64)
+
+
+def test_images_of_that_layout_are_read_like_those_of_any_folder(tmp_path):
+    """16 bits, turned by EXIF data, of any format; masks show them turned."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    deep = np.arange(48 * 32, dtype=np.uint16).reshape(48, 32) * 42
+    for folder in ("train/good", "test/good", "test/crack", "ground_truth/crack"):
+        (tmp_path / folder).mkdir(parents=True)
+    Image.fromarray(deep).save(tmp_path / "train/good/0.png")
+    Image.fromarray(deep).save(tmp_path / "test/good/0.png")
+    wide = skimage.data.astronaut()[::8, ::16]
+    Image.fromarray(wide).save(tmp_path / "test/crack/0.jpg", exif=turned)
+    Image.fromarray(wide).save(tmp_path / "test/crack/1.webp")
+    for number, shape in enumerate([(32, 64), (64, 32)]):
+        Image.fromarray(np.full(shape, 255, np.uint8)).save(
+            tmp_path / f"ground_truth/crack/{number}_mask.png"
+        )
+    read = sddns_tf.data.mvtec.load(tmp_path, 32)
+    for folder, images in (("train/good", read.train), ("test/crack", read.test["crack"])):
+        expected = sddns_tf.data.load_arrays(f"folder:{tmp_path / folder}", image_size=32)
+        np.testing.assert_array_equal(images, expected)
+    assert read.masks["crack"].all() and read.masks["crack"].shape == (2, 32, 32)
 
 
 # --- Pictures ----------------------------------------------------------------------------------

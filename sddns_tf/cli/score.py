@@ -36,14 +36,15 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from sddns_tf import pictures
 from sddns_tf.cli import overlays
 from sddns_tf.cli.console import Parser, positive_int, require, say
 from sddns_tf.cli.errors import UsageError, user_input
 from sddns_tf.cli.scorers import Scorer, open_model
+from sddns_tf.pictures import EXTENSIONS
 
 ANSWERS = ("ood_score", "p_value", "is_ood")
 FIELDS = ("path", *ANSWERS, "error")
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def parser() -> Parser:
@@ -284,10 +285,11 @@ def read_image(path: str, scorer: Scorer) -> np.ndarray | str:
     """
     from PIL import Image
 
-    from sddns_tf import pictures
-
     try:
         with Image.open(path, formats=pictures.FORMATS) as picture:
+            if picture.height * picture.width > pictures.MAX_PIXELS:
+                announced = f"{picture.height} x {picture.width}"
+                return f"{announced} is more than {pictures.MAX_PIXELS} pixels"
             image = pictures.pixels(picture)
         return image if scorer.size is None else _fitted(image, *scorer.size, scorer.resize)
     # A damaged file can make a decoder raise anything; the other files must still be scored.

@@ -179,7 +179,7 @@ def file_names(option: str, source: Source, limit: int | None = None) -> list[pa
     from sddns_tf import data
 
     with user_input(option):
-        return [pathlib.Path(path) for path in data.image_files(source.location)[:limit]]
+        return [pathlib.Path(path) for path in data.image_files(source.location, limit=limit)]
 
 
 def read_labeled(

@@ -13,16 +13,18 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from sddns_tf.data import mvtec
 from sddns_tf.data.arrays import open_array, open_list, open_npz
 from sddns_tf.data.auxiliary import with_auxiliary
 from sddns_tf.data.datasets import open_dataset
-from sddns_tf.data.folder import MAX_PIXELS, Folder
+from sddns_tf.data.folder import Folder
 from sddns_tf.data.pixels import Shaping, name_of
 from sddns_tf.data.tfds import open_tfds
 from sddns_tf.image_sources import untuned
+from sddns_tf.pictures import MAX_PIXELS
 from sddns_tf.validation import check_bool, check_choice, check_int
 
-__all__ = ["image_files", "load", "load_arrays", "with_auxiliary"]
+__all__ = ["image_files", "load", "load_arrays", "mvtec", "with_auxiliary"]
 
 
 def load(
@@ -95,8 +97,8 @@ def load(
             except that a TFDS data set or `tf.data.Dataset` of more than 512 MB is shuffled with a
             512 MB buffer.
         seed: int, seed for shuffling.
-        drop_remainder: bool, whether to drop a shorter last batch. A distribution strategy needs
-            this.
+        drop_remainder: bool, whether to drop a shorter last batch, for which a graph may have to be
+            compiled once more.
         first_batch: int. If given, the dataset repeats forever, without breaks between epochs, and
             starts with this batch: the one that a training run stopped after this many steps would
             have seen next. Earlier images are skipped without being decoded.
@@ -237,6 +239,7 @@ def image_files(
     min_size: int | None = None,
     max_pixels: int = MAX_PIXELS,
     on_error: str = "raise",
+    limit: int | None = None,
 ) -> list[str]:
     """List the image files of a folder in the order in which `load` reads them.
 
@@ -246,6 +249,7 @@ def image_files(
         min_size: as for `load`.
         max_pixels: as for `load`.
         on_error: `"raise"`, or `"skip"` to leave out the files that cannot be used.
+        limit: int, largest number of files to list, and to check.
 
     Returns:
         List of sorted paths. Each file has been decoded once as a check.
@@ -260,12 +264,11 @@ def image_files(
     images = sddns_tf.data.load("folder:photos", image_size=64, batch_size=32, on_error="skip")
     ```
     """
+    if limit is not None:
+        check_int("limit", limit)
     source = f"folder:{os.fspath(folder).removeprefix('folder:')}"
-    shaping = Shaping(min_size=min_size)
-    return [
-        file.path
-        for file in _folder(source, shaping, max_pixels, on_error, exif_orientation).files()
-    ]
+    opened = _folder(source, Shaping(min_size=min_size), max_pixels, on_error, exif_orientation)
+    return [file.path for file in opened.files(limit)]
 
 
 def _located(source):

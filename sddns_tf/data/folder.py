@@ -13,10 +13,7 @@ from PIL import Image
 from sddns_tf import pictures
 from sddns_tf.data.pixels import Opened, by
 from sddns_tf.image_ops import decoded, from_16_bits
-
-MAX_PIXELS = 64_000_000
-
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+from sddns_tf.pictures import EXTENSIONS
 
 # Extensions of image formats that are not supported: skipped with a warning.
 _OTHER_KINDS = frozenset(
@@ -57,9 +54,9 @@ class Folder:
         self.on_error = on_error
         self.exif_orientation = exif_orientation
 
-    def files(self):
-        """Return the usable files, sorted by path. Each is decoded once as a check."""
-        return [file for file, _ in self._inspected(lambda pixels: None)]
+    def files(self, limit=None):
+        """Return the first `limit` usable files, or all, by path. Each is decoded as a check."""
+        return [file for file, _ in self._inspected(lambda pixels: None, limit)[:limit]]
 
     def open(self):
         """Open the folder as records of its files, which are decoded when needed."""
@@ -152,7 +149,6 @@ class Folder:
             with open(path, "rb") as opened:
                 file = opened.read()
             header = pictures.header(file)
-            # A few kilobytes can decode to gigabytes.
             if header.height * header.width > self.max_pixels:
                 announced = f"{header.height} x {header.width}"
                 return None, None, f"{announced} is more than max_pixels={self.max_pixels}"

@@ -6,15 +6,22 @@ bottle/test/broken_large/000.png
 bottle/ground_truth/broken_large/000_mask.png
 """
 
+from __future__ import annotations
+
 import dataclasses
+import os
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from sddns_tf import pictures
+from sddns_tf.data.folder import Folder
+from sddns_tf.data.pixels import Shaping
 from sddns_tf.image_ops import RESIZES, center_crop
 from sddns_tf.validation import check_choice, check_size
 
-_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png")
 GOOD = "good"
 
 
@@ -31,12 +38,12 @@ class Inspection:
     """
 
     train: np.ndarray
-    test: dict
-    masks: dict
-    files: dict
+    test: dict[str, np.ndarray]
+    masks: dict[str, np.ndarray]
+    files: dict[str, list[pathlib.Path]]
 
 
-def load(folder, image_size):
+def load(folder: str | os.PathLike, image_size: int | tuple[int, int]) -> Inspection:
     """Read a folder in the layout of MVTec AD.
 
     Args:
@@ -47,7 +54,8 @@ def load(folder, image_size):
         `Inspection`.
 
     Raises:
-        ValueError: If a folder or mask is missing, or a mask differs in size from its image.
+        ValueError: If a folder or mask is missing, an image cannot be read, or a mask differs in
+            size from its image.
 
     Example:
     >>> parts = sddns_tf.data.mvtec.load("mvtec/bottle", image_size=224)
@@ -57,27 +65,35 @@ def load(folder, image_size):
     Reference:
         Bergmann et al., "MVTec AD", CVPR 2019.
     """
-    size, root = check_size("image_size", image_size), pathlib.Path(folder)
-    files = {path.name: image_paths(path) for path in _folders(root / "test")}
+    size, root = check_size("image_size", image_size), pathlib.Path(folder).expanduser()
+    files = {
+        path.name: [pathlib.Path(file.path) for file in _folder(path).files()]
+        for path in _folders(root / "test")
+    }
     masks = {
         name: masks_of(paths, None if name == GOOD else root / "ground_truth" / name, size)
         for name, paths in files.items()
     }
     return Inspection(
-        train=_read(image_paths(root / "train" / GOOD), size),
-        test={name: _read(paths, size) for name, paths in files.items()},
+        train=_folder(root / "train" / GOOD, size).read(),
+        test={name: _folder(root / "test" / name, size).read() for name in files},
         masks=masks,
         files=files,
     )
 
 
-def masks_of(paths, folder, size, resize="squash"):
+def masks_of(
+    paths: Sequence[str | os.PathLike],
+    folder: str | os.PathLike | None,
+    size: tuple[int, int],
+    resize: str = "squash",
+) -> np.ndarray:
     """Return the masks of some images.
 
     Args:
         paths: Paths of the images.
-        folder: Folder of their masks. The mask of `000.png` is `000_mask.png` or `000.png`. None
-            for images without damage.
+        folder: Folder of their masks, drawn on images as their EXIF data turn them. The mask of
+            `000.png` is `000_mask.png` or `000.png`. None for images without damage.
         size: Height and width to which masks are resized. A resized pixel counts as damaged if at
             least half of it is.
         resize: `"squash"` or `"crop"`, as for the images: see `data.load`.
@@ -110,10 +126,11 @@ def _mask(path, folder, size, resize):
             f"The mask of {path} is missing. Received: {folder}, which does not have it"
         )
     with Image.open(found) as mask, Image.open(path) as image:
-        if mask.size != image.size:
+        shown = image.size[::-1] if pictures.orientation_of(image) >= 5 else image.size
+        if mask.size != shown:
             raise ValueError(
                 "A mask must have its image's size. Received: "
-                f"{found} of {mask.size}, {path} of {image.size} (width, height)"
+                f"{found} of {mask.size}, {path} of {shown} (width, height)"
             )
         damage = np.where(np.asarray(mask.convert("L")) > 0, np.uint8(255), np.uint8(0))
         if resize == "crop":
@@ -122,13 +139,9 @@ def _mask(path, folder, size, resize):
         return np.asarray(resized) >= 128
 
 
-def image_paths(folder):
-    """Return the sorted paths of the images in a folder."""
-    folder = pathlib.Path(folder)
-    found = [path for path in _listed(folder) if path.suffix.lower() in _EXTENSIONS]
-    if not found:
-        raise ValueError(f"The folder must hold images. Received: {folder}, which has none")
-    return found
+def _folder(path: Any, size: Any = None) -> Folder:
+    """Return a folder of images, read as by `data.load_arrays`."""
+    return Folder(path, Shaping(size), pictures.MAX_PIXELS, "raise", exif_orientation=True)
 
 
 def _folders(folder):
@@ -142,14 +155,3 @@ def _listed(folder):
             f"and ground_truth/<kind>. Received: {folder}, which is not a folder"
         )
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-
-
-def _read(paths, size):
-    from PIL import Image
-
-    images = []
-    for path in paths:
-        with Image.open(path) as image:
-            resized = image.convert("RGB").resize(size[::-1], Image.Resampling.BICUBIC)
-            images.append(np.asarray(resized))
-    return np.stack(images)
