@@ -52,7 +52,7 @@ def ood_score(
         k: None for the whole bank, or the number of nearest rows to average over. With weights
             these are the `k` nearest centers, with weights rescaled to sum to 1.
         metric: `"cosine"` or `"euclidean"`.
-        weights: Nonnegative weights `(M,)` of the rows of the bank, scaled here to sum to 1: see
+        weights: Positive weights `(M,)` of the rows of the bank, scaled here to sum to 1: see
             `compress`. None weights them equally.
         block_size: Rows of the bank to compare at once; no block has twice as many.
 

@@ -35,10 +35,16 @@ def largest_flagged_rank(calibration_size: int, false_positive_rate: float) -> i
     In float32, like the detector's p-values, so that 5 of 99 + 1 is within 0.05.
     """
     check_number("false_positive_rate", false_positive_rate, above=0.0, below=1.0)
-    p_values = np.arange(1, calibration_size + 1, dtype=np.float32) / np.float32(
-        calibration_size + 1
-    )
-    rank = int(np.count_nonzero(p_values <= np.float32(false_positive_rate)))
+
+    def is_flagged(rank):
+        p_value = np.float32(rank) / np.float32(calibration_size + 1)
+        return p_value <= np.float32(false_positive_rate)
+
+    rank = int(false_positive_rate * (calibration_size + 1))  # up to rounding
+    while rank < calibration_size and is_flagged(rank + 1):
+        rank += 1
+    while rank and not is_flagged(rank):
+        rank -= 1
     if not rank:
         raise ValueError(
             f"A false positive rate of {false_positive_rate} takes at least "

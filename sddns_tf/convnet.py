@@ -32,7 +32,7 @@ class ConvNet(keras.Model):
         convolutions: Number of convolutions in each stage.
         groups: Number of groups in each normalization.
         activation: `"relu"`, or `"gelu"`, which takes longer.
-        **kwargs: `name` and other arguments of `keras.Model`.
+        **kwargs: `name`, `dtype` and `trainable` of the model.
 
     Call arguments:
         inputs: Normalized float images `(B, H, W, 3)`, of any height and width.
@@ -72,6 +72,7 @@ class ConvNet(keras.Model):
                     f"Each of `stages` must be a multiple of `groups`. "
                     f"Received: stages={stages}, groups={groups}"
                 )
+        policy = keras.dtype_policies.get(kwargs.pop("dtype", None) or keras.config.dtype_policy())
         images = keras.Input((None, None, 3))
         x = images
         for index, channels in enumerate(stages):
@@ -79,19 +80,25 @@ class ConvNet(keras.Model):
                 strides = 2 if index and not number else 1
                 name = f"stage_{index + 1}" if number == convolutions - 1 else None
                 # The normalization has a bias of its own.
-                x = layers.Conv2D(channels, 3, strides, padding="same", use_bias=False)(x)
-                x = layers.Activation(activation, name=name)(GroupNormalization(groups)(x))
-        features = layers.GlobalAveragePooling2D(name="features")(x)
+                x = layers.Conv2D(
+                    channels, 3, strides, padding="same", use_bias=False, dtype=policy
+                )(x)
+                x = GroupNormalization(groups, dtype=policy)(x)
+                x = layers.Activation(activation, dtype=policy, name=name)(x)
+        features = layers.GlobalAveragePooling2D(dtype=policy, name="features")(x)
         super().__init__(inputs=images, outputs=features, **kwargs)
         self.stages = tuple(stages)
         self.convolutions = convolutions
         self.groups = groups
         self.activation = activation
+        self._policy = policy
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor arguments."""
         return {
             "name": self.name,
+            "trainable": self.trainable,
+            "dtype": keras.saving.serialize_keras_object(self._policy),
             "stages": self.stages,
             "convolutions": self.convolutions,
             "groups": self.groups,

@@ -22,6 +22,7 @@ from sddns_tf.calibration import ending_at, largest_flagged_rank, merged, roundi
 from sddns_tf.features import FeatureExtractor, extract_features, stream_features
 from sddns_tf.image_sources import batches_of, image_source
 from sddns_tf.local import counted_places, smoothed
+from sddns_tf.metrics import as_scores
 from sddns_tf.types import Array
 from sddns_tf.validation import check_int, image_array
 
@@ -105,7 +106,8 @@ class Detector(keras.Model):
         auxiliary_weight: float = 0.0,
         **kwargs,
     ) -> None:
-        super().__init__(**{**kwargs, "dtype": "float32", "autocast": False})
+        # Not trained itself. The extractor, which may be of a model in training, stays as it is.
+        super().__init__(**{**kwargs, "dtype": "float32", "autocast": False, "trainable": False})
         check_int("bank_size", bank_size)
         check_int("calibration_size", calibration_size)
         building.check_options(
@@ -117,7 +119,6 @@ class Detector(keras.Model):
             auxiliary_weight=auxiliary_weight,
         )
         self.extractor = extractor
-        self.extractor.trainable = False
         self.temperature = float(temperature)
         self.offset = float(offset)
         self.k = k
@@ -570,8 +571,12 @@ class Detector(keras.Model):
 
         Returns:
             A `Detector`. It shares the extractor; nothing else.
+
+        Raises:
+            ValueError: If they are not finite numbers `(N,)`, or too few for the rate.
         """
-        return self._with(self.bank.numpy(), self.bank_weights.numpy(), np.asarray(scores))
+        scores = as_scores(scores)
+        return self._with(self.bank.numpy(), self.bank_weights.numpy(), scores)
 
     def _with(self, bank, weights, scores, rate=None):
         config = {**self.get_config(), "extractor": self.extractor}

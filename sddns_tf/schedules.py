@@ -45,7 +45,7 @@ class Linear(keras.optimizers.schedules.LearningRateSchedule):
 
     Args:
         start: Value up to `start_step`.
-        end: Value from `end_step` on.
+        end: Value from `end_step` on, even if that is the first step.
         end_step: Step at which `end` is reached.
         start_step: Step at which the change begins.
 
@@ -72,10 +72,11 @@ class Linear(keras.optimizers.schedules.LearningRateSchedule):
 
     def __call__(self, step: int) -> tf.Tensor:
         """Return the value at `step`, a float32 scalar."""
-        length = max(self.end_step - self.start_step, 1)
-        progress = tf.clip_by_value(
-            (tf.cast(step, tf.float32) - self.start_step) / length, 0.0, 1.0
-        )
+        step, length = tf.cast(step, tf.float32), self.end_step - self.start_step
+        if length:
+            progress = tf.clip_by_value((step - self.start_step) / length, 0.0, 1.0)
+        else:
+            progress = tf.cast(step >= self.end_step, tf.float32)
         return self.start + (self.end - self.start) * progress
 
     def get_config(self) -> dict[str, Any]:
@@ -97,7 +98,7 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
 
     Args:
         start: Value at the end of the warm-up.
-        end: Value at `total_steps` and after.
+        end: Value at `total_steps` and after. If all steps are warm-up, it comes one step later.
         total_steps: Step at which `end` is reached, warm-up included.
         warmup_steps: Steps of the warm-up.
 
@@ -159,6 +160,7 @@ class GrowingMomentum(keras.optimizers.schedules.LearningRateSchedule):
     """
 
     def __init__(self, end: float = 0.996) -> None:
+        check_number("end", end, 0.0, 1.0)
         self.end = end
 
     def __call__(self, step: int) -> tf.Tensor:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ import tensorflow as tf
 from apache_beam.testing.util import assert_that, equal_to
 
 from sddns_tf.beam import ReadFiles, SavedModelHandler, Score, ScoringJob, Unreadable
+from sddns_tf.beam import job as job_module
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -213,6 +215,8 @@ def test_a_second_run_does_what_is_missing(served, photographs, tmp_path):
     for name in ("part-00000.parquet", "part-00002.parquet", "part-00003.parquet"):
         assert (scores / name).stat().st_mtime_ns == kept[name]
     assert job().run().images == 0
+    with mock.patch.object(job_module, "matching", side_effect=AssertionError):
+        job()  # A plan is not made again, even if the images have moved.
     with pytest.raises(ValueError, match="in which this job was started before"):
         job(format="csv")
     with pytest.raises(ValueError, match="in which this job was started before"):

@@ -227,3 +227,18 @@ def test_standardized_features_are_merged_by_distance():
         bank.score_error()
     with pytest.raises(ValueError, match=r"pass `metric=extractor.metric`.*norms from"):
         BankSketch(SIZE).add(rows)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_features_that_are_not_finite_are_refused(metric):
+    rows = clusters(5, seed=1)
+    rows[2, 1] = np.nan
+    with pytest.raises(ValueError, match=r"Features must be finite. Received: 1 of 5"):
+        BankSketch(SIZE, metric=metric).add(rows)
+
+
+def test_equal_features_make_one_center():
+    sketch = BankSketch(3, "kcenter")
+    sketch.add(np.repeat(np.eye(4, dtype=np.float32)[:2], 50, axis=0))
+    bank = sketch.bank()
+    assert len(bank.features) == 2 and (bank.weights > 0).all()

@@ -11,6 +11,7 @@ from tiny import Brightness, conv
 
 from sddns_tf import image_ops, metrics, shifts
 from sddns_tf.callbacks import Checkpoint, CollapseMonitor, OODProbe
+from sddns_tf.callbacks.pictures import TrainingPictures
 from sddns_tf.heads import ProjectionHead
 from sddns_tf.self_distillation import SelfDistillation
 from sddns_tf.views import MultiCrop, Negatives
@@ -251,3 +252,15 @@ def test_callbacks_survive_serialization(callback):
     copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(callback))
     for key, value in callback.get_config().items():
         np.testing.assert_array_equal(copy.get_config()[key], value)
+
+
+def test_pictures_of_few_auxiliary_images(images, tmp_path):
+    """As many negatives of each source as there are auxiliary images."""
+    model = SelfDistillation(
+        conv(), Brightness(16), Negatives("rot90", "both"), head=ProjectionHead(8, 8, 4)
+    )
+    model.compile("sgd")
+    pictures = TrainingPictures(tmp_path, images[:20], images[20:30], images[:5], shift="rot90")
+    both = {"images": images[:20], "auxiliary": images[:20]}
+    model.fit(both, callbacks=[pictures], verbose=0)
+    assert list((tmp_path / "pictures").iterdir())

@@ -59,6 +59,16 @@ def test_a_saved_network_is_the_same(tmp_path):
     assert loaded.get_config() == network.get_config()
 
 
+def test_a_saved_network_keeps_its_precision_and_stays_frozen(tmp_path):
+    network = sddns_tf.ConvNet((8, 16), dtype="mixed_bfloat16", trainable=False)
+    images = np.random.default_rng(0).normal(size=(2, 9, 9, 3)).astype("float32")
+    assert network(images).dtype == "bfloat16"
+    network.save(tmp_path / "network.keras")
+    loaded = keras.saving.load_model(tmp_path / "network.keras")
+    assert loaded(images).dtype == "bfloat16" and not loaded.trainable_weights
+    assert loaded.get_config() == network.get_config()
+
+
 def test_a_configuration_of_an_older_file_means_the_older_network():
     network = sddns_tf.ConvNet.from_config({"name": "old", "stages": [8], "groups": 4})
     assert (network.convolutions, network.activation) == (2, "gelu")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tracemalloc
 import warnings
 
 import export_checks
@@ -162,6 +163,15 @@ def test_a_rate_of_c_in_n_flags_exactly_c(size):
         assert largest_flagged_rank(size, count / (size + 1)) == count
         if count > 1:
             assert largest_flagged_rank(size, count / (size + 1) - 1e-5) == count - 1
+
+
+def test_the_rank_of_many_scores_takes_no_memory():
+    tracemalloc.start()
+    try:
+        assert largest_flagged_rank(10**9, 0.05) == pytest.approx(5 * 10**7, rel=1e-6)
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+    finally:
+        tracemalloc.stop()
 
 
 def test_false_positive_rate_holds_on_average_over_calibration_sets():
@@ -462,6 +472,27 @@ def test_a_detector_from_features_is_that_from_images():
 def test_features_that_do_not_fit_are_named(bank, calibration, message):
     with pytest.raises(ValueError, match=message):
         Detector.from_features(FeatureExtractor(conv_backbone()), bank, calibration, 0.2)
+
+
+def test_a_detector_of_a_network_in_training_does_not_freeze_it():
+    network = conv_backbone()
+    before = [v.path for v in network.trainable_weights]
+    detector = Detector.from_features(
+        FeatureExtractor(network), np.eye(8)[:4], np.eye(8), 0.2, bank_weights=[1, 2, 3, 4]
+    )
+    assert [v.path for v in network.trainable_weights] == before != []
+    assert not detector.trainable_weights and not detector.trainable_variables
+
+
+def test_weights_and_scores_from_elsewhere_are_checked():
+    extractor = FeatureExtractor(conv_backbone())
+    for weights in ([0, 1], [np.nan, 1], [1, 1, 1]):
+        with pytest.raises(ValueError, match="`bank_weights` must be 2 positive numbers"):
+            Detector.from_features(extractor, np.eye(8)[:2], np.eye(8), 0.2, bank_weights=weights)
+    detector = make_detector()
+    for scores in ([np.nan] * 30, [[1.0] * 30], [1.0, np.inf]):
+        with pytest.raises(ValueError, match="`scores` must"):
+            detector.with_calibration_scores(scores)
 
 
 def test_a_compressed_detector_scores_like_the_whole_one():

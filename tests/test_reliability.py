@@ -338,6 +338,29 @@ def test_a_damaged_state_is_passed_over(tmp_path, damage, caplog):
         np.testing.assert_array_equal(old, new)
 
 
+def test_a_run_in_the_folder_of_a_longer_one_is_refused_and_removes_nothing(tmp_path):
+    """Its states would be passed over for the other's."""
+    train(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(
+        ValueError, match=r"no states of later steps.*a model that has done 0 steps"
+    ):
+        make_model().fit(make_images(), callbacks=[Checkpoint(tmp_path)], verbose=0)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    first = checkpoint.save(make_model(), tmp_path, keep=1)
+    assert first.exists() and set(tmp_path.iterdir()) == {first, *before}
+
+
+def test_the_state_just_written_is_kept_beside_a_damaged_later_one(tmp_path):
+    train(tmp_path, every=1)
+    older, newest = checkpoint.saved(tmp_path)
+    newest.write_bytes(b"")
+    model, kept = make_model(), Checkpoint(tmp_path, keep=1)
+    assert f"step-{kept.restore(model):08d}" == older.stem
+    model.fit(make_images(4), batch_size=4, callbacks=[kept], verbose=0)
+    assert checkpoint.restore(make_model(), tmp_path) == newest  # written again
+
+
 def test_a_state_of_another_model_is_refused(tmp_path):
     checkpoint.save(make_model(), tmp_path)
     other = make_model(dropout=0.0)

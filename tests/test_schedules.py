@@ -56,6 +56,12 @@ def test_linear_is_numpys_interpolation(start, end, start_step, length, step):
     assert float(ramp(step)) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("step", [0, 5])
+def test_a_change_of_no_length_is_done_at_its_step(step):
+    jump = Linear(2.0, 1.0, start_step=step, end_step=step)
+    assert [float(jump(step + there)) for there in (-1, 0, 1)] == [2.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("step", "value"),
     [

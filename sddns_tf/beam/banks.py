@@ -78,7 +78,8 @@ class BankSketch:
         metric: How the score compares features: `extractor.metric`.
 
     Raises:
-        ValueError: From `add`, if features to compare by cosines do not have L2 norm 1.
+        ValueError: From `add`, if features are not finite, or those to compare by cosines do not
+            have L2 norm 1.
 
     Example:
     >>> sketch = BankSketch(size=1000, metric=extractor.metric)
@@ -119,6 +120,10 @@ class BankSketch:
             features: As the extractor gives them, float `(D,)` or `(N, D)`.
         """
         rows = np.atleast_2d(np.asarray(features, np.float32))
+        if bad := np.count_nonzero(~np.isfinite(rows).all(axis=1)):
+            raise ValueError(
+                f"Features must be finite. Received: {bad} of {len(rows)} that are not"
+            )
         if self._metric == "cosine":
             _check_norms(rows)
         self._pending.append(rows)
@@ -173,7 +178,9 @@ class BankSketch:
         nearest, distance = pairwise_distances_argmin_min(part.centers, centers)
         radius = np.zeros(len(centers), np.float32)
         np.maximum.at(radius, nearest, (part.radius + distance).astype(np.float32))
-        return _Part(centers, np.bincount(nearest, part.counts, len(centers)), radius)
+        counts = np.bincount(nearest, part.counts, len(centers))
+        taken = counts > 0  # Of equal centers the first takes all.
+        return _Part(centers[taken], counts[taken], radius[taken])
 
 
 class _Part(NamedTuple):

@@ -117,9 +117,9 @@ class ScoringJob:
         self._options = PipelineOptions([_QUIET, *options])
         is_direct = runner.lower() in ("direct", "directrunner")
         self._runner = _direct_runner(self._options) if is_direct else create_runner(runner)
-        pattern = images if isinstance(images, str) else None
-        images = matching(images) if isinstance(images, str) else list(images)
-        job = {"model": _fingerprint(model), "format": format, "images": pattern or _digest(images)}
+        images = images if isinstance(images, str) else list(images)
+        named = images if isinstance(images, str) else _digest(images)
+        job = {"model": _fingerprint(model), "format": format, "images": named}
         self._shards = _planned(self._output, job, images, images_per_shard)
 
     def run(self) -> Totals:
@@ -209,7 +209,7 @@ def _ending_with_a_lost_worker() -> Iterator[None]:
 
 
 def _planned(
-    output: str, job: dict[str, str], paths: list[str], images_per_shard: int
+    output: str, job: dict[str, str], images: str | list[str], images_per_shard: int
 ) -> list[str]:
     """Return the names of the shards, from the plan of an earlier run or from a new one."""
     folder = FileSystems.join(output, "plan")
@@ -224,7 +224,7 @@ def _planned(
                 f"Received: {output}, where another job was started, {plan}, instead of {job}"
             )
         return [_name(number) for number in range(count)]
-    count = 0
+    paths, count = matching(images) if isinstance(images, str) else images, 0
     for count, some in enumerate(_cut(paths, images_per_shard), 1):
         _write_json(FileSystems.join(folder, f"{_name(count - 1)}.json"), some)
     if not count:

@@ -40,6 +40,8 @@ class Checkpoint(keras.callbacks.Callback):
 
     Raises:
         OSError: In `fit`, if the state cannot be written; the message names the folder.
+        ValueError: In `fit`, if the folder has states of later steps than the model's and `restore`
+            was not called: they are another run's, and would be restored instead of this one's.
 
     Example:
         >>> checkpoint = Checkpoint("run/checkpoint", every=500)
@@ -60,6 +62,7 @@ class Checkpoint(keras.callbacks.Callback):
         self.keep = keep
         self._signal: int | None = None
         self._before: dict[int, Any] = {}
+        self._restored = False
 
     def restore(self, model: keras.Model) -> int:
         """Load the newest state into a compiled model.
@@ -71,6 +74,7 @@ class Checkpoint(keras.callbacks.Callback):
             Int, the steps it has done; 0 if nothing was saved.
         """
         training_state.restore(model, self.folder)
+        self._restored = True
         return training_state.step_of(model)
 
     def last(self) -> pathlib.Path | None:
@@ -80,6 +84,7 @@ class Checkpoint(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         """Write a first state, and listen for SIGTERM and Ctrl-C."""
         del logs
+        self._check_alone()
         self._since = 0
         self.save()
         self._check_room()
@@ -131,6 +136,17 @@ class Checkpoint(keras.callbacks.Callback):
         self._since, self._saved = 0, time.monotonic()
         if _writes_here(self.model.distribute_strategy):
             training_state.save(self.model, self.folder, self.keep)
+
+    def _check_alone(self):
+        if self._restored or not _writes_here(self.model.distribute_strategy):
+            return  # What was restored is the latest that can be read.
+        step, last = training_state.step_of(self.model), self.last()
+        if last and last.stem > f"step-{step:08d}":
+            raise ValueError(
+                f"{self.folder} must have no states of later steps than the model's. Call "
+                "`restore` to go on from the last one, or choose another folder. "
+                f"Received: {last.name}, and a model that has done {step} steps"
+            )
 
     def _check_room(self):
         if not _writes_here(self.model.distribute_strategy):

@@ -31,8 +31,8 @@ class TrainingPictures(keras.callbacks.Callback):
             thousand are enough.
         held_out: In-distribution images that are not trained on, `(N, H, W, 3)`. Only
             the central square of each is shifted and scored.
-        auxiliary: Auxiliary images `(B, H', W', 3)`, at least eight, to show their negatives;
-            `None` if there are none.
+        auxiliary: Auxiliary images `(B, H', W', 3)`, to show the negatives of up to eight; `None`
+            if there are none.
         every: Epochs between histograms, starting with the first epoch.
         shift: Name from `shifts.NAMES`, or a callable.
 
@@ -104,8 +104,9 @@ class TrainingPictures(keras.callbacks.Callback):
         images, negatives = tf.constant(self.bank_images[:8]), self.model.negatives
         groups = {"views": self.model.views(images, [0, 0])}
         if negatives is not None and (self.auxiliary is not None or not negatives.needs_auxiliary):
-            auxiliary = self.auxiliary[:8] if negatives.needs_auxiliary else None
-            groups["negatives"] = negatives(self.model.views, images, auxiliary, [0, 1])
+            auxiliary = self.auxiliary[: len(images)] if negatives.needs_auxiliary else None
+            alike = images if auxiliary is None else images[: len(auxiliary)]
+            groups["negatives"] = negatives(self.model.views, alike, auxiliary, [0, 1])
         with self._writer.as_default(step=0):
             for name, group in groups.items():
                 for views in group:

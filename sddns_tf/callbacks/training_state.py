@@ -60,7 +60,8 @@ def save(model: keras.Model, folder: str | os.PathLike, keep: int = 2) -> pathli
     Args:
         model: `SelfDistillation`, compiled.
         folder: Path; created if it does not exist. Only one process at a time may write to it.
-        keep: Int, number of states to keep, the newest ones.
+        keep: Int, number of states to keep, the newest ones. States of later steps are not of this
+            run, and stay.
 
     Returns:
         Path of the file.
@@ -79,8 +80,9 @@ def save(model: keras.Model, folder: str | os.PathLike, keep: int = 2) -> pathli
             np.savez(file, **values)
     except OSError as error:
         raise OSError(f"The training state cannot be written to {folder}: {error}") from error
+    until_now = [other for other in saved(folder) if other.name <= path.name]
     # Hidden files are unfinished ones, left by a process that was killed.
-    for old in [*saved(folder)[:-keep], *folder.glob(".*.step-*.npz")]:
+    for old in [*until_now[:-keep], *folder.glob(".*.step-*.npz")]:
         old.unlink(missing_ok=True)
     return path
 

@@ -104,7 +104,8 @@ def _train(
     shared = pathlib.Path(place.output_dir).expanduser()  # by all machines
     checkpoint = sddns_tf.callbacks.Checkpoint(shared / "checkpoint", place.checkpoint_every)
     with user_input():
-        step = checkpoint.restore(model)
+        # Without `resume` the first machine removes the states, perhaps after this one looks.
+        step = checkpoint.restore(model) if place.resume else 0
     earlier.cut_log(output_dir / "log.csv", step // length.steps_per_epoch)
     say(
         f"Training {model.student_backbone.name} on {images.number_of(found.training)} images: "
