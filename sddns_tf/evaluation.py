@@ -134,7 +134,8 @@ def evaluate(
         raise ValueError(
             f"`ood` must hold at least one set, none of the name {FRESH!r}. Received: {list(ood)}"
         )
-    _check_masks(detector, masks or {}, ood)
+    masks = {name: np.asarray(mask) for name, mask in (masks or {}).items()}
+    _check_masks(detector, masks, ood)
     images = {**ood, FRESH: normal}
     answers = {
         name: detector.predict(x, batch_size=batch_size, verbose=verbose)
@@ -157,7 +158,7 @@ def evaluate(
             name: _one_each(extract_features(detector.extractor, x[:feature_count], **extract))
             for name, x in images.items()
         },
-        pixels=_pixel_rows(detector, answers, masks or {}),
+        pixels=_pixel_rows(detector, answers, masks),
         lowest_score=detector.lowest_score,
         files=files or {},
     )
@@ -171,11 +172,10 @@ def _check_masks(detector, masks, ood):
         )
     for name, mask in masks.items():
         expected = np.shape(ood.get(name, ()))[:3]
-        if np.shape(mask) != expected or np.asarray(mask).dtype != bool:
+        if mask.shape != expected or mask.dtype != bool:
             raise ValueError(
                 "`masks` must be bool, of the shape of the set's images. Received: "
-                f"{name!r} of shape {np.shape(mask)} and dtype {np.asarray(mask).dtype} for images "
-                f"of {expected}"
+                f"{name!r} of shape {mask.shape} and dtype {mask.dtype} for images of {expected}"
             )
 
 

@@ -123,12 +123,12 @@ class ProjectionHead(keras.Model):
     ) -> None:
         super().__init__(**kwargs)
         for name, number in (
-            ("num_prototypes", num_prototypes),
             ("hidden_dim", hidden_dim),
             ("bottleneck_dim", bottleneck_dim),
             ("num_layers", num_layers),
         ):
             check_int(name, number)
+        check_int("num_prototypes", num_prototypes, low=2)  # One has the same share of everything.
         check_bool("norm_last_layer", norm_last_layer)
         self.num_prototypes = num_prototypes
         self.hidden_dim = hidden_dim

@@ -330,12 +330,14 @@ def region_recall(maps: Array, masks: Array, threshold: float | None) -> float:
         Python float in 0-1.
 
     Raises:
-        ValueError: As for `pixel_auroc`.
+        ValueError: As for `pixel_auroc`, and if the threshold is None.
 
     Example:
     >>> sddns_tf.metrics.region_recall(maps, masks, detector.threshold)
     """
     maps, masks = _pixels(maps, masks)
+    if threshold is None:
+        raise ValueError("`threshold` must be a number. Received: None: nothing is ever flagged")
     regions, count = _regions(masks)
     sizes = np.bincount(regions.ravel(), minlength=count + 1)[1:]
     found = np.bincount(regions[maps > threshold].ravel(), minlength=count + 1)[1:]

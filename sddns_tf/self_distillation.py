@@ -24,7 +24,17 @@ import warnings
 import keras
 import tensorflow as tf
 
-from sddns_tf import files, image_ops, losses, networks, replicas, schedules, tracing, validation
+from sddns_tf import (
+    files,
+    image_ops,
+    losses,
+    networks,
+    replicas,
+    schedules,
+    shifts,
+    tracing,
+    validation,
+)
 from sddns_tf.heads import ProjectionHead
 from sddns_tf.image_sources import image_batch, image_source, validation_source
 from sddns_tf.keras_private import batches_counted, fused_adam, inner
@@ -160,6 +170,8 @@ class SelfDistillation(keras.Model):
         for layer in (backbone, head):
             networks.check_scope(layer)
         feature_dim = networks.check_backbone(backbone, views.sizes)
+        if negatives is not None:
+            shifts.check_sides(negatives.shift, views.sizes)
         if backbone.weights and not backbone.trainable_weights:
             raise ValueError(
                 "`backbone` must have weights to train. A teacher is saved frozen: set "
@@ -169,6 +181,11 @@ class SelfDistillation(keras.Model):
         validation.check_number("student_temperature", student_temperature, above=0.0)
         validation.check_number("center_momentum", center_momentum, 0.0, 1.0)
         validation.check_int("frozen_last_layer_steps", frozen_last_layer_steps, low=0)
+        if frozen_last_layer_steps and head is not None and not hasattr(head, "last_layer"):
+            raise ValueError(
+                "`frozen_last_layer_steps` takes a head with a `last_layer`, such as a "
+                f"ProjectionHead. Received: head={head}"
+            )
         validation.check_int("seed", seed, low=-(2**31), high=2**31 - 1)
         if gradient_clip_norm is not None:
             validation.check_number("gradient_clip_norm", gradient_clip_norm, above=0.0)
@@ -593,7 +610,7 @@ class SelfDistillation(keras.Model):
         return moves
 
     def _is_decayed(self, variable):
-        gain = getattr(self.student_head.last_layer, "gain", None)
+        gain = getattr(getattr(self.student_head, "last_layer", None), "gain", None)
         return len(variable.shape) > 1 or variable is gain
 
     def _optimizer_moves(self, gradients):

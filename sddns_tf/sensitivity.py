@@ -39,7 +39,7 @@ def sensitivity(
         detector: Trained `Detector`.
         images: Held-out in-distribution images, square, uint8 or float in 0-255, `(N, S, S, 3)`.
         trained_on: Shift that made the negatives, by name or callable; left out of the mean.
-        probes: Names from `shifts.NAMES`, or callables.
+        probes: Names, or callables: see `shifts.get`.
         seed: Integer; fixes the draws of the probes.
         batch_size: Images per forward pass.
 

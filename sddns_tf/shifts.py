@@ -14,9 +14,10 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from sddns_tf.replicas import uniform as uniform
@@ -88,13 +89,13 @@ def perm4(images: Array, seed: Array) -> tf.Tensor:
     """Put the 2x2 grid of patches in a random order other than the identity."""
     orders = list(itertools.permutations(range(4)))[1:]
     draw = _random_integers(tf.shape(images)[0], len(orders), seed)
-    return _reorder_patches(images, tf.gather(tf.constant(orders), draw), 2, "perm4")
+    return _reorder_patches(images, tf.gather(tf.constant(orders), draw), "perm4")
 
 
 @keras.saving.register_keras_serializable("sddns_tf")
 def perm16(images: Array, seed: Array) -> tf.Tensor:
     """Put the 4x4 grid of patches in a random order."""
-    return _reorder_patches(images, _random_orders(images, 16, seed), 4, "perm16")
+    return _reorder_patches(images, _random_orders(images, 16, seed), "perm16")
 
 
 @keras.saving.register_keras_serializable("sddns_tf")
@@ -162,6 +163,9 @@ _SHIFTS = {shift.__name__: shift for shift in (*_PAPER, cut_paste)}
 NAMES = tuple(shift.__name__ for shift in _PAPER)  # the paper's own
 BEYOND_THE_PAPER = tuple(name for name in _SHIFTS if name not in NAMES)
 
+# Into how many patches a side is divided, where it is.
+_GRIDS = {"perm4": 2, "perm16": 4}
+
 
 def get(shift: str | Callable) -> Callable:
     """Return a shift by its name, or the given callable.
@@ -196,6 +200,41 @@ def name_of(shift: str | Callable) -> str:
     if isinstance(shift, str):
         return shift
     return getattr(shift, "__name__", type(shift).__name__)
+
+
+def check_sides(shift: str | Callable, sides: Iterable[int]) -> None:
+    """Check that a shift takes the views of a model, before a graph is made of it.
+
+    Args:
+        shift: Name or callable. Of a callable that is not in this module nothing is known.
+        sides: Sides of the views in pixels.
+
+    Raises:
+        ValueError: If one of the sides cannot be divided into the patches of the shift.
+    """
+    name = name_of(shift)
+    grid = _GRIDS.get(name, 1) if get(shift) is _SHIFTS.get(name) else 1
+    if wrong := [side for side in sides if side % grid]:
+        raise ValueError(
+            f"The shift {name!r} takes images with sides divisible by {grid}: choose "
+            f"another size of views. Received: views of {wrong[0]} pixels"
+        )
+
+
+def central_squares(images: Array) -> np.ndarray:
+    """Return the central square of each image, of the largest side that every shift takes.
+
+    Args:
+        images: Array `(B, H, W, 3)`.
+
+    Returns:
+        Array `(B, S, S, 3)`; `images` if they are such squares.
+    """
+    height, width = images.shape[1:3]
+    side = min(height, width)
+    side -= side % max(_GRIDS.values())
+    top, left = (height - side) // 2, (width - side) // 2
+    return images[:, top : top + side, left : left + side]
 
 
 def checked(shift: str | Callable, images: Array, shifted: Array) -> tf.Tensor:
@@ -248,7 +287,8 @@ def warn_if_not_savable(shift: str | Callable) -> None:
         )
 
 
-def _check_squares(images, name, grid=1):
+def _check_squares(images, name):
+    grid = _GRIDS.get(name, 1)
     height, width = images.shape[1], images.shape[2]
     if height is None or height != width or height % grid:
         sides = f" with sides divisible by {grid}" if grid > 1 else ""
@@ -268,9 +308,9 @@ def _random_orders(images, length, seed):
     return tf.argsort(tf.transpose(keys), axis=-1)
 
 
-def _reorder_patches(images, order, grid, name):
-    _check_squares(images, name, grid)
-    size, channels = images.shape[1], images.shape[-1]
+def _reorder_patches(images, order, name):
+    _check_squares(images, name)
+    grid, size, channels = _GRIDS[name], images.shape[1], images.shape[-1]
     side = size // grid
     patches = tf.reshape(images, [-1, grid, side, grid, side, channels])
     patches = tf.reshape(

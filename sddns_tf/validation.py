@@ -68,7 +68,7 @@ def image_array(images: Array, name: str = "images", *, allow_nan: bool = False)
     """
     images = _stacked(images, name)
     check_form(images, name)
-    if not len(images):
+    if 0 in images.shape:
         raise ValueError(f"At least one image is needed. Received: {name} of shape {images.shape}")
     return in_range(images, name, allow_nan)
 
@@ -249,7 +249,7 @@ def _limits(low, high, above=None, below=None):
         )
         if limit is not None
     ]
-    return "".join(f" {word}" for word in " and ".join(words).split())
+    return " " + " and ".join(words) if words else ""
 
 
 def check_choice(name: str, value: Any, choices: Any) -> str:

@@ -104,7 +104,7 @@ class MultiCrop:
             check_number(name, value, 0.0, highest)
         self.image_size = image_size
         self.local_views = local_views
-        self.local_size = local_size or image_size // 2
+        self.local_size = local_size or max(image_size // 2, 1)
         shares: dict[str, Any] = {"high": 1.0, "above": 0.0, "ascending": True}
         self.global_area = check_numbers("global_area", global_area, 2, **shares)
         self.local_area = check_numbers("local_area", local_area, 2, **shares)
@@ -256,7 +256,7 @@ class Negatives:
     """Negative examples: views put through a shifting transformation.
 
     Args:
-        shift: Name from `shifts.NAMES` or a callable `(images, seed) -> images`; a callable that is
+        shift: Name or callable `(images, seed) -> images`: see `shifts.get`. A callable that is
             registered with Keras is saved with the model.
         source: Where negatives come from: `"in_distribution"` images, `"auxiliary"` images, or
             `"both"`, weighted equally.

@@ -254,6 +254,11 @@ def test_callbacks_survive_serialization(callback):
         np.testing.assert_array_equal(copy.get_config()[key], value)
 
 
+def test_names_that_a_probe_would_log_twice_are_refused(images):
+    with pytest.raises(ValueError, match="Received: 'rot90' in both"):
+        OODProbe(images[:32], images[32:], ("perm4", "rot90"), {"rot90": images})
+
+
 def test_pictures_of_few_auxiliary_images(images, tmp_path):
     """As many negatives of each source as there are auxiliary images."""
     model = SelfDistillation(

@@ -159,6 +159,27 @@ def test_sensitivity_chooses_only_what_leads_by_more_than_chance(image_sets, tmp
 
 
 @pytest.mark.slow
+def test_sensitivity_of_images_that_no_grid_of_patches_divides(image_sets, tmp_path, capsys):
+    arguments = sensitivity_arguments(
+        image_sets, tmp_path, "--strategies=rot90:in_distribution,none", "--runs=1"
+    )
+    with no_pictures():
+        sensitivity.main([*arguments, "--resolution=26,30"])
+    assert "| none | 1 |" in capsys.readouterr().out
+
+
+def test_sensitivity_takes_its_shifts_from_the_strategies_only():
+    with pytest.raises(UsageError, match="--shift"):
+        sensitivity.main(["--strategies=none,rot90:auxiliary", "--shift=perm4", "--output_dir=o"])
+
+
+@pytest.mark.parametrize("option", ["--set=detector.k=10", "--resize=crop"])
+def test_options_that_make_a_detector_are_refused_for_one(run, option):
+    with pytest.raises(UsageError, match=r"takes a --model that is not a detector.*Received: --"):
+        run("detector", option)
+
+
+@pytest.mark.slow
 def test_sensitivity_of_one_run_chooses_nothing_and_its_ranks_are_tested(
     image_sets, tmp_path, capsys
 ):

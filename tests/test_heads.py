@@ -143,3 +143,8 @@ def test_file_and_copy(tmp_path):
 def test_arguments_that_make_no_sense_are_named(name):
     with pytest.raises(ValueError, match=f"{name}=0"):
         heads.ProjectionHead(**{name: 0})
+
+
+def test_one_prototype_teaches_nothing():
+    with pytest.raises(ValueError, match=r"at least 2. Received: num_prototypes=1"):
+        heads.ProjectionHead(1)

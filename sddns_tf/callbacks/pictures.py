@@ -34,7 +34,7 @@ class TrainingPictures(keras.callbacks.Callback):
         auxiliary: Auxiliary images `(B, H', W', 3)`, to show the negatives of up to eight; `None`
             if there are none.
         every: Epochs between histograms, starting with the first epoch.
-        shift: Name from `shifts.NAMES`, or a callable.
+        shift: Name, or a callable: see `shifts.get`.
 
     Example:
         >>> pictures = TrainingPictures("logs", train[:1000], held_out[:500], every=5)
@@ -63,7 +63,7 @@ class TrainingPictures(keras.callbacks.Callback):
         """Open the event file, write the views, and shift the held-out images once."""
         del logs
         self._writer = tf.summary.create_file_writer(f"{self.log_dir}/pictures")
-        squares = _central_squares(self.held_out)
+        squares = shifts.central_squares(self.held_out)
         self._sets = squares, shifts.get(self.shift)(tf.constant(squares), [0, 0]).numpy()
         self._extractor = FeatureExtractor(
             self.model.teacher_backbone,
@@ -133,13 +133,6 @@ class TrainingPictures(keras.callbacks.Callback):
     def from_config(cls, config: dict[str, Any]) -> Self:
         """Return the callback that `get_config` describes."""
         return cls(**keras.saving.deserialize_keras_object(config))
-
-
-def _central_squares(images):
-    height, width = images.shape[1:3]
-    side = min(height, width) // 4 * 4  # perm16 needs sides divisible by 4
-    top, left = (height - side) // 2, (width - side) // 2
-    return images[:, top : top + side, left : left + side]
 
 
 def _pixels(figure):

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from sddns_tf import building, metrics, shifts
 from sddns_tf.features import FeatureExtractor, extract_features
+from sddns_tf.shifts import name_of
 from sddns_tf.types import Array
 from sddns_tf.validation import check_int, image_array
 
@@ -27,7 +28,7 @@ class OODProbe(keras.callbacks.Callback):
         bank_images: In-distribution training images `(M, H, W, 3)`, uint8 or float in 0-255; a few
             thousand are enough.
         held_out: In-distribution images that are not trained on, `(N, H, W, 3)`.
-        shifts: Names from `shifts.NAMES`, or callables.
+        shifts: Names, or callables: see `shifts.get`.
         ood: Dictionary from names to OOD images `(N', H', W', 3)`.
         every: Epochs between two measurements. The first epoch of each `fit` is always measured,
             because log files take their columns from it.
@@ -57,6 +58,11 @@ class OODProbe(keras.callbacks.Callback):
         self.ood = {name: image_array(x, f"ood[{name!r}]") for name, x in (ood or {}).items()}
         self.every = every
         self.batch_size = batch_size
+        if twice := self.ood.keys() & {name_of(shift) for shift in self.shifts}:
+            raise ValueError(
+                "`ood` must have other names than `shifts`: both are logged by name. "
+                f"Received: {min(twice)!r} in both"
+            )
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Shift the held-out images once, so that every epoch is measured on the same ones."""

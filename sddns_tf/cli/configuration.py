@@ -146,9 +146,14 @@ def parse_setting(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise UsageError(f"--set must be KEY=VALUE, such as views.hue=0.2. Received: {text}")
     try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
+        return key, json.loads(value, parse_constant=_refused)
+    except ValueError:
         return key, value
+
+
+def _refused(constant: str) -> Any:
+    """Raise a `ValueError` for Infinity and NaN, which are not JSON."""
+    raise ValueError(constant)
 
 
 def resolve(recipe: dict[str, Any], settings: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -101,8 +101,8 @@ def parser() -> Parser:
     group.add_argument(
         "--resize",
         choices=("squash", "crop"),
-        default="squash",
-        help="How images of another aspect ratio are resized, if --model is not a detector.",
+        help="How images of another aspect ratio are resized, if --model is not a detector: squash "
+        "distorts them (the default), crop cuts off the sides.",
     )
     group.add_argument("--seed", metavar="N", type=int, default=0, help="Random seed.")
     group = parser.group("report")
@@ -132,6 +132,12 @@ def load_detector(options: Namespace) -> Any:
     if not isinstance(model, sddns_tf.Detector):
         require(options, "data", "calibration")
         return make_detector(model, options)
+    for option, given in (("set", options.set), ("resize", options.resize)):
+        if given:
+            raise UsageError(
+                f"--{option} takes a --model that is not a detector: model.keras or backbone.keras "
+                f"of a run. Received: --{option}={given if option == 'resize' else given[0]}"
+            )
     if options.calibration:
         source = sources.parse("calibration", options.calibration, "test")
         images = sources.read(
@@ -166,7 +172,8 @@ def make_detector(model: Any, options: Namespace) -> Any:
             "Features are compared as they are. A backbone that was trained with balanced targets, "
             "as by default, needs --set=detector.standardize=true; model.keras knows it by itself"
         )
-    reading = {"data_dir": options.data_dir, "resize": options.resize}
+    resize = options.resize or "squash"
+    reading = {"data_dir": options.data_dir, "resize": resize}
     source = sources.parse("data", options.data, "train")
     bank = sources.read("data", source, **reading)
     source = sources.parse("calibration", options.calibration, "test")
@@ -180,7 +187,7 @@ def make_detector(model: Any, options: Namespace) -> Any:
             model if trained is None else trained.teacher_backbone,
             bank_images=bank,
             calibration_images=calibration,
-            resize=options.resize,
+            resize=resize,
             seed=options.seed,
             verbose=verbose(),
             **given,

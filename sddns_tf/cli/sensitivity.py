@@ -5,9 +5,10 @@ r"""Choose the shift without labels and without OOD data: train one model per st
 
 A strategy is SHIFT:SOURCE, or none for no negatives. All other options are those of `sddns train`
 and apply to every strategy. Each is trained --runs times, with seeds that all strategies share.
-Each model is scored on its held-out images and on the same images transformed by the probes. These
-are the shifts whose family (rotations; permutations) no strategy trains on. The AUROC between the
-two, averaged over probes and runs, is the sensitivity of the strategy.
+Each model is scored on the central squares of its held-out images and on the same squares
+transformed by the probes. These are the shifts whose family (rotations; permutations) no strategy
+trains on. The AUROC between the two, averaged over probes and runs, is the sensitivity of the
+strategy.
 
 A strategy is chosen only if there are at least two probes and its lead is larger than chance.
 Otherwise the command says why not, and the table only ranks the strategies.
@@ -159,7 +160,7 @@ def measure(
     """Train and score one run, or read the results if that was done earlier."""
     import keras
 
-    from sddns_tf import sensitivity
+    from sddns_tf import sensitivity, shifts
     from sddns_tf.cli import earlier, training
 
     path = pathlib.Path(place.output_dir) / "sensitivity.json"
@@ -177,7 +178,7 @@ def measure(
         "asked": asked,
         "sensitivity": sensitivity.sensitivity(
             detector,
-            images.calibration[: options.probe_images],
+            shifts.central_squares(images.calibration[: options.probe_images]),
             probes=probes,
             seed=config["seed"],
         ),

@@ -80,6 +80,15 @@ def parser() -> Parser:
     )
     group.add_argument("--output_dir", metavar="FOLDER", help="Folder to write to.")
     add_recipe_options(parser)
+    group = parser.group("negatives")
+    group.add_argument(
+        "--shift", choices=SHIFTS, help="Shift that makes negatives; none for no negatives."
+    )
+    group.add_argument(
+        "--source",
+        choices=("in_distribution", "auxiliary", "both"),
+        help="Images to make negatives from. Default: auxiliary if --auxiliary is given.",
+    )
     add_training_options(parser)
     return parser
 
@@ -164,14 +173,6 @@ def _add_step_options(group: Any) -> None:
         metavar="NAME",
         help=f"One of {', '.join(configuration.BACKBONES)}, or a .keras file to start from. "
         "Default: convnet, which trains on a CPU.",
-    )
-    group.add_argument(
-        "--shift", choices=SHIFTS, help="Shift that makes negatives; none for no negatives."
-    )
-    group.add_argument(
-        "--source",
-        choices=("in_distribution", "auxiliary", "both"),
-        help="Images to make negatives from. Default: auxiliary if --auxiliary is given.",
     )
     group.add_argument(
         "--batch_size",
@@ -286,13 +287,12 @@ def configuration_of(options: Namespace) -> dict[str, Any]:
     """
     require(options, "output_dir")
     settings = [configuration.parse_setting(text) for text in options.set]
-    if options.shift == "none":
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    if given.get("shift") == "none":
         settings.append(("negatives", None))
-    elif options.shift:
+    elif "shift" in given:
         settings.append(("negatives.shift", options.shift))
-    for name, key in SHORT_FOR.items():
-        if getattr(options, name) is not None:
-            settings.append((key, getattr(options, name)))
+    settings += [(key, given[name]) for name, key in SHORT_FOR.items() if name in given]
     return configuration.resolve(configuration.read_recipe(options.recipe), settings)
 
 

@@ -142,6 +142,7 @@ def check(config: dict[str, Any]) -> DataOptions:
         for name in ("batch_size", "epochs"):
             if config[name] is not None:
                 validation.check_int(name, config[name])
+        validation.check_int("seed", config["seed"], low=0, high=2**31 - 1)
         validation.check_choice("resize", data_options.resize, ("squash", "crop"))
         if data_options.calibration_share is not None:
             validation.check_number("calibration_share", data_options.calibration_share, 0.0, 0.9)

@@ -127,7 +127,7 @@ def _heat(maps, threshold, lowest):
             "`maps` must be scores of places, (B, h, w). "
             f"Received: shape={maps.shape}, {np.isnan(maps).sum()} of them no numbers"
         )
-    if not (np.isfinite(threshold) and threshold > lowest):
+    if threshold is None or not (np.isfinite(threshold) and threshold > lowest):
         raise ValueError(
             "`threshold` must be a number above `lowest`, the score of what is in the bank. "
             f"Received: threshold={threshold}, lowest={lowest}"
