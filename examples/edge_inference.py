@@ -3,8 +3,9 @@ r"""Score image files on an edge device, recalibrate and extend there, without T
     pip install ai-edge-litert numpy pillow
     python edge_inference.py parts.tflite photo.png another.jpg
 
-This prints the score, the p-value and the decision for each file. A device needs only this script
-and a `.tflite` file that `sddns_tf.export.tflite` wrote.
+This prints the score, the p-value and the decision for each file, or an error for one that cannot
+be read; the exit code is then 2. A device needs only this script and a `.tflite` file that
+`sddns_tf.export.tflite` wrote.
 
 If the camera or light differs from the calibration images, all scores shift, and the promised
 false positive rate does not hold. Recalibrate the file in seconds with images of normal parts that
@@ -12,8 +13,8 @@ the device itself took, at least `1 / rate - 1` of them and none of them in the 
 
     python edge_inference.py parts.tflite --recalibrate normal/*.png --output parts-here.tflite
 
-A local detector also says where an image is anomalous. `--maps` writes a picture of each image in
-which places above the threshold are outlined and colored from yellow to red:
+A local detector also says where an image is anomalous. `--maps` writes a picture of each image to
+`FOLDER/PATH.png`, in which places above the threshold are outlined and colored from yellow to red:
 
     python edge_inference.py parts.tflite photo.png --maps=overlays
 
@@ -43,16 +44,31 @@ def load(path):
     return runner, None if batch < 0 else batch, (height, width)
 
 
-def read_image(path, size):
-    """Read an image file as uint8 `(height, width, 3)`, resized as by the detector."""
-    from PIL import Image
+def read_image(path, size, resize="squash"):
+    """Read an image file as uint8 `(height, width, 3)`, turned and resized as by the detector.
 
-    with Image.open(path) as image:
-        if image.mode[0] in "IF":
-            raise ValueError(f"{path} must have 8 bits per channel. Received: mode {image.mode}")
-        image = image.convert("RGB")
-        height, width = size
-        return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+    Args:
+        path: The image file.
+        size: Height and width.
+        resize: What the file's `description` calls `resize`: `"crop"` cuts off two sides first.
+    """
+    from PIL import Image, ImageOps
+
+    height, width = size
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"expected 8 bits per channel. Received: mode {image.mode}")
+            image = ImageOps.exif_transpose(image).convert("RGB")
+    # A damaged file makes Pillow raise all kinds of errors, most of which do not name it.
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if resize == "crop":
+        columns = min(image.width, max(1, image.height * width // height))
+        rows = min(image.height, max(1, image.width * height // width))
+        left, top = (image.width - columns) // 2, (image.height - rows) // 2
+        image = image.crop((left, top, left + columns, top + rows))
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def score(model, images):
@@ -106,11 +122,14 @@ def overlay(image, anomaly_map, threshold, lowest):
 
 
 def write_map(folder, path, image, answer, about):
-    """Write the overlay of an image to a PNG file with the same name, and return its path."""
+    """Write the overlay of an image to `FOLDER/PATH.png`, and return that path."""
     from PIL import Image
 
+    path = pathlib.Path(path)
     picture = overlay(image, answer["anomaly_map"][0], about["threshold"], about["lowest_score"])
-    target = pathlib.Path(folder) / f"{pathlib.Path(path).stem}.png"
+    parts = [part for part in path.parts if part not in ("..", path.anchor)]
+    target = pathlib.Path(folder, *parts)
+    target = target.with_name(f"{target.name}.png")  # Never the image itself.
     target.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture).save(target)
     return target
@@ -243,7 +262,7 @@ def _write(file, text, about, output):
 
 
 def main(arguments=None):
-    """Extend or recalibrate the file if asked to, then score the images."""
+    """Extend or recalibrate the file if asked to, score the images, and return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -255,46 +274,64 @@ def main(arguments=None):
     parser.add_argument(
         "--false_positive_rate",
         type=float,
-        help="largest share of normal images to flag; default: that of the file",
+        help="with --recalibrate, largest share of normal images to flag; default: the file's",
     )
     parser.add_argument(
         "--extend", nargs="+", metavar="IMAGE", help="false alarms that are normal from now on"
     )
-    parser.add_argument("--output", help="changed file to write; default: replace the model")
+    parser.add_argument(
+        "--output", help="file to write with --recalibrate or --extend; default: replace the model"
+    )
     parser.add_argument(
         "--maps", metavar="FOLDER", help="folder to write overlays of anomaly maps to"
     )
     options = parser.parse_args(arguments)
     if options.extend and options.recalibrate:
         raise ValueError("--extend and --recalibrate take two runs. Received: both")
+    if options.false_positive_rate is not None and not options.recalibrate:
+        raise ValueError("--false_positive_rate needs --recalibrate. Received: none")
+    if options.output and not (options.recalibrate or options.extend):
+        raise ValueError("--output needs --recalibrate or --extend. Received: neither")
     file, model = options.model, load(options.model)
+    about = description(file)
+
+    def read(path):
+        return read_image(path, model[2], about.get("resize", "squash"))
+
     output = options.output or file
     # Images one at a time: a device may have little memory.
     if options.recalibrate:
-        normal = [score(model, [read_image(p, model[2])]) for p in options.recalibrate]
+        normal = [score(model, [read(path)]) for path in options.recalibrate]
         scores = np.concatenate([one["ood_score"] for one in normal])
         recalibrate(file, scores, output, options.false_positive_rate)
         print(json.dumps({"calibrated": output, "images": len(scores)}))
     elif options.extend:
-        alarms = [places_of(file, score(model, [read_image(p, model[2])])) for p in options.extend]
+        alarms = [places_of(file, score(model, [read(path)])) for path in options.extend]
         extend(file, np.concatenate(alarms), output)
         print(json.dumps({"extended": output, "rows": sum(map(len, alarms))}))
     if options.recalibrate or options.extend:
         file, model = output, load(output)
-    about = description(file)
+        about = description(file)
     if options.maps and not about.get("map_size"):
         raise ValueError("--maps needs the file of a local detector. Received: one without maps")
+    failed = False
     for path in options.images:
-        image = read_image(path, model[2])
+        try:
+            image = read(path)
+        except ValueError as error:  # The other images are still scored.
+            failed = True
+            print(json.dumps({"path": path, "error": str(error)}), flush=True)
+            continue
         answer = score(model, [image])
         row = {name: values[0].item() for name, values in answer.items() if values.ndim == 1}
         if options.maps:
             row["map"] = str(write_map(options.maps, path, image, answer, about))
         print(json.dumps({"path": path, **row}), flush=True)
+    return 2 if failed else 0
 
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main())
     except (OSError, ValueError) as error:
         sys.exit(f"ERROR: {error}")

@@ -5,7 +5,8 @@ r"""Send image files to TensorFlow Serving by gRPC or REST, with parallel reques
 
 Prints one line of JSON per file, in order: `file`, `ood_score`, `p_value`, `is_ood` and `status`,
 which is empty for a good file and otherwise says what is wrong. The exit code is 1 if a file got no
-decision. REST needs no package; gRPC needs `pip install tensorflow-serving-api`.
+decision. REST needs no package; gRPC needs `pip install tensorflow-serving-api`. A server does not
+turn photographs as their EXIF data say: turn them before (`PIL.ImageOps.exif_transpose`).
 
 `--drift=N`, where N is the `calibration_size` in the export's `metadata.json`, compares all
 p-values with those expected for normal images (see `drift`) and prints the result to stderr.
@@ -23,7 +24,8 @@ import time
 import urllib.error
 import urllib.request
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png")
+# A server refuses TIFF and WebP, with a status.
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 ANSWERS = ("ood_score", "p_value", "is_ood", "status")
 # The server may be starting, overloaded or slow, so another try may succeed.
 TEMPORARY_HTTP = (429, 502, 503, 504)
@@ -112,22 +114,34 @@ def grpc_stub(server):
 
 def answer(ask, paths, rate, retries):
     """Send one request with retries, and return a dict for each file, even without an answer."""
-    files = [pathlib.Path(path).read_bytes() for path in paths]
-    for attempt in range(retries + 1):
+    files, statuses = [], {}
+    for path in paths:
         try:
-            answers = ask(files=files, rate=rate)
-            break
-        except PermanentError as error:
-            answers = [{"status": f"no answer: {error}"}] * len(paths)
-            break
-        except TemporaryError as error:
-            answers = [{"status": f"no answer after {attempt + 1} tries: {error}"}] * len(paths)
-            if attempt < retries:
-                time.sleep(min(0.1 * 2.0**attempt, 5.0))
+            files.append(pathlib.Path(path).read_bytes())
+        except OSError as error:
+            statuses[path] = f"cannot be read: {error}"
+    answers = iter(_answers_of(ask, files, rate, retries) if files else ())
+    found = [
+        (path, {"status": statuses[path]} if path in statuses else next(answers)) for path in paths
+    ]
     return [
         {"file": str(path), **{name: _json(one.get(name)) for name in ANSWERS}}
-        for path, one in zip(paths, answers, strict=True)
+        for path, one in found
     ]
+
+
+def _answers_of(ask, files, rate, retries):
+    """Return a dict for each file of a request."""
+    for attempt in range(retries + 1):
+        try:
+            return ask(files=files, rate=rate)
+        except PermanentError as error:
+            return [{"status": f"no answer: {error}"}] * len(files)
+        except TemporaryError as error:
+            failed = f"no answer after {attempt + 1} tries: {error}"
+            if attempt < retries:
+                time.sleep(min(0.1 * 2.0**attempt, 5.0))
+    return [{"status": failed}] * len(files)
 
 
 def _json(value):
@@ -139,8 +153,10 @@ def image_files(places):
     """Yield the given files, and the image files in given folders, in order."""
     for place in map(pathlib.Path, places):
         if place.is_dir():
-            inside = place.rglob("*")
-            yield from sorted(path for path in inside if path.suffix.lower() in SUFFIXES)
+            found = sorted(p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES)
+            if not found:
+                raise FileNotFoundError(f"Expected a folder with images. Received: {place}")
+            yield from found
         elif place.is_file():
             yield place
         else:
@@ -183,6 +199,13 @@ def drift(p_values, calibration_size, significance=0.001):
     return distance, math.sqrt(-0.5 * math.log(significance / 2.0)) * spread
 
 
+def positive(text):
+    """Return the int of an option, or raise a `ValueError` if it is below 1."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
 def parse(arguments):
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -197,12 +220,12 @@ def parse(arguments):
         type=float,
         help="largest share of normal images to flag; default: the detector's",
     )
-    parser.add_argument("--batch_size", type=int, default=16, help="files per request")
-    parser.add_argument("--concurrency", type=int, default=4, help="parallel requests")
+    parser.add_argument("--batch_size", type=positive, default=16, help="files per request")
+    parser.add_argument("--concurrency", type=positive, default=4, help="parallel requests")
     parser.add_argument("--retries", type=int, default=5, help="retries per request")
     parser.add_argument("--timeout", type=float, default=30.0, help="seconds per request")
     parser.add_argument(
-        "--drift", type=int, metavar="N", help="number of the detector's calibration images"
+        "--drift", type=positive, metavar="N", help="number of the detector's calibration images"
     )
     return parser.parse_args(arguments)
 
@@ -241,4 +264,7 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except FileNotFoundError as error:
+        sys.exit(f"ERROR: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -37,6 +38,36 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike) -> Iterator[None]:
+    """Keep a file or a folder to this process.
+
+    The lock leaves nothing behind and ends with the process, however it ends.
+
+    Args:
+        path: Path of an existing file or folder.
+
+    Raises:
+        BlockingIOError: If another process has it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    held = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # Some network file systems have no locks.
+            pass
+        yield
+    finally:
+        os.close(held)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -77,6 +108,12 @@ def save_keras(save: Any, filepath: str | os.PathLike, *args, **kwargs) -> None:
         return
     with replacing(filepath) as unfinished:
         save(unfinished, *args, **kwargs)
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path):

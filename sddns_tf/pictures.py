@@ -91,8 +91,8 @@ def pixels(picture: Image.Image, exif_orientation: bool = True) -> np.ndarray:
     """Return pixels of a picture of any mode.
 
     A palette becomes its colors, gray becomes RGB, an alpha channel is dropped, and 16 bits become
-    8 by `value // 257`, whatever range the picture uses. (For 16-bit color in a TIFF, Pillow gives
-    the upper 8 bits.)
+    8 by `value // 257`, whatever range the picture uses. (Of 16-bit color Pillow gives the upper 8
+    bits, which are at most 1 more.)
 
     Args:
         picture: `PIL.Image.Image`.
@@ -103,7 +103,10 @@ def pixels(picture: Image.Image, exif_orientation: bool = True) -> np.ndarray:
 
     Raises:
         ValueError: If it has 32-bit values outside 0-255, or colors that Pillow does not convert.
+        OSError: If the file is damaged.
     """
+    if picture.format != "TIFF":
+        picture.load()  # Now, because a PNG reads its EXIF data and hides what is damaged.
     orientation = orientation_of(picture)
     array = _rgb(picture)
     if picture.format == "TIFF":  # Pillow turned it on loading.

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shutil
+from unittest import mock
 
 import keras
 import numpy as np
@@ -171,6 +173,31 @@ def test_sensitivity_of_images_that_no_grid_of_patches_divides(image_sets, tmp_p
 def test_sensitivity_takes_its_shifts_from_the_strategies_only():
     with pytest.raises(UsageError, match="--shift"):
         sensitivity.main(["--strategies=none,rot90:auxiliary", "--shift=perm4", "--output_dir=o"])
+
+
+@pytest.mark.parametrize("beside", ['{"epochs": 3, "seed": 9}', "[1, 2]", '{"a": ', None])
+def test_settings_of_training_are_those_of_the_model(run, trained, tmp_path, beside, capsys):
+    """Not what happens to lie beside it."""
+    moved = shutil.copytree(trained, tmp_path / "moved")
+    if beside:
+        (moved / "config.json").write_text(beside)
+    else:  # another detector than that of the run
+        detector = keras.saving.load_model(moved / "detector.keras")
+        detector.recalibrate(false_positive_rate=0.3)
+        detector.save(moved / "detector.keras")
+    results = run("detector", f"--model={moved}/detector.keras")
+    assert not [name for name in results["configuration"] if name.startswith("training")]
+    assert "config.json is not of the model's run" in capsys.readouterr().err
+    assert run("detector")["configuration"]["training: epochs"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_scoring(run, tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        mock.patch.object(evaluate, "load_detector", side_effect=AssertionError),
+        pytest.raises(UsageError, match=r"--output_dir.*file"),
+    ):
+        run("detector", f"--output_dir={tmp_path}/file/results")
 
 
 @pytest.mark.parametrize("option", ["--set=detector.k=10", "--resize=crop"])

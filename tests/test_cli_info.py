@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,8 @@ import keras
 import pytest
 
 import sddns_tf
-from sddns_tf.cli import export, info
+from sddns_tf.cli import export, info, scorers
+from sddns_tf.cli.errors import UsageError
 
 ROOT = pathlib.Path(sddns_tf.__file__).parents[1]
 
@@ -75,6 +77,29 @@ def test_info_of_a_saved_model(exported, trained):
     assert found["bank_size"] == 96
     assert (found["threshold"], found["resize"]) == (detector["threshold"], "squash")
     assert found["packages"]["sddns_tf"] == sddns_tf.__version__
+
+
+def test_a_changed_saved_model_is_told(exported, tmp_path, capsys):
+    version = exported[0] / "grass" / "1"
+    for name in ("variables/variables.data-00000-of-00001", "saved_model.pb"):
+        broken = shutil.copytree(version, tmp_path / name.replace("/", "-"))
+        (broken / name).write_bytes((broken / name).read_bytes()[:-99])
+        with pytest.raises(UsageError, match=f"{name}, which is missing or has changed"):
+            info.describe(broken)
+        with pytest.raises(UsageError, match="--model must be a SavedModel"):
+            scorers.open_model(broken)
+    for text in ("[]", '{"name": '):
+        (broken / "assets.extra" / "metadata.json").write_text(text)
+        with pytest.raises(UsageError, match=r"without a whole assets.extra/metadata.json"):
+            info.describe(broken)
+
+
+def test_a_version_is_no_folder_for_versions(exported, trained):
+    with pytest.raises(UsageError, match=r"holds the versions. Received: .*grass/1, which is a"):
+        export.main(
+            [f"--detector={trained}/detector.keras", f"--saved_model={exported[0]}/grass/1"]
+        )
+    assert not (exported[0] / "grass" / "1" / "1").exists()
 
 
 def test_info_of_a_tflite_file_needs_no_tensorflow(exported):

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from tiny import no_pictures
 
-from sddns_tf import data, export, image_ops
+from sddns_tf import data, export, files, image_ops
 from sddns_tf.cli import info
 from sddns_tf.cli import score as command
 from sddns_tf.cli.main import main
@@ -302,6 +302,50 @@ def test_a_file_is_brought_to_the_size_as_the_detector_does_it(resize, shape, au
     difference = np.abs(read - expected)
     # Pillow computes with fixed-point weights, and rounds between the two directions.
     assert difference.max() <= 2 and difference.mean() < 0.4
+
+
+@pytest.mark.parametrize("ending", ["model.tflite", "model.keras"])
+def test_a_damaged_png_is_no_image(models, ending, normal, tmp_path):
+    """Pillow hides the damage from whoever asks for EXIF data first."""
+    file = io.BytesIO()
+    Image.fromarray(np.tile(normal[0], (6, 6, 1))).save(file, "png")
+    damaged = bytearray(file.getvalue())
+    damaged[len(damaged) // 5] ^= 1
+    (tmp_path / "damaged.png").write_bytes(damaged)
+    done = score(f"--model={models / ending}", f"--images=folder:{tmp_path}")
+    (row,) = csv.DictReader(io.StringIO(done.stdout))
+    assert row["error"] and not row["ood_score"] and done.returncode == 2
+    with pytest.raises(ValueError, match=r"damaged\.png"):
+        data.load_arrays(f"folder:{tmp_path}")
+
+
+def test_two_runs_do_not_write_to_one_file(models, photos_folder, tmp_path):
+    output = tmp_path / "scores.csv"
+    arguments = [f"--model={models / 'model.tflite'}", f"--output={output}"]
+    partial = tmp_path / "scores.csv.partial"
+    partial.write_text("rows of a run that was killed")
+    with files.locked(partial):
+        done = score(*arguments, f"--images=folder:{photos_folder}")
+    assert done.returncode == 1 and "no other run is writing" in done.stderr
+    assert partial.read_text() == "rows of a run that was killed"
+    done = score(*arguments, "--images=-", stdin=f"{photos_folder}/a0.png")
+    assert done.returncode == 0 and f"Replacing {partial}" in done.stderr
+    assert len(list(csv.DictReader(output.open()))) == 1 and not partial.exists()
+    assert "Received: " in score(*arguments[:1], f"--output={tmp_path}", "--images=-").stderr
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no full disk to write to")
+def test_a_full_disk_is_told_in_one_line(models, photos_folder):
+    command = [sys.executable, "-m", "sddns_tf", "score", f"--model={models / 'model.tflite'}"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*command, f"--images=folder:{photos_folder}"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "stdout must take all rows. Received: [Errno 28]" in done.stderr
 
 
 def test_a_file_of_too_many_pixels_is_not_decoded(models, normal, tmp_path):

@@ -423,7 +423,7 @@ WRONG = [
     (["--layers=stage_1,stage_9"], "no layer of that name.*'stage_3'.*Received: layers='stage_9'"),
     (["--aligned"], "pass `layers` as well. Received: aligned=True without layers"),
     (["--limit=20", "--calibration_share=0.95"], "calibration_share"),
-    (["--set=seed=Infinity"], "seed.*'Infinity'"),
+    (["--set=seed=Infinity"], "seed must be a number.*Infinity"),
     (
         ["--image_size=30", "--shift=perm4", "--source=in_distribution"],
         "'perm4' takes images with sides divisible by 2.*Received: views of 15 pixels",

@@ -144,3 +144,61 @@ def test_wrong_calibrations_are_refused(example, model, tmp_path):
     Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(ValueError, match="8 bits per channel"):
         example.read_image(tmp_path / "deep.png", (32, 32))
+
+
+@pytest.fixture(scope="module")
+def local_file(normal, tmp_path_factory):
+    """A file whose detector has maps and cuts images to squares."""
+    keras.utils.set_random_seed(0)
+    backbone = VisionTransformer(32, patch_size=8, hidden_dim=32, depth=2, num_heads=2)
+    detector = Detector.from_images(
+        backbone, normal[:13], normal[13:], 0.2, layers="tokens", resize="crop", verbose=0
+    )
+    return export.tflite(detector, tmp_path_factory.mktemp("local") / "local.tflite", batch_size=1)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("shape", [(40, 90), (64, 33)])
+def test_photographs_are_turned_and_cut_as_by_the_detector(
+    example, local_file, auxiliary, tmp_path, shape, orientation
+):
+    from sddns_tf.cli import score, scorers
+
+    photograph = np.tile(auxiliary[0], (3, 3, 1))[: shape[0], : shape[1]]
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    path = tmp_path / "photo.png"
+    Image.fromarray(photograph).save(path, exif=tags)
+    expected = score.read_image(str(path), scorers.open_model(local_file, 1))
+    read = example.read_image(path, (32, 32), example.description(local_file)["resize"])
+    np.testing.assert_array_equal(read, expected)
+
+
+def test_overlays_have_names_of_their_own(example, local_file, normal, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (".", "a", "b"):
+        pathlib.Path(folder).mkdir(exist_ok=True)
+        Image.fromarray(normal[0]).save(f"{folder}/1.png")
+    before = pathlib.Path("1.png").read_bytes()
+    arguments = [str(local_file), "1.png", "a/1.png", "b/1.png", f"{tmp_path}/1.png"]
+    assert example.main([*arguments, "--maps=."]) == 0
+    assert pathlib.Path("1.png").read_bytes() == before
+    written = sorted(str(path) for path in pathlib.Path().rglob("*.png.png"))
+    assert written == ["1.png.png", "a/1.png.png", "b/1.png.png", f"{tmp_path}/1.png.png"[1:]]
+
+
+def test_a_bad_file_is_named_and_the_others_are_scored(example, model, normal, tmp_path, capsys):
+    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
+    Image.fromarray(normal[0]).save(good)
+    bad.write_bytes(good.read_bytes()[:200])
+    assert example.main([str(model), str(bad), str(good)]) == 2
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert f"{bad} cannot be read" in first["error"] and "ood_score" in second
+    with pytest.raises(ValueError, match=rf"{bad} cannot be read"):
+        example.main([str(model), "--recalibrate", str(good), str(bad)])
+
+
+@pytest.mark.parametrize("option", ["--false_positive_rate=0.5", "--output=other.tflite"])
+def test_options_that_change_a_file_need_images_to_do_so(example, model, option):
+    with pytest.raises(ValueError, match=f"{option.partition('=')[0]} needs --recalibrate"):
+        example.main([str(model), option])

@@ -142,6 +142,29 @@ def test_a_server_that_is_not_there_is_told(client, photos_folder, capsys):
         client.main([*of, "nowhere"])
 
 
+def test_what_a_folder_holds_gets_a_line_each(client, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="Expected a folder with images"):
+        list(client.image_files([tmp_path]))
+    (tmp_path / "a.png").write_bytes(b"a")
+    (tmp_path / "b.tif").write_bytes(b"b")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+
+    def ask(files, rate):
+        return [{"status": file.decode()} for file in files]
+
+    found = list(client.answers(ask, list(client.image_files([tmp_path]))))
+    assert [pathlib.Path(one["file"]).name for one in found] == ["a.png", "b.tif", "gone.png"]
+    assert [one["status"] for one in found[:2]] == ["a", "b"]
+    assert "cannot be read" in found[2]["status"] and found[2]["is_ood"] is None
+
+
+@pytest.mark.parametrize("option", ["--batch_size=0", "--concurrency=0", "--drift=-3"])
+def test_numbers_below_one_are_refused(client, option):
+    with pytest.raises(SystemExit):
+        client.parse(["--model=parts", option, "photos"])
+
+
 def test_rest_takes_rows_and_columns(rest, grass_detector, photos_folder, grass_and_person):
     url = f"{rest}/v1/models/parts:predict"
     files, answers = expected(grass_detector, photos_folder)

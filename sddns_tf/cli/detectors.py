@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import pathlib
 from typing import Any
@@ -85,7 +86,35 @@ def write(
             **config["detector"],
         )
     _save(output_dir / "detector.keras", detector)
+    _sign(output_dir)
     return detector
+
+
+def _sign(output_dir: pathlib.Path) -> None:
+    """Note in `config.json` which files are of its run."""
+    path = output_dir / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    names = ("model.keras", "backbone.keras", "detector.keras")
+    config["derived"]["files"] = {name: files.sha256(output_dir / name) for name in names}
+    files.write_json(path, config)
+
+
+def configuration_beside(path: pathlib.Path) -> dict[str, Any] | None:
+    """Return the configuration of the run that wrote a model, without what was derived from it.
+
+    Args:
+        path: `model.keras`, `backbone.keras` or `detector.keras` of a run, under any name.
+
+    Returns:
+        Dictionary from `config.json` in its folder, or None if that is missing or not of the run
+        that wrote this file: another program's, or of a run that has not ended yet.
+    """
+    try:
+        config = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
+        written = config.pop("derived")["files"].values()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return config if files.sha256(path) in written else None
 
 
 def _save(path: pathlib.Path, model: Any) -> None:

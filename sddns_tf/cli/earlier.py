@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -19,33 +18,21 @@ from sddns_tf.cli.errors import UsageError
 def alone(output_dir: str | pathlib.Path) -> Iterator[None]:
     """Keep a folder to this process, so that no two runs write to it at once.
 
-    The folder itself is locked, which leaves no file and ends with the process, however it ends.
-
     Args:
         output_dir: An existing folder.
 
     Raises:
         UsageError: If another process has the folder.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    folder = os.open(output_dir, os.O_RDONLY)
-    try:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(files.locked(output_dir))
         except BlockingIOError:
             raise UsageError(
                 "--output_dir must be a folder that no other run is writing to. Wait for that one "
                 f"to end, stop it, or choose another folder. Received: {output_dir}"
             ) from None
-        except OSError:  # Some network file systems have no locks.
-            pass
         yield
-    finally:
-        os.close(folder)
 
 
 def check_same_run(config: dict[str, Any], output_dir: str | pathlib.Path) -> None:

@@ -24,8 +24,8 @@ that layout:
 
 from __future__ import annotations
 
-import json
 import pathlib
+import tempfile
 from argparse import Namespace
 from typing import Any, NamedTuple
 
@@ -301,13 +301,21 @@ def settings_of(detector: Any, options: Namespace) -> dict[str, Any]:
         "auxiliary_weight": detector.auxiliary_weight,
         "resamples": options.resamples,
     }
-    beside = pathlib.Path(options.model).expanduser().with_name("config.json")
-    if beside.is_file():
-        with user_input():
-            trained = configuration.flat(json.loads(beside.read_text(encoding="utf-8")))
-        trained.pop("derived", None)
-        settings.update((f"training: {name}", value) for name, value in trained.items())
-    return settings
+    model = pathlib.Path(options.model).expanduser()
+    trained = detectors.configuration_beside(model)
+    if trained is None:
+        if (beside := model.with_name("config.json")).exists():
+            say(f"The report lists no settings of training: {beside} is not of the model's run")
+        return settings
+    flat = configuration.flat(trained)
+    return settings | {f"training: {name}": value for name, value in flat.items()}
+
+
+def check_writable(folder: pathlib.Path) -> None:
+    """Make a folder, and raise a `UsageError` unless files can be written to it."""
+    with user_input("output_dir", OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def main(argv: list[str]) -> None:
@@ -319,6 +327,8 @@ def main(argv: list[str]) -> None:
     for option, split in (("test", "test"), ("data", "train"), ("calibration", "test")):
         if text := getattr(options, option):
             sources.parse(option, text, split)  # before anything slow
+    output_dir = pathlib.Path(options.output_dir).expanduser()
+    check_writable(output_dir)
     starting.import_tensorflow()
 
     import sddns_tf
@@ -330,6 +340,7 @@ def main(argv: list[str]) -> None:
             "--masks are compared with maps, and only a local detector gives them: train with "
             f"--layers=auto. Received: {options.model}"
         )
+    settings = settings_of(detector, options)
     found = evaluation.evaluate(
         detector,
         **read_sets(options, detector)._asdict(),
@@ -337,16 +348,14 @@ def main(argv: list[str]) -> None:
         seed=options.seed,
         verbose=verbose(),
     )
-    settings = settings_of(detector, options)
     table = evaluation.markdown(found)
+    print(table)
     results = {**found.as_dict(), "version": sddns_tf.__version__, "configuration": settings}
     title = options.title or f"Evaluation of {pathlib.Path(options.model).name}"
-    output_dir = pathlib.Path(options.output_dir).expanduser()
     with user_input("output_dir", OSError):
         files.write_text(output_dir / "table.md", table)
         files.write_text(output_dir / "table.csv", evaluation.csv(found))
         files.write_json(output_dir / "results.json", results)
         page = output_dir / "report.html"
         report.write(page, found, detector, title, settings, options.gallery_size)
-    print(table)
     say(f"Report: {page.resolve()}")

@@ -121,13 +121,16 @@ def main(argv: list[str]) -> None:
     check(options)
     starting.import_tensorflow()
 
+    import tensorflow as tf
+
     import sddns_tf
 
+    wrong = (ValueError, OSError, ImportError, tf.errors.OpError)  # the last for a full disk
     detector = load_keras("detector", options.detector, sddns_tf.Detector)
     images = read(detector, options, "representative", "train", options.limit)
     if options.saved_model:
         say("Writing and checking the SavedModel")
-        with user_input("saved_model"):
+        with user_input("saved_model", wrong):
             path = sddns_tf.export.saved_model(
                 detector, options.saved_model, version=options.version, images=images
             )
@@ -135,7 +138,7 @@ def main(argv: list[str]) -> None:
     if options.tflite:
         say("Writing and checking the TFLite file")
         calibration = read(detector, options, "calibration", "test")
-        with user_input("tflite"):
+        with user_input("tflite", wrong):
             path = sddns_tf.export.tflite(
                 detector,
                 options.tflite,

@@ -15,10 +15,11 @@ import zipfile
 from collections.abc import Iterator
 from typing import Any
 
+from sddns_tf import files
 from sddns_tf.cli import starting
 from sddns_tf.cli.console import Parser
 from sddns_tf.cli.errors import UsageError, user_input
-from sddns_tf.cli.scorers import load_keras, saved_model_folder
+from sddns_tf.cli.scorers import described, load_keras, saved_model_folder
 
 
 def parser() -> Parser:
@@ -82,11 +83,14 @@ def _tflite(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _saved_model(folder: pathlib.Path) -> dict[str, Any]:
-    described = folder / "assets.extra" / "metadata.json"
-    if not described.is_file():
-        raise UsageError(f"FILE must be a SavedModel that sddns export wrote. Received: {folder}")
-    with user_input("FILE"):
-        found = json.loads(described.read_text(encoding="utf-8"))
+    found = described("FILE", folder)
+    for name, written in found["files"].items():
+        path = folder / name
+        if not path.is_file() or files.sha256(path) != written["sha256"]:
+            raise UsageError(
+                "FILE must be a SavedModel as sddns export wrote it. "
+                f"Received: {path}, which is missing or has changed since"
+            )
     keys = (
         "name", "version", "training_data", "written", "false_positive_rate", "threshold",
         "calibration_size", "bank_size", "feature_dimension", "resolution", "max_pixels",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import signal
 import sys
 import warnings
 
@@ -97,6 +98,8 @@ def _run_command(name: str, arguments: list[str]) -> int:
 def run() -> None:
     """Entry point of the console script: run the command line of the process and exit."""
     warnings.formatwarning = _one_line
+    # An exception, unlike the signal, lets a command remove what is unfinished.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     logging.set_verbosity(logging.WARNING)  # hides the info messages of libraries
     app.run(lambda argv: main(argv[1:]), flags_parser=_left_to_the_command)
 

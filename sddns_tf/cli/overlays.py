@@ -38,11 +38,10 @@ def writer(scorer: Scorer, folder: str) -> Callable[[str, np.ndarray, np.ndarray
 
     def write(path: str, image: np.ndarray, anomaly_map: np.ndarray) -> None:
         target = place(folder, path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         if scale.crop_to is not None:
             image = cropped(image, *scale.crop_to)
         painted = overlay(image, anomaly_map, scale.threshold, scale.lowest)
-        with files.replacing(target) as unfinished:
+        with user_input("maps", OSError), files.replacing(target) as unfinished:
             Image.fromarray(painted).save(unfinished, "png")
 
     return write

@@ -36,7 +36,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from sddns_tf import pictures
+from sddns_tf import files, pictures
 from sddns_tf.cli import overlays
 from sddns_tf.cli.console import Parser, positive_int, require, say
 from sddns_tf.cli.errors import UsageError, user_input
@@ -312,31 +312,52 @@ def _fitted(image: np.ndarray, height: int, width: int, resize: str) -> np.ndarr
 def opened_output(path: str | None) -> Iterator[TextIO]:
     """Open stdout or a file, which is called `PATH.partial` until it is complete.
 
-    After an interruption the partial file is kept.
+    After an interruption the partial file is kept, until the next run begins.
 
     Args:
         path: String, or None for stdout.
 
     Yields:
         Text file.
+
+    Raises:
+        UsageError: If the file cannot be written, or another process is writing it.
     """
     if path is None:
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="surrogateescape")
-        yield sys.stdout
+        try:
+            yield sys.stdout
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise UsageError(f"stdout must take all rows. Received: {error}") from error
         return
     target = pathlib.Path(path).expanduser()
     partial = target.with_name(f"{target.name}.partial")
-    with user_input("output"):
+    if target.is_dir():
+        raise UsageError(f"--output must be a file without --runner. Received: {target}, a folder")
+    with contextlib.ExitStack() as held, user_input("output", OSError):
         target.parent.mkdir(parents=True, exist_ok=True)
-        file = partial.open("w", encoding="utf-8", errors="surrogateescape", newline="")
-    try:
-        with file:
+        file = partial.open("a", encoding="utf-8", errors="surrogateescape", newline="")
+        held.enter_context(file)
+        try:
+            held.enter_context(files.locked(partial))
+        except BlockingIOError:
+            raise UsageError(
+                "--output must be a file that no other run is writing. "
+                f"Received: {target}, for which one is writing {partial}"
+            ) from None
+        if file.tell():
+            say(f"Replacing {partial}, the rows of a run that did not end")
+            file.truncate(0)
+        try:
             yield file
-    except BaseException:
-        say(f"The rows written so far are in {partial}")
-        raise
-    os.replace(partial, target)
+            file.flush()
+        except BaseException:
+            say(f"The rows written so far are in {partial}")
+            raise
+        os.replace(partial, target)
 
 
 def row_writer(output: TextIO, kind: str) -> Callable[[dict[str, Any]], Any]:

@@ -160,19 +160,46 @@ def _saved_model(folder: pathlib.Path) -> Scorer:
 
     try:
         signature = tf.saved_model.load(str(folder)).signatures["serving_default"]
-    except (OSError, KeyError, tf.errors.OpError) as error:
+    # A damaged file can make TensorFlow raise anything.
+    except Exception as error:
         raise UsageError(
             f"--model must be a SavedModel that sddns export wrote. Received: {folder} ({error})"
         ) from error
     return Scorer(
         lambda images: {k: v.numpy() for k, v in signature(images=tf.constant(images)).items()},
-        map_scale=_described_scale(folder / "assets.extra" / "metadata.json"),
+        map_scale=_described_scale(folder),
     )
 
 
-def _described_scale(path: pathlib.Path) -> MapScale | None:
+def described(option: str, folder: pathlib.Path) -> dict[str, Any]:
+    """Return the description in a SavedModel that `sddns export` wrote.
+
+    Args:
+        option: Name of the option, for error messages.
+        folder: Folder of the SavedModel.
+
+    Returns:
+        Dictionary from `metadata.json`.
+
+    Raises:
+        UsageError: If it is missing or damaged.
+    """
+    path = folder / "assets.extra" / "metadata.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and "files" in found:
+            return found
+    except (OSError, ValueError):
+        pass
+    raise UsageError(
+        f"{name_of(option)} must be a SavedModel that sddns export wrote. Received: {folder}, "
+        f"without a whole {path.relative_to(folder)}"
+    )
+
+
+def _described_scale(folder: pathlib.Path) -> MapScale | None:
     """Return the scale that the description of a SavedModel states, if it has maps."""
-    about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    about = described("model", folder) if (folder / "assets.extra").is_dir() else {}
     if not about.get("map_size"):
         return None
     crops = about["configuration"]["extractor"]["config"]["resize"] == "crop"

@@ -98,9 +98,10 @@ def _train(
     with strategy.scope() if strategy else contextlib.nullcontext():
         model = make_model(config, found.resolution, length)
     detectors.check_layers(config, model, found.resolution)
-    if not place.resume:
-        earlier.forget(output_dir)
-    _write_config(given, output_dir, found, length)
+    with user_input("output_dir", OSError):
+        if not place.resume:
+            earlier.forget(output_dir)
+        _write_config(given, output_dir, found, length)
     shared = pathlib.Path(place.output_dir).expanduser()  # by all machines
     checkpoint = sddns_tf.callbacks.Checkpoint(shared / "checkpoint", place.checkpoint_every)
     with user_input():
