@@ -10,14 +10,14 @@ import tensorflow as tf
 from sddns_tf.types import Array
 from sddns_tf.validation import check_number
 
-# How much a cosine of one image may vary with its batch; exports are held to it too.
+# How much a cosine of one image may vary with its batch: see `export.verify` for exports.
 COSINE_ROUNDING = 4e-6
 # The same for standardized features: dividing by small deviations enlarges what was rounded.
 STANDARDIZED_ROUNDING = 1.6e-5
 
 
 def rounding(temperature: float, standardized: bool = False) -> float:
-    """Return how much the score of one image may vary with its batch or in an export.
+    """Return how much the score of one image may vary with its batch.
 
     Args:
         temperature: Positive float, temperature of the score: see `bank.ood_score`.

@@ -834,7 +834,7 @@ class Detector(keras.Model):
 
     @property
     def rounding(self) -> float:
-        """How much the score of one image may vary with its batch or in an export.
+        """How much the score of one image may vary with its batch.
 
         A score at most this far above a calibration score counts as equal to it, so that equal
         images get equal answers. See `snapped`.

@@ -24,10 +24,10 @@ _MAY_BE_TURNED = (b"xif", b"XIf", b"rientation")
 
 
 class Answer(NamedTuple):
-    """A detector's answer for one image file. All but `error` are None if there is no score.
+    """A detector's answer for one image file. All but `error` are None if it cannot be scored.
 
     Attributes:
-        ood_score: Float, higher is more out-of-distribution, or None.
+        ood_score: Float, higher is more out-of-distribution; None also where it is not finite.
         p_value: Float, or None.
         is_ood: Bool, or None.
         error: None, or why there is no score.
