@@ -24,7 +24,7 @@ import time
 import urllib.error
 import urllib.request
 
-# A server refuses TIFF and WebP, with a status.
+# TIFF and WebP too: a server refuses them, so that each gets a line that says so.
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 ANSWERS = ("ood_score", "p_value", "is_ood", "status")
 # The server may be starting, overloaded or slow, so another try may succeed.
@@ -134,7 +134,10 @@ def _answers_of(ask, files, rate, retries):
     """Return a dict for each file of a request."""
     for attempt in range(retries + 1):
         try:
-            return ask(files=files, rate=rate)
+            found = ask(files=files, rate=rate)
+            if len(found) != len(files):
+                raise PermanentError(f"{len(found)} answers for {len(files)} files")
+            return found
         except PermanentError as error:
             return [{"status": f"no answer: {error}"}] * len(files)
         except TemporaryError as error:
@@ -206,6 +209,11 @@ def positive(text):
     return int(text)
 
 
+def natural(text):
+    """Return the int of an option, or raise a `ValueError` if it is below 0."""
+    return positive(text) if int(text) else 0
+
+
 def parse(arguments):
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -222,7 +230,7 @@ def parse(arguments):
     )
     parser.add_argument("--batch_size", type=positive, default=16, help="files per request")
     parser.add_argument("--concurrency", type=positive, default=4, help="parallel requests")
-    parser.add_argument("--retries", type=int, default=5, help="retries per request")
+    parser.add_argument("--retries", type=natural, default=5, help="retries per request")
     parser.add_argument("--timeout", type=float, default=30.0, help="seconds per request")
     parser.add_argument(
         "--drift", type=positive, metavar="N", help="number of the detector's calibration images"

@@ -91,14 +91,14 @@ class ConvNet(keras.Model):
         self.convolutions = convolutions
         self.groups = groups
         self.activation = activation
-        self._policy = policy
+        self.dtype_policy = policy
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor arguments."""
         return {
             "name": self.name,
             "trainable": self.trainable,
-            "dtype": keras.saving.serialize_keras_object(self._policy),
+            "dtype": keras.saving.serialize_keras_object(self.dtype_policy),
             "stages": self.stages,
             "convolutions": self.convolutions,
             "groups": self.groups,

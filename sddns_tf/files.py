@@ -40,34 +40,29 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         unfinished.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def locked(path: str | os.PathLike) -> Iterator[None]:
-    """Keep a file or a folder to this process.
+def lock(descriptor: int) -> bool:
+    """Keep an open file or folder to this process, until it is closed.
 
-    The lock leaves nothing behind and ends with the process, however it ends.
+    The lock leaves nothing behind and ends with the process, however it ends. Windows and some
+    network file systems have none; there it is always this process's.
 
     Args:
-        path: Path of an existing file or folder.
+        descriptor: Number of an open file: its `fileno()`.
 
-    Raises:
-        BlockingIOError: If another process has it.
+    Returns:
+        Whether no other process has it.
     """
     try:
         import fcntl
     except ImportError:  # Windows
-        yield
-        return
-    held = os.open(path, os.O_RDONLY)
+        return True
     try:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
-        except OSError:  # Some network file systems have no locks.
-            pass
-        yield
-    finally:
-        os.close(held)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

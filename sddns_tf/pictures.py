@@ -103,7 +103,7 @@ def pixels(picture: Image.Image, exif_orientation: bool = True) -> np.ndarray:
 
     Raises:
         ValueError: If it has 32-bit values outside 0-255, or colors that Pillow does not convert.
-        OSError: If the file is damaged.
+        Exception: Whatever Pillow raises if the file is damaged.
     """
     if picture.format != "TIFF":
         picture.load()  # Now, because a PNG reads its EXIF data and hides what is damaged.
@@ -114,6 +114,13 @@ def pixels(picture: Image.Image, exif_orientation: bool = True) -> np.ndarray:
             array if exif_orientation else turned(array, {6: 8, 8: 6}.get(orientation, orientation))
         )
     return turned(array, orientation) if exif_orientation else array
+
+
+def shown_size(picture: Image.Image) -> tuple[int, int]:
+    """Return the width and height of a picture as `pixels` gives it, turned."""
+    if picture.format != "TIFF" and orientation_of(picture) >= 5:
+        return picture.size[::-1]
+    return picture.size  # Pillow has turned a TIFF.
 
 
 def _rgb(picture):

@@ -255,8 +255,9 @@ def test_callbacks_survive_serialization(callback):
 
 
 def test_names_that_a_probe_would_log_twice_are_refused(images):
-    with pytest.raises(ValueError, match="Received: 'rot90' in both"):
-        OODProbe(images[:32], images[32:], ("perm4", "rot90"), {"rot90": images})
+    for names, ood in ((("perm4", "rot90"), {"rot90": images}), (("rot90", "rot90"), None)):
+        with pytest.raises(ValueError, match=r"names of their own.*Received: rot90, .*rot90"):
+            OODProbe(images[:32], images[32:], names, ood)
 
 
 def test_pictures_of_few_auxiliary_images(images, tmp_path):

@@ -187,7 +187,7 @@ def test_settings_of_training_are_those_of_the_model(run, trained, tmp_path, bes
         detector.save(moved / "detector.keras")
     results = run("detector", f"--model={moved}/detector.keras")
     assert not [name for name in results["configuration"] if name.startswith("training")]
-    assert "config.json is not of the model's run" in capsys.readouterr().err
+    assert "config.json names no run of this model" in capsys.readouterr().err
     assert run("detector")["configuration"]["training: epochs"]
 
 

@@ -324,7 +324,8 @@ def test_two_runs_do_not_write_to_one_file(models, photos_folder, tmp_path):
     arguments = [f"--model={models / 'model.tflite'}", f"--output={output}"]
     partial = tmp_path / "scores.csv.partial"
     partial.write_text("rows of a run that was killed")
-    with files.locked(partial):
+    with partial.open("a") as other:
+        assert files.lock(other.fileno())
         done = score(*arguments, f"--images=folder:{photos_folder}")
     assert done.returncode == 1 and "no other run is writing" in done.stderr
     assert partial.read_text() == "rows of a run that was killed"
@@ -346,6 +347,11 @@ def test_a_full_disk_is_told_in_one_line(models, photos_folder):
         )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "stdout must take all rows. Received: [Errno 28]" in done.stderr
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "sddns_tf", "--help"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "the disk must have room for all output. [Errno 28]" in done.stderr
 
 
 def test_a_file_of_too_many_pixels_is_not_decoded(models, normal, tmp_path):

@@ -128,7 +128,7 @@ def test_a_mistake_leaves_the_run_that_was_there(train_on, trained, tmp_path):
 
 
 def test_two_runs_do_not_write_to_one_folder(train_on, trained, tmp_path):
-    """Not even one after a mistake of the other, which ends its hold."""
+    """A run that ends in an error has released the folder; one that is killed has, too."""
     run = shutil.copytree(trained, tmp_path / "run")
     before = sorted(path.relative_to(run) for path in run.rglob("*"))
     with pytest.raises(UsageError, match="existing folder"):

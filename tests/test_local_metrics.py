@@ -203,7 +203,8 @@ def test_images_of_that_layout_are_read_like_those_of_any_folder(tmp_path):
     wide = skimage.data.astronaut()[::8, ::16]
     Image.fromarray(wide).save(tmp_path / "test/crack/0.jpg", exif=turned)
     Image.fromarray(wide).save(tmp_path / "test/crack/1.webp")
-    for number, shape in enumerate([(32, 64), (64, 32)]):
+    Image.fromarray(wide).save(tmp_path / "test/crack/2.tif", exif=turned)
+    for number, shape in enumerate([(32, 64), (64, 32), (32, 64)]):
         Image.fromarray(np.full(shape, 255, np.uint8)).save(
             tmp_path / f"ground_truth/crack/{number}_mask.png"
         )
@@ -211,7 +212,9 @@ def test_images_of_that_layout_are_read_like_those_of_any_folder(tmp_path):
     for folder, images in (("train/good", read.train), ("test/crack", read.test["crack"])):
         expected = sddns_tf.data.load_arrays(f"folder:{tmp_path / folder}", image_size=32)
         np.testing.assert_array_equal(images, expected)
-    assert read.masks["crack"].all() and read.masks["crack"].shape == (2, 32, 32)
+    assert read.masks["crack"].all() and read.masks["crack"].shape == (3, 32, 32)
+    with pytest.raises(ValueError, match=r"a mask of its own. Received: .*0_mask\.png"):
+        mvtec.masks_of(["a/0.jpg", "b/0.jpg"], tmp_path / "ground_truth/crack", (32, 32))
 
 
 # --- Pictures ----------------------------------------------------------------------------------

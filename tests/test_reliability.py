@@ -347,6 +347,10 @@ def test_a_run_in_the_folder_of_a_longer_one_is_refused_and_removes_nothing(tmp_
     ):
         make_model().fit(make_images(), callbacks=[Checkpoint(tmp_path)], verbose=0)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    kept = Checkpoint(tmp_path)
+    kept.restore(make_model())
+    with pytest.raises(ValueError, match="no states of later steps"):  # of another model
+        make_model().fit(make_images(), callbacks=[kept], verbose=0)
     first = checkpoint.save(make_model(), tmp_path, keep=1)
     assert first.exists() and set(tmp_path.iterdir()) == {first, *before}
 
@@ -357,6 +361,9 @@ def test_the_state_just_written_is_kept_beside_a_damaged_later_one(tmp_path):
     newest.write_bytes(b"")
     model, kept = make_model(), Checkpoint(tmp_path, keep=1)
     assert f"step-{kept.restore(model):08d}" == older.stem
+    kept.set_model(model)
+    assert kept.save() == older and older.exists()
+    assert checkpoint.restore(make_model(), tmp_path) == older
     model.fit(make_images(4), batch_size=4, callbacks=[kept], verbose=0)
     assert checkpoint.restore(make_model(), tmp_path) == newest  # written again
 

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from typing import Any, Self
 
 import keras
@@ -62,7 +63,7 @@ class Checkpoint(keras.callbacks.Callback):
         self.keep = keep
         self._signal: int | None = None
         self._before: dict[int, Any] = {}
-        self._restored = False
+        self._restored: Any = lambda: None
 
     def restore(self, model: keras.Model) -> int:
         """Load the newest state into a compiled model.
@@ -74,7 +75,7 @@ class Checkpoint(keras.callbacks.Callback):
             Int, the steps it has done; 0 if nothing was saved.
         """
         training_state.restore(model, self.folder)
-        self._restored = True
+        self._restored = weakref.ref(model)
         return training_state.step_of(model)
 
     def last(self) -> pathlib.Path | None:
@@ -86,8 +87,7 @@ class Checkpoint(keras.callbacks.Callback):
         del logs
         self._check_alone()
         self._since = 0
-        self.save()
-        self._check_room()
+        self._check_room(self.save())
         self._signal = None
         if threading.current_thread() is threading.main_thread():
             numbers = [signal.SIGTERM, signal.SIGINT]
@@ -131,14 +131,15 @@ class Checkpoint(keras.callbacks.Callback):
                 number, handler = self._before.popitem()
                 signal.signal(number, handler or signal.SIG_DFL)
 
-    def save(self) -> None:
-        """Write the state now."""
+    def save(self) -> pathlib.Path | None:
+        """Write the state now, and return its path; None on other machines than the first."""
         self._since, self._saved = 0, time.monotonic()
-        if _writes_here(self.model.distribute_strategy):
-            training_state.save(self.model, self.folder, self.keep)
+        if not _writes_here(self.model.distribute_strategy):
+            return None
+        return training_state.save(self.model, self.folder, self.keep)
 
     def _check_alone(self):
-        if self._restored or not _writes_here(self.model.distribute_strategy):
+        if self._restored() is self.model or not _writes_here(self.model.distribute_strategy):
             return  # What was restored is the latest that can be read.
         step, last = training_state.step_of(self.model), self.last()
         if last and last.stem > f"step-{step:08d}":
@@ -148,10 +149,10 @@ class Checkpoint(keras.callbacks.Callback):
                 f"Received: {last.name}, and a model that has done {step} steps"
             )
 
-    def _check_room(self):
-        if not _writes_here(self.model.distribute_strategy):
+    def _check_room(self, written):
+        if written is None:
             return
-        needed = self.keep * self.last().stat().st_size
+        needed = self.keep * written.stat().st_size
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise OSError(

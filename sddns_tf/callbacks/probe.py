@@ -58,10 +58,11 @@ class OODProbe(keras.callbacks.Callback):
         self.ood = {name: image_array(x, f"ood[{name!r}]") for name, x in (ood or {}).items()}
         self.every = every
         self.batch_size = batch_size
-        if twice := self.ood.keys() & {name_of(shift) for shift in self.shifts}:
+        names = [*self.ood, *map(name_of, self.shifts)]
+        if len(set(names)) < len(names):
             raise ValueError(
-                "`ood` must have other names than `shifts`: both are logged by name. "
-                f"Received: {min(twice)!r} in both"
+                "`shifts` and `ood` must have names of their own, by which they are logged. "
+                f"Received: {', '.join(names)}"
             )
 
     def on_train_begin(self, logs: Any = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -24,15 +25,19 @@ def alone(output_dir: str | pathlib.Path) -> Iterator[None]:
     Raises:
         UsageError: If another process has the folder.
     """
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(files.locked(output_dir))
-        except BlockingIOError:
+    if os.name == "nt":  # Folders cannot be opened there.
+        yield
+        return
+    folder = os.open(output_dir, os.O_RDONLY)
+    try:
+        if not files.lock(folder):
             raise UsageError(
                 "--output_dir must be a folder that no other run is writing to. Wait for that one "
                 f"to end, stop it, or choose another folder. Received: {output_dir}"
-            ) from None
+            )
         yield
+    finally:
+        os.close(folder)
 
 
 def check_same_run(config: dict[str, Any], output_dir: str | pathlib.Path) -> None:
@@ -103,7 +108,8 @@ def check_same_images(found: images.Images, output_dir: pathlib.Path) -> None:
 def forget(output_dir: pathlib.Path) -> None:
     """Remove the files from which a run would continue."""
     for name in ("checkpoint", "tensorboard"):
-        shutil.rmtree(pathlib.Path(output_dir) / name, ignore_errors=True)
+        if (folder := pathlib.Path(output_dir) / name).exists():
+            shutil.rmtree(folder)
     for name in ("config.json", "log.csv"):
         (pathlib.Path(output_dir) / name).unlink(missing_ok=True)
 

@@ -305,7 +305,7 @@ def settings_of(detector: Any, options: Namespace) -> dict[str, Any]:
     trained = detectors.configuration_beside(model)
     if trained is None:
         if (beside := model.with_name("config.json")).exists():
-            say(f"The report lists no settings of training: {beside} is not of the model's run")
+            say(f"The report lists no settings of training: {beside} names no run of this model")
         return settings
     flat = configuration.flat(trained)
     return settings | {f"training: {name}": value for name, value in flat.items()}
@@ -349,13 +349,15 @@ def main(argv: list[str]) -> None:
         verbose=verbose(),
     )
     table = evaluation.markdown(found)
-    print(table)
     results = {**found.as_dict(), "version": sddns_tf.__version__, "configuration": settings}
     title = options.title or f"Evaluation of {pathlib.Path(options.model).name}"
-    with user_input("output_dir", OSError):
-        files.write_text(output_dir / "table.md", table)
-        files.write_text(output_dir / "table.csv", evaluation.csv(found))
-        files.write_json(output_dir / "results.json", results)
-        page = output_dir / "report.html"
-        report.write(page, found, detector, title, settings, options.gallery_size)
+    page = output_dir / "report.html"
+    try:
+        with user_input("output_dir", OSError):
+            files.write_text(output_dir / "table.md", table)
+            files.write_text(output_dir / "table.csv", evaluation.csv(found))
+            files.write_json(output_dir / "results.json", results)
+            report.write(page, found, detector, title, settings, options.gallery_size)
+    finally:  # Even if the disk is full.
+        print(table)
     say(f"Report: {page.resolve()}")

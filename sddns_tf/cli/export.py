@@ -125,7 +125,8 @@ def main(argv: list[str]) -> None:
 
     import sddns_tf
 
-    wrong = (ValueError, OSError, ImportError, tf.errors.OpError)  # the last for a full disk
+    full_or_closed = (tf.errors.ResourceExhaustedError, tf.errors.PermissionDeniedError)
+    wrong = (ValueError, OSError, ImportError, *full_or_closed)
     detector = load_keras("detector", options.detector, sddns_tf.Detector)
     images = read(detector, options, "representative", "train", options.limit)
     if options.saved_model:

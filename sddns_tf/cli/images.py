@@ -163,7 +163,8 @@ def bank(
         return images.training
     source = sources.parse("data", data_options.source, "train")
     reading = _reading(data_options, data_dir, images.resolution)
-    return sources.stream("data", source, batch_size=config["batch_size"], **reading)
+    size = batch_size(config, images.training)
+    return sources.stream("data", source, batch_size=size, **reading)
 
 
 def needs_auxiliary(config: dict[str, Any]) -> bool:

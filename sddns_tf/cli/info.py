@@ -86,7 +86,9 @@ def _saved_model(folder: pathlib.Path) -> dict[str, Any]:
     found = described("FILE", folder)
     for name, written in found["files"].items():
         path = folder / name
-        if not path.is_file() or files.sha256(path) != written["sha256"]:
+        with user_input("FILE", OSError):
+            same = path.is_file() and files.sha256(path) == written["sha256"]
+        if not same:
             raise UsageError(
                 "FILE must be a SavedModel as sddns export wrote it. "
                 f"Received: {path}, which is missing or has changed since"

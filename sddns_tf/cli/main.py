@@ -9,6 +9,7 @@ option or file and what was received. `sddns score` exits with 2 if some images 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import re
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> int:
         try:
             return _run_command(name, argv[1:])
         finally:
-            sys.stdout.flush()  # Else a reader that has gone is only noticed when Python exits.
+            _flush()
     except UsageError as error:
         sender = f"sddns {name}" if name in COMMANDS else "sddns"
         message = re.sub(r"\s*\n\s*", " ", str(error).strip())  # Keras' errors have many lines.
@@ -73,10 +74,22 @@ def main(argv: list[str]) -> int:
         print(f"sddns {name}: interrupted", file=sys.stderr)
         return _INTERRUPTED
     except BrokenPipeError:
-        # Whatever reads the output, such as `head`, has seen enough. Python would try to write the
-        # rest when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1  # Whatever reads the output, such as `head`, has seen enough.
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"sddns {name}: the disk must have room for all output. {error}", file=sys.stderr)
         return 1
+
+
+def _flush() -> None:
+    """Flush stdout now: what cannot be written would only be noticed when Python exits."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Python would try again to write the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def _run_command(name: str, arguments: list[str]) -> int:

@@ -137,15 +137,18 @@ def main(argv: list[str]) -> int:
     write_map = overlays.writer(scorer, options.maps) if options.maps else None
     counts = {"images": 0, "flagged": 0, "failed": 0}
     with opened_output(options.output) as output:
-        write = row_writer(output, kind)
+        with writing(options.output):
+            write = row_writer(output, kind)
         last_told = started = time.monotonic()
         for rows in scored(scorer, paths, options.batch_size, write_map):
             for row in rows:
-                write(row)
                 counts["images"] += 1
                 counts["flagged"] += bool(row["is_ood"])
                 counts["failed"] += bool(row["error"])
-            output.flush()
+            with writing(options.output):
+                for row in rows:
+                    write(row)
+                output.flush()
             if time.monotonic() - last_told > 2:
                 last_told = time.monotonic()
                 rate = counts["images"] / (last_told - started)
@@ -209,8 +212,11 @@ def image_paths(text: str) -> Iterator[str]:
 
 
 def _listed(lines: Iterable[str]) -> Iterator[str]:
-    """Return the paths in a list, without empty lines."""
-    return (line.rstrip("\r\n") for line in lines if line.strip())
+    """Yield the paths in a list, without empty lines."""
+    with user_input("images", OSError):
+        for line in lines:
+            if line.strip():
+                yield line.rstrip("\r\n")
 
 
 def _in_folder(folder: pathlib.Path) -> Iterator[str]:
@@ -326,38 +332,51 @@ def opened_output(path: str | None) -> Iterator[TextIO]:
     if path is None:
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="surrogateescape")
-        try:
-            yield sys.stdout
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise UsageError(f"stdout must take all rows. Received: {error}") from error
+        yield sys.stdout
         return
     target = pathlib.Path(path).expanduser()
     partial = target.with_name(f"{target.name}.partial")
     if target.is_dir():
         raise UsageError(f"--output must be a file without --runner. Received: {target}, a folder")
-    with contextlib.ExitStack() as held, user_input("output", OSError):
+    with user_input("output", OSError):
         target.parent.mkdir(parents=True, exist_ok=True)
         file = partial.open("a", encoding="utf-8", errors="surrogateescape", newline="")
-        held.enter_context(file)
-        try:
-            held.enter_context(files.locked(partial))
-        except BlockingIOError:
+    with file:
+        if not files.lock(file.fileno()) or not _is_at(file, partial):
             raise UsageError(
                 "--output must be a file that no other run is writing. "
                 f"Received: {target}, for which one is writing {partial}"
-            ) from None
+            )
         if file.tell():
             say(f"Replacing {partial}, the rows of a run that did not end")
             file.truncate(0)
         try:
             yield file
-            file.flush()
         except BaseException:
             say(f"The rows written so far are in {partial}")
             raise
+    with user_input("output", OSError):
         os.replace(partial, target)
+
+
+def _is_at(file: TextIO, path: pathlib.Path) -> bool:
+    """Return whether an open file has this path, and was not renamed before it was locked."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def writing(output: str | None) -> Iterator[None]:
+    """Turn errors of a block that writes rows into a `UsageError`."""
+    try:
+        yield
+    except BrokenPipeError:  # The reader has seen enough: see `cli.main`.
+        raise
+    except OSError as error:
+        place = "--output" if output else "stdout"
+        raise UsageError(f"{place} must take all rows. Received: {error}") from error
 
 
 def row_writer(output: TextIO, kind: str) -> Callable[[dict[str, Any]], Any]:

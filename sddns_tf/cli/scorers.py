@@ -157,11 +157,12 @@ def _tflite(path: pathlib.Path, threads: int | None) -> Scorer:
 def _saved_model(folder: pathlib.Path) -> Scorer:
     starting.import_tensorflow()
     import tensorflow as tf
+    from google.protobuf.message import DecodeError
 
+    damaged = (OSError, LookupError, ValueError, DecodeError, tf.errors.OpError)
     try:
         signature = tf.saved_model.load(str(folder)).signatures["serving_default"]
-    # A damaged file can make TensorFlow raise anything.
-    except Exception as error:
+    except damaged as error:
         raise UsageError(
             f"--model must be a SavedModel that sddns export wrote. Received: {folder} ({error})"
         ) from error
@@ -187,9 +188,9 @@ def described(option: str, folder: pathlib.Path) -> dict[str, Any]:
     path = folder / "assets.extra" / "metadata.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict) and "files" in found:
+        if all("sha256" in file for file in found["files"].values()):
             return found
-    except (OSError, ValueError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass
     raise UsageError(
         f"{name_of(option)} must be a SavedModel that sddns export wrote. Received: {folder}, "
@@ -199,7 +200,10 @@ def described(option: str, folder: pathlib.Path) -> dict[str, Any]:
 
 def _described_scale(folder: pathlib.Path) -> MapScale | None:
     """Return the scale that the description of a SavedModel states, if it has maps."""
-    about = described("model", folder) if (folder / "assets.extra").is_dir() else {}
+    try:
+        about = described("model", folder)
+    except UsageError:  # Without maps nothing of it is needed.
+        return None
     if not about.get("map_size"):
         return None
     crops = about["configuration"]["extractor"]["config"]["resize"] == "crop"

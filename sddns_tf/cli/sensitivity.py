@@ -36,7 +36,7 @@ import numpy as np
 from sddns_tf import files
 from sddns_tf.cli import sources, starting, train
 from sddns_tf.cli.console import Parser, positive_int, say
-from sddns_tf.cli.errors import UsageError
+from sddns_tf.cli.errors import UsageError, user_input
 
 if TYPE_CHECKING:
     from sddns_tf.cli.training import Place
@@ -148,6 +148,9 @@ def configuration_of(options: Namespace, shift: str, source: str, run: int) -> d
     """Return the resolved configuration of one run of one strategy."""
     from sddns_tf.cli import configuration
 
+    for text in options.set:
+        if text.startswith("negatives"):
+            raise UsageError(f"--strategies names the negatives. Received: --set={text}")
     config = train.configuration_of(options)
     negatives = None if shift == "none" else {"shift": shift, "source": source}
     settings = [("negatives", negatives), ("seed", config["seed"] + run)]
@@ -298,7 +301,7 @@ def main(argv: list[str]) -> None:
     starting.import_tensorflow()
 
     from sddns_tf import plots, sensitivity
-    from sddns_tf.cli import training
+    from sddns_tf.cli import earlier, training
 
     place, probes = train.place_of(options), probes_of(asked)
     runs = {
@@ -309,14 +312,17 @@ def main(argv: list[str]) -> None:
     for config in runs.values():
         training.check(config)  # before anything slow
     output_dir = pathlib.Path(place.output_dir).expanduser()
+    with user_input("output_dir", OSError):
+        output_dir.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in asked}
-    for done, ((name, _), config) in enumerate(runs.items(), 1):
-        say(f"Strategy {name}, seed {config['seed']} ({done} of {len(runs)})")
-        folder = output_dir / name.replace(":", "-") / str(config["seed"])
-        own = place._replace(output_dir=str(folder))
-        found[name].append(measure(config, own, options, probes))
-    results = summary(found, probes)
-    files.write_json(output_dir / "results.json", results)
+    with earlier.alone(output_dir):
+        for done, ((name, _), config) in enumerate(runs.items(), 1):
+            say(f"Strategy {name}, seed {config['seed']} ({done} of {len(runs)})")
+            folder = output_dir / name.replace(":", "-") / str(config["seed"])
+            own = place._replace(output_dir=str(folder))
+            found[name].append(measure(config, own, options, probes))
+        results = summary(found, probes)
+        files.write_json(output_dir / "results.json", results)
     if importlib.util.find_spec("matplotlib"):
         figure = sensitivity.bar_chart(results["sensitivity"], results["mean_auroc"])
         plots.save(figure, output_dir / "sensitivity.png")

@@ -65,9 +65,10 @@ def train(config: dict[str, Any], place: Place) -> tuple[Any, images.Images]:
     with user_input("output_dir"):
         output_dir.mkdir(parents=True, exist_ok=True)
     with earlier.alone(output_dir):
-        model, found, bank = _train(config, place, data_options, strategy, output_dir)
+        model, found = _train(config, place, data_options, strategy, output_dir)
         if index:
             return None, found
+        bank = images.bank(config, data_options, place.data_dir, found)
         return detectors.write(config, model, bank, found, output_dir), found
 
 
@@ -77,8 +78,8 @@ def _train(
     data_options: DataOptions,
     strategy: Any,
     output_dir: pathlib.Path,
-) -> tuple[Any, images.Images, Any]:
-    """Train, or continue training, and return the model, the `Images` and those of the bank."""
+) -> tuple[Any, images.Images]:
+    """Train, or continue training, and return the model and the `Images`."""
     import sddns_tf
     from sddns_tf import calibration
     from sddns_tf.callbacks import training_state
@@ -119,7 +120,7 @@ def _train(
         batches = images.batches(config, data_options, place.data_dir, found, first_batch)
         with user_input(kinds=OSError):  # such as a full disk
             model.fit(batches, callbacks=watching, verbose=verbose(), shuffle=False, **part)
-    return model, found, images.bank(config, data_options, place.data_dir, found)
+    return model, found
 
 
 def check(config: dict[str, Any]) -> DataOptions:

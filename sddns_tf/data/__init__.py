@@ -211,7 +211,7 @@ def load_arrays(
     if folder is not None and not exclude_labels:
         if with_labels:
             raise ValueError(no_labels)
-        return folder.read(limit)
+        return folder.read(limit)[1]
     opened = _open(
         source,
         folder,

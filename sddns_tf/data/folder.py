@@ -85,7 +85,7 @@ class Folder:
         """Read the first `limit` images, or all, into memory.
 
         Returns:
-            uint8 `(N, H, W, 3)`.
+            The files, and uint8 `(N, H, W, 3)`.
         """
 
         def finished(pixels):
@@ -97,7 +97,7 @@ class Folder:
             inspected = self._inspected(finished, limit)[:limit]
         files, images = zip(*inspected, strict=True)
         self._shape([file.size for file in files], files)
-        return np.stack(images)
+        return files, np.stack(images)
 
     def _shape(self, sizes, files):
         """Return the height and width of the images to yield, or raise if they differ."""

@@ -12,7 +12,6 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -66,17 +65,15 @@ def load(folder: str | os.PathLike, image_size: int | tuple[int, int]) -> Inspec
         Bergmann et al., "MVTec AD", CVPR 2019.
     """
     size, root = check_size("image_size", image_size), pathlib.Path(folder).expanduser()
-    files = {
-        path.name: [pathlib.Path(file.path) for file in _folder(path).files()]
-        for path in _folders(root / "test")
-    }
+    test = {path.name: _read(path, size) for path in _folders(root / "test")}
+    files = {name: paths for name, (paths, _) in test.items()}
     masks = {
         name: masks_of(paths, None if name == GOOD else root / "ground_truth" / name, size)
         for name, paths in files.items()
     }
     return Inspection(
-        train=_folder(root / "train" / GOOD, size).read(),
-        test={name: _folder(root / "test" / name, size).read() for name in files},
+        train=_read(root / "train" / GOOD, size)[1],
+        test={name: images for name, (_, images) in test.items()},
         masks=masks,
         files=files,
     )
@@ -102,19 +99,24 @@ def masks_of(
         NumPy bool `(N, height, width)`.
 
     Raises:
-        ValueError: If a mask is missing or differs in size from its image.
+        ValueError: If a mask is missing, is that of two images, or differs in size from its image.
     """
     check_choice("resize", resize, RESIZES)
     if folder is None:
         return np.zeros((len(paths), *size), bool)
+    places = [_place(pathlib.Path(path), pathlib.Path(folder)) for path in paths]
+    for path, place in zip(paths, places, strict=True):
+        if places.count(place) > 1:
+            raise ValueError(
+                f"Each image must have a mask of its own. Received: {place} for {path}"
+            )
     return np.stack(
-        [_mask(pathlib.Path(path), pathlib.Path(folder), size, resize) for path in paths]
+        [_mask(path, place, size, resize) for path, place in zip(paths, places, strict=True)]
     )
 
 
-def _mask(path, folder, size, resize):
-    from PIL import Image
-
+def _place(path, folder):
+    """Return the path of an image's mask."""
     found = [
         folder / f"{path.stem}{ending}{suffix}"
         for ending in ("_mask", "")
@@ -125,8 +127,14 @@ def _mask(path, folder, size, resize):
         raise ValueError(
             f"The mask of {path} is missing. Received: {folder}, which does not have it"
         )
+    return found
+
+
+def _mask(path, found, size, resize):
+    from PIL import Image
+
     with Image.open(found) as mask, Image.open(path) as image:
-        shown = image.size[::-1] if pictures.orientation_of(image) >= 5 else image.size
+        shown = pictures.shown_size(image)
         if mask.size != shown:
             raise ValueError(
                 "A mask must have its image's size. Received: "
@@ -139,9 +147,16 @@ def _mask(path, folder, size, resize):
         return np.asarray(resized) >= 128
 
 
-def _folder(path: Any, size: Any = None) -> Folder:
-    """Return a folder of images, read as by `data.load_arrays`."""
-    return Folder(path, Shaping(size), pictures.MAX_PIXELS, "raise", exif_orientation=True)
+def _read(path, size):
+    """Return the paths of the images in a folder, and the images as `data.load_arrays` reads them.
+
+    Args:
+        path: Path of the folder.
+        size: Height and width.
+    """
+    folder = Folder(path, Shaping(size), pictures.MAX_PIXELS, "raise", exif_orientation=True)
+    files, images = folder.read()
+    return [pathlib.Path(file.path) for file in files], images
 
 
 def _folders(folder):

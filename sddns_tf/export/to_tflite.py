@@ -148,6 +148,8 @@ def tflite(
             "differ from the detector's, so it has to be recalibrated. Pass the images that the "
             "detector was calibrated with. Received: calibration_images=None"
         )
+    if calibration is not None:
+        detector.calibrated_on(calibration, verbose=verbose)  # warns of images that are in the bank
     path = pathlib.Path(path).expanduser()
     with temporary_folder_in(path.parent) as folder:
         reference = _in_float32(detector)
@@ -157,8 +159,6 @@ def tflite(
         room = max(_CALIBRATION_ROOM, len(scores), 0 if calibration is None else len(calibration))
         file = _converted(reference, folder, quantization, images, batch_size, room, extension_room)
         if calibration is not None:
-            # For its warning of images that are in the bank.
-            detector.calibrated_on(calibration, verbose=0)
             scores = _scores(file, calibration, batch_size, verbose)
         metadata.calibrate(file, merged(scores, detector.rounding), detector.false_positive_rate)
         _check(
