@@ -346,7 +346,7 @@ def test_a_full_disk_is_told_in_one_line(models, photos_folder):
             text=True,
         )
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "stdout must take all rows. Received: [Errno 28]" in done.stderr
+    assert "the disk must have room for all output. [Errno 28]" in done.stderr
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "sddns_tf", "--help"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)

@@ -153,7 +153,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 def _refused(constant: str) -> Any:
     """Raise a `ValueError` for Infinity and NaN, which are not JSON."""
-    raise ValueError(constant)
+    raise ValueError(f"Expected JSON. Received: {constant}")
 
 
 def resolve(recipe: dict[str, Any], settings: list[tuple[str, Any]]) -> dict[str, Any]:

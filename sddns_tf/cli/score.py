@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import itertools
 import json
 import math
@@ -32,6 +33,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any, TextIO
 
 import numpy as np
@@ -136,8 +138,10 @@ def main(argv: list[str]) -> int:
     scorer = open_model(options.model, options.threads)
     write_map = overlays.writer(scorer, options.maps) if options.maps else None
     counts = {"images": 0, "flagged": 0, "failed": 0}
+    # Of stdout `cli.main` tells, where it is flushed.
+    writing = functools.partial(user_input, "output", OSError) if options.output else nullcontext
     with opened_output(options.output) as output:
-        with writing(options.output):
+        with writing():
             write = row_writer(output, kind)
         last_told = started = time.monotonic()
         for rows in scored(scorer, paths, options.batch_size, write_map):
@@ -145,7 +149,7 @@ def main(argv: list[str]) -> int:
                 counts["images"] += 1
                 counts["flagged"] += bool(row["is_ood"])
                 counts["failed"] += bool(row["error"])
-            with writing(options.output):
+            with writing():
                 for row in rows:
                     write(row)
                 output.flush()
@@ -365,18 +369,6 @@ def _is_at(file: TextIO, path: pathlib.Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
-
-
-@contextlib.contextmanager
-def writing(output: str | None) -> Iterator[None]:
-    """Turn errors of a block that writes rows into a `UsageError`."""
-    try:
-        yield
-    except BrokenPipeError:  # The reader has seen enough: see `cli.main`.
-        raise
-    except OSError as error:
-        place = "--output" if output else "stdout"
-        raise UsageError(f"{place} must take all rows. Received: {error}") from error
 
 
 def row_writer(output: TextIO, kind: str) -> Callable[[dict[str, Any]], Any]:
