@@ -33,7 +33,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from typing import Any, TextIO
 
 import numpy as np
@@ -43,7 +42,6 @@ from sddns_tf.cli import overlays
 from sddns_tf.cli.console import Parser, positive_int, require, say
 from sddns_tf.cli.errors import UsageError, user_input
 from sddns_tf.cli.scorers import Scorer, open_model
-from sddns_tf.pictures import EXTENSIONS
 
 ANSWERS = ("ood_score", "p_value", "is_ood")
 FIELDS = ("path", *ANSWERS, "error")
@@ -139,7 +137,8 @@ def main(argv: list[str]) -> int:
     write_map = overlays.writer(scorer, options.maps) if options.maps else None
     counts = {"images": 0, "flagged": 0, "failed": 0}
     # Of stdout `cli.main` tells, where it is flushed.
-    writing = functools.partial(user_input, "output", OSError) if options.output else nullcontext
+    named = functools.partial(user_input, "output", OSError)
+    writing = named if options.output else contextlib.nullcontext
     with opened_output(options.output) as output:
         with writing():
             write = row_writer(output, kind)
@@ -206,7 +205,7 @@ def image_paths(text: str) -> Iterator[str]:
         first = next(paths, None)
         if first is None:
             raise UsageError(
-                f"--images must be a folder that holds images ({', '.join(EXTENSIONS)}). "
+                f"--images must be a folder that holds images ({', '.join(pictures.EXTENSIONS)}). "
                 f"Received: {place}, which has none"
             )
         return itertools.chain([first], paths)
@@ -239,7 +238,7 @@ def _in_folder(folder: pathlib.Path) -> Iterator[str]:
             if name.startswith("."):
                 continue
             path = os.path.join(parent, name)
-            if name.lower().endswith(EXTENSIONS):
+            if name.lower().endswith(pictures.EXTENSIONS):
                 yield path
             else:
                 others.append(path)
