@@ -74,18 +74,17 @@ class ConvNet(keras.Model):
                 )
         policy = keras.dtype_policies.get(kwargs.pop("dtype", None) or keras.config.dtype_policy())
         images = keras.Input((None, None, 3))
+        order = {"data_format": "channels_last", "dtype": policy}  # whatever Keras is set to
         x = images
         for index, channels in enumerate(stages):
             for number in range(convolutions):
                 strides = 2 if index and not number else 1
                 name = f"stage_{index + 1}" if number == convolutions - 1 else None
                 # The normalization has a bias of its own.
-                x = layers.Conv2D(
-                    channels, 3, strides, padding="same", use_bias=False, dtype=policy
-                )(x)
+                x = layers.Conv2D(channels, 3, strides, padding="same", use_bias=False, **order)(x)
                 x = GroupNormalization(groups, dtype=policy)(x)
                 x = layers.Activation(activation, dtype=policy, name=name)(x)
-        features = layers.GlobalAveragePooling2D(dtype=policy, name="features")(x)
+        features = layers.GlobalAveragePooling2D(name="features", **order)(x)
         super().__init__(inputs=images, outputs=features, **kwargs)
         self.stages = tuple(stages)
         self.convolutions = convolutions

@@ -70,6 +70,18 @@ def test_a_saved_network_keeps_its_precision_and_stays_frozen(tmp_path):
     assert loaded.get_config() == network.get_config()
 
 
+def test_images_have_channels_last_whatever_keras_is_set_to():
+    expected = sddns_tf.ConvNet((8, 8), groups=4)
+    keras.config.set_image_data_format("channels_first")
+    try:
+        network = sddns_tf.ConvNet((8, 8), groups=4)
+        network.set_weights(expected.get_weights())
+        images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
+        np.testing.assert_array_equal(network(images), expected(images))
+    finally:
+        keras.config.set_image_data_format("channels_last")
+
+
 def test_a_configuration_of_an_older_file_means_the_older_network():
     network = sddns_tf.ConvNet.from_config({"name": "old", "stages": [8], "groups": 4})
     assert (network.convolutions, network.activation) == (2, "gelu")
