@@ -70,9 +70,10 @@ class SelfDistillation(keras.Model):
     they are, and the targets are centered and sharpened as in the paper;
     `SelfDistillation(backbone, views, head=ProjectionHead(norm_last_layer=False),
     **SelfDistillation.PAPER)` has its head, and its constants, which are the first values of its
-    schedules. Untrained features of different images are nearly the same vector. Without
-    standardization they need a temperature, momentum and learning rate that suit the backbone, or
-    the center cancels what little tells images apart and all outputs become uniform.
+    schedules. In small convolutional networks, untrained features of different images
+    are nearly the same vector. Without standardization they need a temperature, momentum and
+    learning rate that suit the backbone, or the center cancels what little tells images apart and
+    all outputs become uniform.
 
     Calling the model gives the teacher backbone's features. Training batches are images
     `(B, H, W, 3)`, uint8 or float in 0-255, or, where `negatives` needs auxiliary images, a

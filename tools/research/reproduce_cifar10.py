@@ -37,7 +37,12 @@ def parse(argv):
         help="initial value, rises to 1 along a cosine; default: the constructor's",
     )
     add("--negative_weight", type=float, default=1.0, help="lambda after the ramp")
-    add("--negative_ramp", type=float, default=0.2, help="share of the steps in which lambda rises")
+    add(
+        "--negative_ramp",
+        type=float,
+        default=0.2,
+        help="share of the steps after which lambda is full",
+    )
     add("--num_prototypes", type=int, default=1024, help="number of prototypes, K")
     add("--local_views", type=int, default=0, help="number of local views of 16 px")
     add("--color_jitter", type=float, default=0.8, help="probability of color jitter")
