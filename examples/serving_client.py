@@ -16,6 +16,7 @@ import argparse
 import base64
 import concurrent.futures
 import functools
+import http.client
 import json
 import math
 import pathlib
@@ -72,8 +73,10 @@ def ask_rest(server, model, version, label, timeout, files, rate):
         text = error.read().decode(errors="replace")
         kind = TemporaryError if error.code in TEMPORARY_HTTP else PermanentError
         raise kind(f"HTTP {error.code}: {text}") from error
-    except OSError as error:
-        raise TemporaryError(str(error)) from error
+    except (OSError, http.client.HTTPException) as error:  # the latter if an answer breaks off
+        raise TemporaryError(f"{type(error).__name__}: {error}") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise PermanentError(f"not an answer of TensorFlow Serving: {error!r}") from error
 
 
 def ask_grpc(stub, model, version, label, timeout, files, rate):

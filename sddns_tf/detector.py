@@ -309,7 +309,7 @@ class Detector(keras.Model):
                 **score,
             )
         options["batch_size"] = batch_size or building.PLACES_BATCH
-        counted = counted_places(ignore, extractor.map_size)
+        counted = counted_places(ignore, extractor)
         images = (bank_images, calibration_images)
         return cls._of_places(
             extractor, images, false_positive_rate, counted, bank_size, seed, score, options
@@ -485,7 +485,7 @@ class Detector(keras.Model):
             detector.auxiliary_direction.assign(voice[0])
             detector.auxiliary_bias.assign(voice[1])
         if local:
-            detector.counted.assign(counted_places(ignore, extractor.map_size))
+            detector.counted.assign(counted_places(ignore, extractor))
         detector.bank.assign(features)
         detector.bank_weights.assign(weights)
         detector._calibrate(detector._scores(calibration), false_positive_rate)

@@ -30,6 +30,8 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         ...     detector.save(unfinished)
     """
     path = pathlib.Path(path).expanduser()
+    if path.is_symlink():  # What it points to is replaced.
+        path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{uuid.uuid4().hex[:12]}.{path.name}")
     try:
@@ -113,5 +115,5 @@ def sha256(path: str | os.PathLike) -> str:
 
 def _sync(path):
     """Flush a file to disk, so that it survives a power failure."""
-    with open(path, "rb") as file:
+    with open(path, "r+b") as file:  # Windows flushes only what may be written.
         os.fsync(file.fileno())

@@ -7,6 +7,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from sddns_tf.image_ops import center_crop
+
 # Register tokens and the class token come before patch tokens; there are at most this many.
 _MOST_PREFIX_TOKENS = 8
 _AUTO_STRIDES = (8, 16)
@@ -344,14 +346,14 @@ def safe_deviation(variance):
     return np.maximum(deviation, _SMALLEST_DEVIATION * typical)
 
 
-def counted_places(ignore, grid):
+def counted_places(ignore, extractor):
     """Return the places of a map that count, given a mask of those that do not.
 
     Args:
         ignore: None, a bool array `(h, w)` or `(H, W)`, true where nothing counts, or the path of
             an image file that is not black there. A place does not count if at least half of it is
-            masked.
-        grid: Rows and columns of the map.
+            masked. A mask of an image is cropped as images are.
+        extractor: `FeatureExtractor` with feature maps.
 
     Returns:
         NumPy bool `(h, w)`.
@@ -359,6 +361,7 @@ def counted_places(ignore, grid):
     Raises:
         ValueError: If the mask does not have the map's proportions, or leaves no place.
     """
+    grid = extractor.map_size
     if ignore is None:
         return np.ones(grid, bool)
     if isinstance(ignore, (str, pathlib.Path)):
@@ -368,8 +371,12 @@ def counted_places(ignore, grid):
             mask = np.asarray(image.convert("L")) > 0
     else:
         mask = np.asarray(ignore)
+    is_mask = mask.ndim == 2 and min(mask.shape) > 0
+    if is_mask and extractor.resize == "crop" and mask.shape != grid:
+        sides = extractor.resolution or extractor.image_size
+        mask = center_crop(mask[np.newaxis, ..., np.newaxis], *sides)[0, ..., 0]
     rows, columns = grid
-    fits = mask.ndim == 2 and min(mask.shape) > 0 and mask.dtype == bool
+    fits = is_mask and mask.dtype == bool
     if fits:
         # The same proportions, up to rounding a side to whole places.
         ratio = (mask.shape[0] / mask.shape[1]) / (rows / columns)

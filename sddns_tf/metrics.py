@@ -309,9 +309,11 @@ def aupro(maps: Array, masks: Array, limit: float = 0.3) -> float:
     overlap = np.insert(np.cumsum(gain)[last], 0, 0.0)
     sound = np.cumsum(~masks.ravel()[order])
     rate = np.insert(sound[last] / sound[-1], 0, 0.0)
-    within = rate < limit
-    rates = np.append(rate[within], limit)
-    overlaps = np.append(overlap[within], np.interp(limit, rate, overlap))
+    # Where the curve rises at the limit itself, its lower end counts.
+    end = np.searchsorted(rate, limit)
+    at_limit = np.interp(limit, rate[end - 1 : end + 1], overlap[end - 1 : end + 1])
+    rates = np.append(rate[:end], limit)
+    overlaps = np.append(overlap[:end], at_limit)
     return float(np.trapezoid(overlaps, rates) / limit)
 
 

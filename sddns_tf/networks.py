@@ -50,10 +50,7 @@ def copy_of(network: keras.Layer, input_shape: tuple, trainable: bool = True) ->
     if not copy.built:
         copy(probe, training=False)
     copy.set_weights(network.get_weights())
-    for layer in layers_of(copy):
-        # Layers with `adapt` derive what they use from their weights.
-        if hasattr(layer, "finalize_state"):
-            layer.finalize_state()
+    use_new_weights(copy)
     copy.trainable = trainable
     if {id(v) for v in copy.variables} & {id(v) for v in network.variables}:
         raise ValueError(
@@ -62,6 +59,19 @@ def copy_of(network: keras.Layer, input_shape: tuple, trainable: bool = True) ->
         )
     _check_equal(network, copy, probe)
     return copy
+
+
+def use_new_weights(network: keras.Layer) -> None:
+    """Let layers with `adapt`, such as `Normalization`, derive what they use from their weights.
+
+    They do so when Keras loads a file, but not when weights are assigned.
+
+    Args:
+        network: Keras model or layer.
+    """
+    for layer in layers_of(network):
+        if hasattr(layer, "finalize_state"):
+            layer.finalize_state()
 
 
 def _same_configuration(network):

@@ -73,17 +73,27 @@ def header(file: bytes) -> Header:
         ) from None
 
 
-def decode(file: bytes, exif_orientation: bool = True) -> np.ndarray:
+def decode(file: bytes, exif_orientation: bool = True, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Return the pixels of an image file, or of the first image if it holds several.
 
     Args:
         file: Contents of the file.
         exif_orientation: Whether to turn the image as its EXIF data say.
+        max_pixels: Int; files with more pixels are not decoded.
 
     Returns:
         uint8 `(H, W, 3)`.
+
+    Raises:
+        ValueError: If it has more pixels.
+        Exception: Whatever Pillow raises if the file is damaged.
     """
     with Image.open(io.BytesIO(file), formats=FORMATS) as picture:
+        if picture.height * picture.width > max_pixels:
+            raise ValueError(
+                f"Expected at most {max_pixels} pixels. "
+                f"Received: {picture.height} x {picture.width}"
+            )
         return pixels(picture, exif_orientation)
 
 

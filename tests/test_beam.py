@@ -223,6 +223,20 @@ def test_a_second_run_does_what_is_missing(served, photographs, tmp_path):
         ScoringJob(served, f"{photographs}/*.png", tmp_path / "out")
 
 
+def test_errors_of_an_earlier_try_go_when_the_shard_is_scored_again(served, images, tmp_path):
+    folder, out = tmp_path / "photographs", tmp_path / "out"
+    folder.mkdir()
+    for number, image in enumerate(images[:4]):
+        (folder / f"{number}.png").write_bytes(png(image))
+    (folder / "2.png").write_bytes(b"no image")
+    assert ScoringJob(served, f"{folder}/*", out).run().failed == 1
+    (folder / "2.png").write_bytes(png(images[2]))
+    (out / "scores" / "part-00000.parquet").unlink()
+    totals = ScoringJob(served, f"{folder}/*", out).run()
+    assert (totals.failed, totals.with_errors) == (0, 0)
+    assert len(rows_of(out / "scores")) == 4 and not os.listdir(out / "errors")
+
+
 def test_a_batch_that_fails_as_a_whole_is_scored_one_by_one(served, images):
     handler = SavedModelHandler(served)
     model, files = handler.load_model(), [png(image) for image in images[:5]]

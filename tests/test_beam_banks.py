@@ -145,10 +145,13 @@ def test_from_files_to_a_detector(normal, tmp_path):
     Image.fromarray(np.tile(normal[0], (2, 2, 1))).save(file, "png")
     files = [(path.name, path.read_bytes()) for path in sorted(tmp_path.glob("*.png"))]
     files += [("large", file.getvalue()), ("bad", b"no image")]
+    file = io.BytesIO()  # A few kilobytes that would decode to 200 MB.
+    Image.new("1", (9000, 7500)).save(file, "tiff", compression="group4")
+    files += [("huge", file.getvalue())]
     found_at = str(tmp_path / "bank.npz")
     with beam.Pipeline("FnApiRunner") as pipeline:
         found = pipeline | beam.Create(files) | ExtractFeatures(tmp_path / "extractor.keras", 4)
-        assert_that(found.errors | beam.Keys(), equal_to(["bad"]))
+        assert_that(found.errors | beam.Keys(), equal_to(["bad", "huge"]))
         bank = found.features | beam.Values() | beam.CombineGlobally(CompressFeatures(100))
         bank | beam.Map(lambda bank: np.savez(found_at, **bank._asdict()))
     bank = np.load(found_at)

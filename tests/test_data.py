@@ -447,6 +447,13 @@ def test_a_limit_on_files_holds_for_their_check(tmp_path, coffee):
     (tmp_path / "099.png").write_bytes(b"damaged")
     found = data.image_files(tmp_path, limit=10)
     assert found == [str(tmp_path / f"{number:03}.png") for number in range(10)]
+    assert len(data.image_files(tmp_path, limit=99)) == 99
+    (tmp_path / "001.png").write_bytes(b"damaged")
+    assert data.load_arrays(f"folder:{tmp_path}", limit=1).shape == (1, 24, 24, 3)
+    (tmp_path / "001.png").unlink()
+    (tmp_path / "001.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(ValueError, match=r"001\.png: cannot be opened \(No such file"):
+        data.image_files(tmp_path, limit=2)
     with pytest.raises(ValueError, match=r"099\.png"):
         data.image_files(tmp_path)
 

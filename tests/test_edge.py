@@ -358,6 +358,18 @@ def test_mixed_precision_is_exported_in_float32(policy, tmp_path):
     assert np.abs(answers["ood_score"] - detector(images)["ood_score"]).max() > 1e-4
 
 
+def test_mixed_precision_keeps_what_an_adapted_layer_has_learned(tmp_path):
+    images = mixture(10, 14, 16, 16)
+    normalization = keras.layers.Normalization(dtype="float32")
+    normalization.adapt(np.float32([[0.0], [8.0]]) * np.ones((1, 3), np.float32))
+    layers = [normalization, keras.layers.Dense(4, dtype="mixed_bfloat16")]
+    layers.append(keras.layers.Flatten(dtype="mixed_bfloat16"))
+    backbone = keras.Sequential([keras.Input((16, 16, 3)), *layers])
+    detector = Detector.from_images(backbone, images[:10], images[10:], 0.1, verbose=0)
+    answers = answers_of(export.tflite(detector, tmp_path / "model.tflite"), images)
+    np.testing.assert_allclose(answers["ood_score"], detector(images)["ood_score"], atol=0.02)
+
+
 def test_a_thousand_runs_take_no_more_memory(files):
     program = """
 import numpy as np

@@ -367,6 +367,19 @@ def test_ignored_places_count_for_nothing(kind, everywhere, tmp_path):
     assert everywhere.predict(images, verbose=0)["is_ood"][30:].all()
 
 
+def test_a_mask_of_images_that_are_cropped_is_cropped_like_them():
+    extractor = FeatureExtractor(convnet(), 64, 48, resize="crop", layers=("eight",))
+    mask = np.zeros((48, 56), bool)
+    mask[:, 40:46] = True  # the image's columns 36 to 42, so the map's sixth
+    np.testing.assert_array_equal(np.where(~local.counted_places(mask, extractor))[1], [6] * 8)
+    mask[:] = False
+    mask[:, :4] = mask[:, -4:] = True  # what is cut off
+    assert local.counted_places(mask, extractor).all()
+    assert (
+        ~local.counted_places(np.eye(8, dtype=bool), extractor)
+    ).sum() == 8  # places, not an image
+
+
 @pytest.mark.parametrize("smoothing", [1, 3])
 def test_false_alarms_are_accepted_as_normal(smoothing):
     one = Detector.from_images(

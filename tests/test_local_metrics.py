@@ -95,6 +95,15 @@ def test_wrong_maps_are_named(maps_and_masks):
         metrics.aupro(maps, masks, 0.0)
 
 
+def test_aupro_does_not_count_what_rises_at_the_limit_itself():
+    # Three of ten sound pixels score above the damage, so nothing is found below a rate of 0.3.
+    maps = np.float32([[[3, 3, 3, 2, 1, 1, 1, 1, 1, 1, 1]]])
+    masks = maps == 2
+    assert metrics.aupro(maps, masks, 0.3) == 0.0
+    assert metrics.aupro(maps, masks, 0.2999) == 0.0
+    assert metrics.aupro(maps, masks, 0.6) == pytest.approx(0.5)
+
+
 # --- Evaluation --------------------------------------------------------------------------------
 
 

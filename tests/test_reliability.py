@@ -438,6 +438,46 @@ def test_rolling_back_goes_on_at_half_the_learning_rate(tmp_path, scheduled, cap
     assert float(again.optimizer.learning_rate) == pytest.approx(0.002)
 
 
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_two_machines_that_roll_back_halve_the_learning_rate_alike(tmp_path, scheduled):
+    # The second one reads the state that the first one has halved and written back.
+    rate = keras.optimizers.schedules.ExponentialDecay(0.004, 1, 1.0) if scheduled else 0.004
+    models = [make_model(learning_rate=rate) for _ in range(2)]
+    logs = {"positive_loss": np.nan, "negative_loss": 1.0, "loss": 2.0, "learning_rate": 0.004}
+    for model in models:
+        kept = Checkpoint(tmp_path)
+        kept.set_model(model)
+        if model is models[0]:
+            kept.save()
+        watch = NotFinite(kept, rollbacks=1)
+        watch.set_model(model)
+        watch.on_train_begin()
+        watch.on_train_batch_end(0, logs)
+    for model in models:
+        assert float(model.optimizer.learning_rate) == pytest.approx(0.002)
+
+
+def test_a_state_holds_what_an_adapted_layer_has_learned(tmp_path):
+    def made(mean):
+        normalization = keras.layers.Normalization()
+        normalization.adapt(np.float32([[mean], [mean + 2.0]]) * np.ones((1, 3), np.float32))
+        pooled = keras.layers.GlobalAveragePooling2D()
+        layers = [normalization, keras.layers.Conv2D(4, 3), pooled]
+        model = sddns_tf.SelfDistillation(
+            keras.Sequential([keras.Input((None, None, 3)), *layers]),
+            sddns_tf.MultiCrop(16, local_views=0),
+            head=sddns_tf.ProjectionHead(8, hidden_dim=8, bottleneck_dim=4),
+        )
+        model.compile("adam")
+        return model
+
+    model, fresh = made(5.0), made(0.0)
+    checkpoint.save(model, tmp_path)
+    assert checkpoint.restore(fresh, tmp_path)
+    images = make_images(8)
+    np.testing.assert_array_equal(fresh(images), model(images))
+
+
 def test_rolling_back_ends_after_so_many_times(tmp_path):
     model = make_model(learning_rate=0.004)
     kept = Checkpoint(tmp_path, every=3)

@@ -1,10 +1,12 @@
 """The client, the configurations of the server, and the formats on the wire, over loopback."""
 
 import base64
+import http.server
 import importlib.util
 import json
 import pathlib
 import shutil
+import threading
 import urllib.error
 import urllib.request
 
@@ -140,6 +142,36 @@ def test_a_server_that_is_not_there_is_told(client, photos_folder, capsys):
     assert "no answer after 2 tries" in line["status"]
     with pytest.raises(FileNotFoundError, match="Received: nowhere"):
         client.main([*of, "nowhere"])
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (b'{"predictions": [', "no answer after 2 tries: IncompleteRead"),
+        (b"<html>a proxy's page</html>", "no answer: not an answer of TensorFlow Serving"),
+        (b'{"outputs": []}', "no answer: not an answer of TensorFlow Serving"),
+    ],
+)
+def test_a_broken_answer_is_told_for_each_file(client, photos_folder, capsys, body, told):
+    class Broken(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body) + 9 * ("Incomplete" in told)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            del args
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Broken) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        of = [f"--server=http://127.0.0.1:{server.server_port}", "--model=parts", "--retries=1"]
+        files = [str(photos_folder / name) for name in ("0.png", "1.png")]
+        assert client.main([*of, *files]) == 1
+        server.shutdown()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["file"] for line in lines] == files
+    assert all(line["status"].startswith(told) for line in lines)
 
 
 def test_what_a_folder_holds_gets_a_line_each(client, tmp_path):

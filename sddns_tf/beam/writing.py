@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import apache_beam as beam
+from apache_beam.io.filesystem import BeamIOError
 from apache_beam.io.filesystems import FileSystems
 from apache_beam.metrics import Metrics
 
@@ -89,8 +90,11 @@ class WriteShards(beam.DoFn):
         failed = [row for row in rows if row[-1] is not None]
         name = f"{shard}.{self._format}"
         # Errors first, because a file of scores marks the shard as done.
+        errors = FileSystems.join(self._errors, name)
         if failed:
-            write_rows(FileSystems.join(self._errors, name), failed, self._format)
+            write_rows(errors, failed, self._format)
+        elif FileSystems.exists(errors):  # of an earlier try
+            FileSystems.delete([errors])
         scored = [row for row in rows if row[-1] is None]
         write_rows(FileSystems.join(self._scores, name), scored, self._format)
         self._counters["images"].inc(len(rows))
@@ -149,6 +153,11 @@ def replacing(path: str) -> Iterator[Any]:
         return
     folder, name = FileSystems.split(path)
     unfinished = FileSystems.join(folder, f".{uuid.uuid4().hex[:12]}.{name}")
-    with FileSystems.create(unfinished) as file:
-        yield file
+    try:
+        with FileSystems.create(unfinished) as file:
+            yield file
+    except BaseException:
+        with contextlib.suppress(BeamIOError):  # It may not be there.
+            FileSystems.delete([unfinished])
+        raise
     FileSystems.rename([unfinished], [path])

@@ -71,8 +71,12 @@ class NotFinite(keras.callbacks.Callback):
         if self._rolled_back >= self.rollbacks:
             raise RuntimeError(f"{message} Try a lower learning rate, or float32.")
         self._rolled_back += 1
+        # Half of what it was here: on several machines another one may have halved it in the file.
+        level = 0.5 * training_state.learning_rate_level(self.model)
         step = self.checkpoint.restore(self.model)
-        training_state.scale_learning_rate(self.model, 0.5)
+        training_state.scale_learning_rate(
+            self.model, level / training_state.learning_rate_level(self.model)
+        )
         self.checkpoint.save()
         self.model.reset_metrics()
         logging.warning("%s Continuing from step %d at half the learning rate.", message, step)

@@ -15,6 +15,7 @@ from absl import logging
 
 from sddns_tf import files
 from sddns_tf.keras_private import inner, learning_rate_of
+from sddns_tf.networks import use_new_weights
 
 _FACTOR = "learning_rate_factor"
 
@@ -73,7 +74,7 @@ def save(model: keras.Model, folder: str | os.PathLike, keep: int = 2) -> pathli
     values: dict[str, Any] = {
         name: value_of(variable) for name, variable in _variables(model).items()
     }
-    values[_FACTOR] = np.float64(_learning_rate_factor(model))
+    values[_FACTOR] = np.float64(_factor(model))
     path = folder / f"step-{step_of(model):08d}.npz"
     try:
         with files.replacing(path) as unfinished, open(unfinished, "wb") as file:
@@ -174,7 +175,15 @@ def scale_learning_rate(model: keras.Model, factor: float) -> None:
     model.make_train_function(force=True)  # the schedule is part of the graph
 
 
-def _learning_rate_factor(model):
+def learning_rate_level(model: keras.Model) -> float:
+    """Return what `scale_learning_rate` multiplies: a schedule's factor, or the rate itself."""
+    rate = learning_rate_of(model.optimizer)
+    if not isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+        return float(value_of(rate))
+    return _factor(model)
+
+
+def _factor(model):
     schedule = learning_rate_of(model.optimizer)
     return schedule.factor if isinstance(schedule, ScaledSchedule) else 1.0
 
@@ -208,5 +217,6 @@ def _assign(model, values, path):
         )
     for name, variable in variables.items():
         variable.assign(values[name])
-    if factor != _learning_rate_factor(model):
-        scale_learning_rate(model, factor / _learning_rate_factor(model))
+    use_new_weights(model)
+    if factor != _factor(model):
+        scale_learning_rate(model, factor / _factor(model))

@@ -48,7 +48,7 @@ def check_layers(config: dict[str, Any], model: Any, resolution: tuple[int, int]
             components=options["components"],
         )
         if options["ignore"] is not None:
-            local.counted_places(options["ignore"], extractor.map_size)
+            local.counted_places(options["ignore"], extractor)
 
 
 def input_size(model: Any, resolution: tuple[int, int]) -> tuple[int, ...]:

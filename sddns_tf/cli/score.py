@@ -358,8 +358,14 @@ def opened_output(path: str | None) -> Iterator[TextIO]:
         except BaseException:
             say(f"The rows written so far are in {partial}")
             raise
-    with user_input("output", OSError):
-        os.replace(partial, target)
+        with user_input("output", OSError):
+            file.flush()
+            os.fsync(file.fileno())
+            if os.name != "nt":  # While the lock is held; Windows has none, nor renames open files.
+                os.replace(partial, target)
+    if os.name == "nt":
+        with user_input("output", OSError):
+            os.replace(partial, target)
 
 
 def _is_at(file: TextIO, path: pathlib.Path) -> bool:

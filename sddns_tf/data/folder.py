@@ -56,7 +56,7 @@ class Folder:
 
     def files(self, limit=None):
         """Return the first `limit` usable files, or all, by path. Each is decoded as a check."""
-        return [file for file, _ in self._inspected(lambda pixels: None, limit)[:limit]]
+        return [file for file, _ in self._inspected(lambda pixels: None, limit)]
 
     def open(self):
         """Open the folder as records of its files, which are decoded when needed."""
@@ -91,10 +91,10 @@ class Folder:
         def finished(pixels):
             if self.shaping.image_size is None:
                 return pixels
-            return self.shaping.finish(tf.constant(pixels), self.shaping.image_size).numpy()
+            with tf.device("CPU:0"):  # which is a thread's own
+                return self.shaping.finish(tf.constant(pixels), self.shaping.image_size).numpy()
 
-        with tf.device("CPU:0"):
-            inspected = self._inspected(finished, limit)[:limit]
+        inspected = self._inspected(finished, limit)
         files, images = zip(*inspected, strict=True)
         self._shape([file.size for file in files], files)
         return files, np.stack(images)
@@ -112,7 +112,7 @@ class Folder:
     def _inspected(self, use, limit=None):
         """Return pairs of a usable file and the result of `use` for its pixels.
 
-        Stops once there are at least `limit` of them.
+        Stops once there are `limit` of them.
         """
         paths, found, problems = self._paths(), [], []
 
@@ -121,10 +121,10 @@ class Folder:
             return file, None if problem else use(pixels), problem
 
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for start in range(0, len(paths), _AT_ONCE):
-                if limit is not None and len(found) >= limit:
-                    break
-                some = paths[start : start + _AT_ONCE]
+            start = 0
+            while start < len(paths) and (limit is None or len(found) < limit):
+                missing = _AT_ONCE if limit is None else min(_AT_ONCE, limit - len(found))
+                some, start = paths[start : start + missing], start + missing
                 for path, (file, used, problem) in zip(some, pool.map(inspect, some), strict=True):
                     if problem:
                         problems.append(f"{path}: {problem}")
@@ -148,6 +148,9 @@ class Folder:
         try:
             with open(path, "rb") as opened:
                 file = opened.read()
+        except OSError as error:
+            return None, None, f"cannot be opened ({error.strerror})"
+        try:
             header = pictures.header(file)
             if header.height * header.width > self.max_pixels:
                 announced = f"{header.height} x {header.width}"
@@ -178,7 +181,7 @@ class Folder:
     def _decoded(self, file, header):
         """Decode a file eagerly to uint8 `(H, W, 3)`."""
         if header.decoder == "pillow":
-            return pictures.decode(file, self.exif_orientation)
+            return pictures.decode(file, self.exif_orientation, self.max_pixels)
         pixels = _by_tensorflow(file, header.decoder).numpy()
         return pictures.turned(pixels, header.orientation) if self._turns(header) else pixels
 
@@ -189,7 +192,7 @@ class Folder:
 
         def by_pillow(path):
             with open(path, "rb") as opened:
-                return pictures.decode(opened.read(), self.exif_orientation)
+                return pictures.decode(opened.read(), self.exif_orientation, self.max_pixels)
 
         return tf.numpy_function(by_pillow, [path], tf.uint8)
 

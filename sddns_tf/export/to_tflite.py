@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from sddns_tf import networks
 from sddns_tf.calibration import ending_at, merged, snapped
 from sddns_tf.export import delegates, extension, metadata
 from sddns_tf.export.quantize import backbone_scope, import_quantizer, quantized_model
@@ -349,6 +350,7 @@ def _in_float32(detector: Any) -> Any:
         return detector
     copy = type(detector).from_config(float_config)
     copy.set_weights(detector.get_weights())
+    networks.use_new_weights(copy)
     return copy
 
 
