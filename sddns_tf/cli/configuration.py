@@ -183,6 +183,12 @@ def resolve(recipe: dict[str, Any], settings: list[tuple[str, Any]]) -> dict[str
         resolved[section] = _resolved_section(section, config)
     for key, default in options.items():
         resolved[key] = _checked(key, config.get(key, default), default)
+    from sddns_tf.validation import check_int
+
+    for key in ("epochs", "steps_per_epoch", "batch_size"):
+        if resolved[key] is not None:
+            with user_input():
+                check_int(key, resolved[key])
     return resolved
 
 

@@ -86,6 +86,13 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def natural_int(text: str) -> int:
+    """Parse an option's value as an int of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected an int of at least 0. Received: {text}")
+    return int(text)
+
+
 def share(text: str) -> float:
     """Parse an option's value as a float between 0 and 1."""
     try:

@@ -33,7 +33,7 @@ import numpy as np
 
 from sddns_tf import files
 from sddns_tf.cli import configuration, detectors, sources, starting
-from sddns_tf.cli.console import Parser, positive_int, require, say, share, verbose
+from sddns_tf.cli.console import Parser, natural_int, positive_int, require, say, share, verbose
 from sddns_tf.cli.errors import UsageError, user_input
 from sddns_tf.cli.scorers import load_keras
 
@@ -104,7 +104,7 @@ def parser() -> Parser:
         help="How images of another aspect ratio are resized, if --model is not a detector: squash "
         "distorts them (the default), crop cuts off the sides.",
     )
-    group.add_argument("--seed", metavar="N", type=int, default=0, help="Random seed.")
+    group.add_argument("--seed", metavar="N", type=natural_int, default=0, help="Random seed.")
     group = parser.group("report")
     group.add_argument(
         "--resamples",

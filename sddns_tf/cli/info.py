@@ -131,12 +131,23 @@ def _keras(path: pathlib.Path) -> dict[str, Any]:
     found = {"file": str(path), "holds": type(model).__name__, "bytes": path.stat().st_size}
     with zipfile.ZipFile(path) as archive:
         found["keras"] = json.loads(archive.read("metadata.json"))["keras_version"]
-    describers = {"Detector": _detector, "SelfDistillation": _self_distillation}
-    return {**found, **describers.get(type(model).__name__, _network)(model)}
+    describers = {
+        "Detector": _detector,
+        "FeatureExtractor": _extractor,
+        "SelfDistillation": _self_distillation,
+    }
+    if type(model).__name__ in describers:
+        return {**found, **describers[type(model).__name__](model)}
+    try:
+        return {**found, **_network(model)}
+    except (AttributeError, TypeError, NotImplementedError) as error:
+        raise UsageError(
+            "FILE must hold a detector, a SelfDistillation, a feature extractor or a network from "
+            f"images to features. Received: {path}, which holds a {type(model).__name__}"
+        ) from error
 
 
-def _detector(detector: Any) -> dict[str, Any]:
-    extractor = detector.extractor
+def _extractor(extractor: Any) -> dict[str, Any]:
     return {
         "backbone": _network(extractor.backbone),
         "layers": extractor.layer_names,
@@ -148,8 +159,14 @@ def _detector(detector: Any) -> dict[str, Any]:
         "image_size": extractor.image_size,
         "mean": extractor.mean,
         "std": extractor.std,
-        "bank_rows": detector.bank.shape[0],
         "feature_dimension": extractor.feature_dim,
+    }
+
+
+def _detector(detector: Any) -> dict[str, Any]:
+    return {
+        **_extractor(detector.extractor),
+        "bank_rows": detector.bank.shape[0],
         "temperature": detector.temperature,
         "offset": detector.offset,
         "k": detector.k,

@@ -24,7 +24,7 @@ from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
 from sddns_tf.cli import configuration, starting
-from sddns_tf.cli.console import Parser, positive_int, require, share, size
+from sddns_tf.cli.console import Parser, natural_int, positive_int, require, share, size
 from sddns_tf.cli.devices import STRATEGIES
 
 if TYPE_CHECKING:
@@ -259,7 +259,7 @@ def add_place_options(parser: Parser) -> None:
     group.add_argument(
         "--rollbacks",
         metavar="N",
-        type=int,
+        type=natural_int,
         default=0,
         help="How many times to return to the last checkpoint and halve the learning rate if a "
         "loss or weight is not finite. Default: 0, which stops at once.",

@@ -15,6 +15,7 @@ from sddns_tf.cli.configuration import DataOptions
 from sddns_tf.cli.console import say, verbose
 from sddns_tf.cli.errors import UsageError, user_input
 from sddns_tf.cli.schedule_forms import Length, value_of
+from sddns_tf.cli.scorers import load_keras
 
 # Of a run whose number of epochs is not given.
 _STEPS, _MOST_EPOCHS = 2_000, 100
@@ -197,15 +198,13 @@ def make_negatives(config: dict[str, Any]) -> Any:
 
 def make_backbone(config: dict[str, Any], image_size: int) -> Any:
     """Return the backbone to train."""
-    import keras
-
     options = dict(config["backbone"])
     name = options.pop("type")
     if name.endswith(".keras"):
-        with user_input("backbone"):
-            backbone = keras.saving.load_model(pathlib.Path(name).expanduser())
+        backbone = load_keras("backbone", name)
         backbone = getattr(backbone, "teacher_backbone", backbone)
         if not backbone.trainable_weights:  # as a teacher is saved
+            backbone.trainable = False  # Keras does nothing for what it takes to be so already.
             backbone.trainable = True
         return backbone
     weights = options.pop("weights")

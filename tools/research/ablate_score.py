@@ -95,13 +95,11 @@ def measure(normal, ood, rows, weights, options):
 def main(argv=None):
     """Extract the features, vary the score, print the table."""
     settings = parse(argv)
-    extractor = keras.models.load_model(settings.detector).extractor
-    height, _ = extractor.resolution or extractor.image_size
+    detector = keras.models.load_model(settings.detector)
+    extractor, shape = detector.extractor, sources.seen_by(detector)
 
     def features_of(option, source, limit=None):
-        images = sources.read(
-            option, source, data_dir=settings.data_dir, image_size=height, limit=limit
-        )
+        images = sources.read(option, source, data_dir=settings.data_dir, limit=limit, **shape)
         return extract_features(extractor, images, verbose=0)
 
     test = sources.parse("test", settings.test, "test")

@@ -86,12 +86,10 @@ def main(argv=None):
     """Read the images, compare the variants, print the table."""
     settings = parse(argv)
     detector = keras.models.load_model(settings.detector)
-    height, _ = detector.extractor.resolution or detector.extractor.image_size
+    shape = sources.seen_by(detector)
 
     def read(option, source, limit=settings.limit):
-        return sources.read(
-            option, source, data_dir=settings.data_dir, image_size=height, limit=limit
-        )
+        return sources.read(option, source, data_dir=settings.data_dir, limit=limit, **shape)
 
     calibration = read(
         "calibration", sources.parse("calibration", settings.calibration, "test"), limit=None

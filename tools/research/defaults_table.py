@@ -27,6 +27,7 @@ import pathlib
 import sys
 import time
 
+from sddns_tf import files
 from sddns_tf.cli.console import say
 
 FLAGS = argparse.Namespace()
@@ -303,6 +304,7 @@ def print_differences(results):
 
 def main(argv=None):
     """Do the missing runs, then print the table of all runs and what negatives add."""
+    vars(FLAGS).clear()  # Otherwise options of an earlier call would override the defaults.
     parser().parse_args(argv, FLAGS)
     only = [part for part in FLAGS.only.split(",") if part]
     runs_dir = pathlib.Path(FLAGS.runs_dir)
@@ -323,7 +325,7 @@ def main(argv=None):
         result = run(data[source], source, backbone, negatives, settings, seed)
         before, after = compared(result)
         say(f"  {before:.3f} to {after:.3f}")
-        path.write_text(json.dumps(result, indent=1))
+        files.write_json(path, result)
     results = [json.loads(path.read_text()) for path in sorted(runs_dir.glob("*.json"))]
     print_table(results)
     print_differences(results)
