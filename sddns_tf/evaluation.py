@@ -276,19 +276,24 @@ def markdown(evaluation: Any) -> str:
     ]
     for name, row in evaluation.rows.items():
         cells = [cell(row[column]) if column in row else "" for column in COLUMNS]
-        shown = name.replace("|", "\\|")
-        lines.append(f"| {shown} | {len(evaluation.images[name])} | " + " | ".join(cells) + " |")
+        lines.append(
+            f"| {_escaped(name)} | {len(evaluation.images[name])} | " + " | ".join(cells) + " |"
+        )
     lines += ["", f"In brackets: {INTERVALS}. {promise(evaluation)}"]
     if evaluation.pixels:
         lines += ["", "| set | " + " | ".join(PIXEL_COLUMNS) + " |"]
         lines += ["|---|" + "---:|" * len(PIXEL_COLUMNS)]
         for name, row in evaluation.pixels.items():
             pixels = " | ".join(f"{row[column]:.3f}" for column in PIXEL_COLUMNS)
-            lines.append(f"| {name} | {pixels} |")
+            lines.append(f"| {_escaped(name)} | {pixels} |")
         lines += ["", PIXEL_MEANING]
     if evaluation.knn_accuracy:
         lines += ["", f"k-NN accuracy of the features: {cell(evaluation.knn_accuracy)}"]
     return "\n".join(lines) + "\n"
+
+
+def _escaped(name):
+    return name.replace("|", "\\|")
 
 
 def promise(evaluation: Any) -> str:

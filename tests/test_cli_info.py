@@ -69,6 +69,18 @@ def test_info_of_a_training_and_a_backbone(trained):
     assert found["features"] == 16
 
 
+def test_info_of_a_feature_extractor_and_of_what_is_no_network_of_images(trained, tmp_path):
+    extractor = keras.saving.load_model(trained / "detector.keras").extractor
+    extractor.save(tmp_path / "extractor.keras")
+    found = info.describe(tmp_path / "extractor.keras")
+    assert (found["holds"], found["feature_dimension"]) == ("FeatureExtractor", 16)
+    assert found["backbone"]["features"] == 16
+    head = sddns_tf.ProjectionHead(8, hidden_dim=8, bottleneck_dim=4)
+    keras.saving.save_model(keras.Sequential([head]), tmp_path / "head.keras")
+    with pytest.raises(UsageError, match=r"FILE must hold .*Received: .*which holds a Sequential"):
+        info.describe(tmp_path / "head.keras")
+
+
 def test_info_of_a_saved_model(exported, trained):
     folder, _ = exported
     found = info.describe(folder / "grass")

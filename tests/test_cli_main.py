@@ -104,6 +104,12 @@ def test_the_script_is_installed_with_the_package():
             "--detector must be an existing .keras file",
         ),
         (["sensitivity", "--strategies=rot90", "--output_dir=o"], "--strategies must be"),
+        (
+            ["sensitivity", "--data=npz:x", "--output_dir=o", "--strategy=multi_worker"],
+            "--strategy must be auto, mirrored or none here",
+        ),
+        (["train", "--rollbacks=-1"], "--rollbacks must be an int of at least 0. Received: -1"),
+        (["evaluate", "--seed=-1"], "--seed must be an int of at least 0. Received: -1"),
         (["sensitivity", "--ood=npz:x.npz", "--output_dir=o"], "--ood needs --test"),
         (["convert-dino", "--checkpoint=x.pth"], "--output is needed"),
         (["convert-dino", "--checkpoint=x.pth", "--output=x.h5"], "must end in .weights.h5"),

@@ -664,8 +664,11 @@ def test_tfds_gray_of_no_fixed_size(prepared, coffee):
 
 
 def test_bad_tfds_requests_name_what_exists(prepared, tmp_path):
-    with pytest.raises(ValueError, match=r"tfds:tiny has the splits \['test', 'train'\]\. .*'val'"):
+    with pytest.raises(ValueError, match=r"tfds:tiny has the splits \['test', 'train'\], .*'val'"):
         data.load("tfds:tiny", data_dir=prepared, batch_size=2, split="val")
+    for split in ("train[2:2]", "train[:3", None, ["train"]):
+        with pytest.raises(ValueError, match=r"as in 'test' or 'test\[:100\]'\. Received: split="):
+            data.load("tfds:tiny", data_dir=prepared, batch_size=2, split=split)
     with pytest.raises(ValueError, match=r"\['gray', 'other', 'tiny'\].*tfds:tyni") as caught:
         data.load("tfds:tyni", data_dir=prepared, batch_size=2)
     assert len(str(caught.value)) < 500  # TFDS's own message lists a thousand names
@@ -708,6 +711,19 @@ def test_with_auxiliary_keeps_static_shapes_and_resizes():
     assert joined.cardinality() == 2
     values = [batch["auxiliary"][:, 3, 3, 0].tolist() for batch in joined.as_numpy_iterator()]
     assert values == [[0, 1, 2, 3], [4, 5, 0, 1]]
+
+
+def test_with_auxiliary_takes_batches_of_several_sizes():
+    def batches():
+        for side in (8, 16, 12):
+            yield np.full((2, side, side, 3), side, np.uint8)
+
+    several = tf.data.Dataset.from_generator(
+        batches, output_signature=tf.TensorSpec((None, None, None, 3), tf.uint8)
+    )
+    joined = data.with_auxiliary(numbered(6, 3), several)
+    values = [batch["auxiliary"][:, 3, 3, 0].tolist() for batch in joined.as_numpy_iterator()]
+    assert values == [[8, 8, 16], [16, 12, 12]]
 
 
 def test_with_auxiliary_resizes_floats_within_range():

@@ -268,8 +268,12 @@ def test_recalibration_reaches_predict_and_leaves_the_detector_on_error():
     assert not other["is_ood"].any()
 
     config, weights = detector.get_config(), detector.get_weights()
-    for arguments in ({}, {"false_positive_rate": 0.01}, {"images": grass(9, 0) - 300.0}):
-        with pytest.raises(ValueError):
+    for arguments, told in (
+        ({}, "Received: neither"),
+        ({"false_positive_rate": 0.01}, "at least 99 calibration images"),
+        ({"images": grass(9, 0) - 300.0}, "0-255"),
+    ):
+        with pytest.raises(ValueError, match=told):
             detector.recalibrate(**arguments, verbose=0)
     with pytest.raises(ValueError, match=r"at least 9 calibration images.*Received: 3"):
         detector.recalibrate(grass(3, 0), 0.1, verbose=0)

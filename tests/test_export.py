@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import stat
 
 import numpy as np
@@ -104,6 +105,25 @@ def test_versions_follow_one_another_and_are_never_overwritten(
             with pytest.raises(ValueError, match=f"`{name}` must be a positive int"):
                 export.saved_model(grass_detector, tmp_path, **{name: wrong})
     assert left_in(tmp_path) == before
+
+
+def test_two_exports_at_once_get_a_version_each(grass_detector, tmp_path, monkeypatch):
+    def save_while_another_does(folder, *_):
+        folder.mkdir()
+        (tmp_path / "1").mkdir(exist_ok=True)
+        (tmp_path / "1" / "another's").touch()
+
+    monkeypatch.setattr(to_saved_model, "save", save_while_another_does)
+    monkeypatch.setattr(to_saved_model, "run_apart", lambda *_: collections.defaultdict(float))
+    for check in ("check_answers", "check_features"):
+        monkeypatch.setattr(to_saved_model, check, lambda *_: 0.0)
+    written = export.saved_model(grass_detector, tmp_path)
+    assert written == tmp_path / "2"
+    assert json.loads((written / "assets.extra" / "metadata.json").read_text())["version"] == 2
+    assert left_in(tmp_path / "1") == ["another's"]
+    shutil.rmtree(tmp_path / "1")
+    with pytest.raises(FileExistsError, match=r"must be a new one.*/1, which exists"):
+        export.saved_model(grass_detector, tmp_path, version=1)
 
 
 @pytest.mark.parametrize("wrong", ["answers", "program", "status"])

@@ -486,6 +486,55 @@ def test_rolling_back_ends_after_so_many_times(tmp_path):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def test_rolling_back_needs_a_learning_rate_that_can_be_scaled(tmp_path):
+    model = make_model(learning_rate=lambda: 0.004)
+    kept = Checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=r"must be a number or .* Received: <function"):
+        fit_poisoned(model, [NotFinite(kept, rollbacks=1), kept])
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_the_states_of_a_run_stay_when_early_stopping_goes_back(tmp_path, caplog):
+    model, kept = make_model(), Checkpoint(tmp_path, every=1)
+    # Nothing is ever better than the first epoch.
+    stop = keras.callbacks.EarlyStopping(
+        "loss", min_delta=1e9, patience=1, mode="min", restore_best_weights=True
+    )
+    model.fit(make_images(8), batch_size=4, epochs=5, callbacks=[stop, kept], verbose=0)
+    assert int(model.step) == 2 and kept.last().name == "step-00000004.npz"
+    assert "The model went back to step 2 when training ended" in caplog.text
+
+
+def test_a_folder_may_be_that_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    kept = Checkpoint("~/run")
+    make_model().fit(make_images(8), batch_size=4, callbacks=[kept], verbose=0)
+    assert [path.name for path in (tmp_path / "run").glob("step-*")] == [
+        "step-00000000.npz",
+        "step-00000002.npz",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("task", "jobs", "writes"),
+    [
+        (("chief", 0), ["chief", "worker"], True),
+        (("worker", 0), ["chief", "worker"], False),
+        (("worker", 0), ["worker"], True),
+        (("worker", 1), ["worker"], False),
+    ],
+)
+def test_one_of_several_machines_writes_states(task, jobs, writes, tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    model, kept = make_model(), Checkpoint(tmp_path)
+    spec = SimpleNamespace(jobs=jobs)
+    resolver = SimpleNamespace(task_type=task[0], task_id=task[1], cluster_spec=lambda: spec)
+    model._distribute_strategy = SimpleNamespace(cluster_resolver=resolver)
+    kept.set_model(model)
+    assert (kept.save() is not None) == writes
+
+
 def test_rolling_back_needs_a_checkpoint():
     with pytest.raises(ValueError, match="Rolling back needs `checkpoint`"):
         NotFinite(rollbacks=1)

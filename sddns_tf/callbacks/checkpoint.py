@@ -58,7 +58,7 @@ class Checkpoint(keras.callbacks.Callback):
         super().__init__()
         check_int("every", every)
         check_int("keep", keep)
-        self.folder = str(folder)
+        self.folder = os.path.expanduser(folder)
         self.every = every
         self.keep = keep
         self._signal: int | None = None
@@ -120,7 +120,15 @@ class Checkpoint(keras.callbacks.Callback):
     def on_train_end(self, logs: Any = None) -> None:
         """Write the last state, and restore the signals' handlers."""
         del logs
-        self.save()
+        last = self.last()
+        if last and last.stem > self._name_of_step():
+            logging.warning(
+                "The model went back to step %d when training ended, as EarlyStopping does with "
+                "restore_best_weights. %s is that of the last step: save the model itself too.",
+                training_state.step_of(self.model), last,
+            )  # fmt: skip
+        else:
+            self.save()
         self.release()
         self._stop_if_told()
 
@@ -142,12 +150,15 @@ class Checkpoint(keras.callbacks.Callback):
         if self._restored() is self.model or not _writes_here(self.model.distribute_strategy):
             return  # What was restored is the latest that can be read.
         step, last = training_state.step_of(self.model), self.last()
-        if last and last.stem > f"step-{step:08d}":
+        if last and last.stem > self._name_of_step():
             raise ValueError(
                 f"{self.folder} must have no states of later steps than the model's. Call "
                 "`restore` to go on from the last one, or choose another folder. "
                 f"Received: {last.name}, and a model that has done {step} steps"
             )
+
+    def _name_of_step(self):
+        return f"step-{training_state.step_of(self.model):08d}"
 
     def _check_room(self, written):
         if written is None:
@@ -193,4 +204,7 @@ class Checkpoint(keras.callbacks.Callback):
 
 def _writes_here(strategy):
     resolver = getattr(strategy, "cluster_resolver", None)
-    return not (resolver and resolver.task_id)
+    if not resolver or not resolver.task_type:
+        return True
+    first = "chief" if "chief" in resolver.cluster_spec().jobs else "worker"
+    return resolver.task_type == first and not resolver.task_id

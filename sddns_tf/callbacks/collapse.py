@@ -102,6 +102,7 @@ class CollapseMonitor(keras.callbacks.Callback):
         check_int("patience", patience)
         check_number("uniform_above", uniform_above, 0.0, 1.0)
         check_number("one_prototype_below", one_prototype_below, 0.0, 1.0)
+        check_number("constant_below", constant_below, 0.0, 1.0)
         check_bool("stop_training", stop_training)
         self.window = window
         self.patience = patience

@@ -50,6 +50,8 @@ class NotFinite(keras.callbacks.Callback):
         """Compile the check of the weights."""
         del logs
         self._rolled_back = 0
+        if self.rollbacks:
+            training_state.learning_rate_level(self.model)  # Which must be one to scale.
         self._watched = [v for v in self.model.weights if keras.backend.is_float_dtype(v.dtype)]
         self._are_finite = tf.function(self._look)
 
@@ -57,7 +59,7 @@ class NotFinite(keras.callbacks.Callback):
         """Check the losses and weights; roll back or stop if one is not finite."""
         del batch
         found = [f"{name} (logged)" for name in ("positive_loss", "negative_loss", "loss")
-                 if not np.isfinite(float(logs[name]))]  # fmt: skip
+                 if name in logs and not np.isfinite(float(logs[name]))]  # fmt: skip
         finite = np.asarray(self._are_finite())
         found += [v.path for v, good in zip(self._watched, finite, strict=True) if not good]
         if not found:

@@ -51,7 +51,8 @@ class TrainingPictures(keras.callbacks.Callback):
         shift: str | Callable = "rot90",
     ) -> None:
         super().__init__()
-        self.log_dir = str(log_dir)
+        self.log_dir = os.path.expanduser(log_dir)
+        self._writer: Any = None
         check_int("every", every)
         self.bank_images = image_array(bank_images, "bank_images")
         self.held_out = image_array(held_out, "held_out")
@@ -95,7 +96,13 @@ class TrainingPictures(keras.callbacks.Callback):
     def on_train_end(self, logs: Any = None) -> None:
         """Close the event file."""
         del logs
-        self._writer.close()
+        self.release()
+
+    def release(self) -> None:
+        """Close the event file. `fit` calls this, whether it succeeds or fails."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
     def _features(self, images):
         return extract_features(self._extractor, images, verbose=0)

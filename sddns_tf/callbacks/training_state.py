@@ -178,9 +178,14 @@ def scale_learning_rate(model: keras.Model, factor: float) -> None:
 def learning_rate_level(model: keras.Model) -> float:
     """Return what `scale_learning_rate` multiplies: a schedule's factor, or the rate itself."""
     rate = learning_rate_of(model.optimizer)
-    if not isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
-        return float(value_of(rate))
-    return _factor(model)
+    if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+        return _factor(model)
+    if not isinstance(rate, keras.Variable):
+        raise ValueError(
+            "The learning rate must be a number or a keras.optimizers.schedules."
+            f"LearningRateSchedule where it may have to be scaled. Received: {rate}"
+        )
+    return float(value_of(rate))
 
 
 def _factor(model):

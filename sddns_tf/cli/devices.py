@@ -65,7 +65,11 @@ def worker_index(name: str) -> int:
     if name != "multi_worker":
         return 0
     try:
-        return int(json.loads(os.environ["TF_CONFIG"]).get("task", {}).get("index", 0))
+        config = json.loads(os.environ["TF_CONFIG"])
+        task = config.get("task", {})
+        # A chief comes before the worker with the index 0.
+        after_chief = "chief" in config.get("cluster", {}) and task.get("type") != "chief"
+        return int(task.get("index", 0)) + after_chief
     except (ValueError, AttributeError) as error:
         raise UsageError(
             f"TF_CONFIG must be JSON as TensorFlow defines it. Received: {os.environ['TF_CONFIG']}"

@@ -199,7 +199,7 @@ def image_paths(text: str) -> Iterator[str]:
         return _listed(sys.stdin)
     place = pathlib.Path(name).expanduser()
     if kind == "list" and place.is_file():
-        return _listed(place.open(encoding="utf-8", errors="surrogateescape"))
+        return _in_list(place)
     if kind == "folder" and place.is_dir():
         paths = _in_folder(place)
         first = next(paths, None)
@@ -212,6 +212,15 @@ def image_paths(text: str) -> Iterator[str]:
     raise UsageError(
         f"--images must be an existing folder:PATH or list:FILE, or -. Received: {text}"
     )
+
+
+def _in_list(place: pathlib.Path) -> Iterator[str]:
+    """Yield the paths in a file."""
+    with (
+        user_input("images", OSError),
+        place.open(encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        yield from _listed(file)
 
 
 def _listed(lines: Iterable[str]) -> Iterator[str]:

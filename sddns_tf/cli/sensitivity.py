@@ -298,6 +298,11 @@ def main(argv: list[str]) -> None:
     if options.ood and not options.test:
         raise UsageError(f"--ood needs --test. Received: only --ood={','.join(options.ood)}")
     sources.parse_list("ood", options.ood, "test")
+    if options.strategy == "multi_worker":
+        raise UsageError(
+            "--strategy must be auto, mirrored or none here, because one machine compares; run "
+            "`sddns train` for each strategy on several. Received: multi_worker"
+        )
     starting.import_tensorflow()
 
     from sddns_tf import plots, sensitivity

@@ -96,7 +96,8 @@ def load(
         shuffle: bool, whether to use a new order in each iteration. All images are permuted,
             except that a TFDS data set or `tf.data.Dataset` of more than 512 MB is shuffled with a
             512 MB buffer.
-        seed: int, seed for shuffling.
+        seed: int, seed for shuffling. TensorFlow mixes its global seed in, so that a second process
+            has the same order only with the same `keras.utils.set_random_seed`.
         drop_remainder: bool, whether to drop a shorter last batch, for which a graph may have to be
             compiled once more.
         first_batch: int. If given, the dataset repeats forever, without breaks between epochs, and

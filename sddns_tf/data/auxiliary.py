@@ -61,6 +61,10 @@ def with_auxiliary(images: Array, auxiliary: Array | None) -> tf.data.Dataset:
         auxiliary_batch = tf.ensure_shape(resized(auxiliary_batch, size), image_batch.shape)
         return {"images": image_batch, "auxiliary": auxiliary_batch}
 
+    side, other = (one.element_spec.shape[1:3] for one in (images, auxiliary))
+    if side.is_fully_defined() and not other.is_fully_defined():
+        # Batches of several sizes can be joined only then.
+        auxiliary = auxiliary.map(lambda batch: resized(batch, side), tf.data.AUTOTUNE)
     # Reading a first batch here, as a check, would fill the shuffle buffer.
     repeated = auxiliary.repeat().concatenate(_complaint(auxiliary.element_spec))
     repeated = repeated.rebatch(batch_size, drop_remainder=True)

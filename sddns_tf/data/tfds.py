@@ -17,11 +17,14 @@ def open_tfds(name, shaping, exclude_labels, split, data_dir, shuffle_files_seed
 
     builder = _tfds_builder(name, data_dir)
     try:
-        examples = builder.info.splits[split].num_examples
+        examples = builder.info.splits[split].num_examples if isinstance(split, str) else 0
     except (KeyError, ValueError):
+        examples = 0
+    if examples < 1:
         raise ValueError(
-            f"tfds:{name} has the splits {sorted(builder.info.splits)}. Received: split={split!r}"
-        ) from None
+            f"tfds:{name} has the splits {sorted(builder.info.splits)}, of which `split` must name "
+            f"images, as in 'test' or 'test[:100]'. Received: split={split!r}"
+        )
     features = dict(builder.info.features.items())
     image = features.get("image")
     if not isinstance(image, tfds.features.Image) or image.np_dtype != np.uint8:

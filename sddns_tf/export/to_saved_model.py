@@ -125,7 +125,8 @@ def saved_model(
     PosixPath('exports/parts/1')
     """
     directory = pathlib.Path(directory).expanduser().absolute()
-    version = _next_version(directory) if version is None else version
+    chosen = version is not None
+    version = version if version is not None else _next_version(directory)
     check_int("version", version)
     check_int("max_pixels", max_pixels)
     check_bool("include_features", include_features)
@@ -159,14 +160,19 @@ def saved_model(
             **_description(detector),
             "files": _files(export),
         }
-        (extra / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
-        try:
-            os.rename(export, target)
-        except OSError:
-            if target.exists():  # Another export has written it meanwhile.
+        while True:
+            (extra / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
+            try:
+                os.rename(export, target)
+                return target
+            except OSError:
+                if not target.exists():
+                    raise
+            if chosen:
                 raise taken from None
-            raise
-    return target
+            # Another export has taken the number meanwhile.
+            metadata["version"] = _next_version(directory)
+            target = directory / str(metadata["version"])
 
 
 def _next_version(directory: pathlib.Path) -> int:
