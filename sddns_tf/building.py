@@ -16,6 +16,7 @@ from sddns_tf.validation import check_choice, check_int, check_number
 # Features this near are those of one image: its batch moves them by less.
 _SHARED_DISTANCE = 1e-4
 _SIGNATURE_DIM = 16
+_MOST_SIGNATURES = 100_000
 # The coreset chooses among this many random places per row of the bank.
 _PLACES_FOR_A_ROW = 20
 PLACES_BANK_SIZE = 5000
@@ -141,10 +142,11 @@ def bank_of_places(extractor, images, counted, size, seed=0, **options):
         **options: `batch_size` and `verbose` of `stream_features`.
 
     Returns:
-        Features of places as the extractor then gives them, float32 `(at most size, C)`.
+        Features of places as the extractor then gives them, float32 `(at most size, C)`, and the
+        signatures of the first images: see `signatures`.
     """
     plain = with_plain_maps(extractor)
-    moments = Moments(plain.feature_dim)
+    moments, means, count = Moments(plain.feature_dim), [], 0
     reservoir = Reservoir(_PLACES_FOR_A_ROW * size, seed)
     for maps in stream_features(plain, images, **options):
         places = maps.reshape(-1, maps.shape[-1]) if counted.all() else maps[:, counted]
@@ -152,13 +154,21 @@ def bank_of_places(extractor, images, counted, size, seed=0, **options):
         check_finite(places, "bank", "places")
         moments.add(places)
         reservoir.offer(places)
+        if count < _MOST_SIGNATURES:
+            means.append(maps.mean(axis=(1, 2)))
+        count += len(maps)
     extractor.standardize(moments.mean, moments.deviation)
-    rows = (reservoir.rows - moments.mean.astype(np.float32)) / moments.deviation.astype(np.float32)
-    if extractor.principal is None:
-        return coreset(rows, size, seed)
-    extractor.principal.assign(rows)
-    # Chosen by all channels: with the reduced ones, banks of solar cells ranked 0.003 worse.
-    return extractor.principal(coreset(rows, size, seed)).numpy()
+
+    def standardized(rows):
+        return (rows - moments.mean.astype(np.float32)) / moments.deviation.astype(np.float32)
+
+    rows, averages = standardized(reservoir.rows), standardized(np.concatenate(means))
+    chosen = coreset(rows, size, seed)
+    if extractor.principal is not None:
+        extractor.principal.assign(rows)
+        # Chosen by all channels: with the reduced ones, banks of solar cells ranked 0.003 worse.
+        chosen, averages = (extractor.principal(one).numpy() for one in (chosen, averages))
+    return chosen, signatures(extractor, averages[:, np.newaxis, np.newaxis])
 
 
 def with_plain_maps(extractor):
@@ -184,13 +194,15 @@ def align(extractor, images, **options):
     for maps in stream_features(with_plain_maps(extractor), images, **options):
         check_finite(maps.reshape(-1, maps.shape[-1]), "bank", "places")
         moments.add(maps)
-        found.append(signatures(maps))
+        found.append(signatures(extractor, maps))
     extractor.whitening.assign(moments.mean(), moments.matrices())
     return np.concatenate(found)
 
 
-def signatures(maps):
+def signatures(extractor, maps):
     """Return a few numbers for each map `(N, h, w, C)`, `(N, D)`, which tell images apart."""
+    if extractor.principal is not None:  # whose last channel is a length: no mean of others
+        maps = maps[..., :-1]
     places = maps.mean(axis=(1, 2))
     directions = np.random.default_rng(0).normal(size=(places.shape[1], _SIGNATURE_DIM))
     return places @ directions.astype(np.float32)

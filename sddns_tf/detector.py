@@ -346,7 +346,7 @@ class Detector(keras.Model):
             seen = building.align(extractor, bank_images, **options)
             bank = np.zeros((1, extractor.feature_dim), np.float32)
         else:
-            bank = building.bank_of_places(
+            bank, seen = building.bank_of_places(
                 extractor,
                 bank_images,
                 counted,
@@ -357,18 +357,15 @@ class Detector(keras.Model):
         detector = cls(extractor, len(bank), 1, **{**score, "k": score["k"] or 1})
         detector.counted.assign(counted)
         detector.bank.assign(bank)
-        if extractor.aligned:
-            known, found = [], []
-            for maps in stream_features(
-                building.with_plain_maps(extractor), calibration_images, **options
-            ):
-                known.append(building.signatures(maps))
-                found.append(detector._scores(extractor.whitening(maps).numpy()))
-            scores = np.concatenate(found)
-            shared = building.count_shared(seen, np.concatenate(known))
-            building.warn_of_shared_images(shared, len(scores))
-        else:
-            scores = detector._scores_to_calibrate(calibration_images, **options)
+        known, found = [], []
+        plain = building.with_plain_maps(extractor) if extractor.aligned else extractor
+        for maps in stream_features(plain, calibration_images, **options):
+            known.append(building.signatures(extractor, maps))
+            maps = extractor.whitening(maps).numpy() if extractor.aligned else maps
+            found.append(detector._scores(maps))
+        scores = np.concatenate(found)
+        shared = building.count_shared(seen, np.concatenate(known))
+        building.warn_of_shared_images(shared, len(scores))
         detector._calibrate(scores, rate)
         return detector
 

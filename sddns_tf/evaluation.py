@@ -8,11 +8,12 @@ from __future__ import annotations
 import csv as csv_writer
 import dataclasses
 import io
+import warnings
 from typing import Any
 
 import numpy as np
 
-from sddns_tf import metrics
+from sddns_tf import building, metrics
 from sddns_tf.features import extract_features
 from sddns_tf.types import Array
 
@@ -147,6 +148,11 @@ def evaluate(
         for name, answer in answers.items()
     }
     extract: dict[str, Any] = {"batch_size": batch_size, "verbose": 0}
+    features = {
+        name: _one_each(extract_features(detector.extractor, x[:feature_count], **extract))
+        for name, x in images.items()
+    }
+    _warn_of_known_images(detector, features[FRESH], normal_scores[:feature_count])
     return Evaluation(
         rows=rows,
         images=images,
@@ -154,14 +160,26 @@ def evaluate(
         threshold=detector.threshold,
         false_positive_rate=detector.false_positive_rate,
         knn_accuracy=_knn_accuracy(detector, normal, labels, labeled, batch_size, verbose),
-        features={
-            name: _one_each(extract_features(detector.extractor, x[:feature_count], **extract))
-            for name, x in images.items()
-        },
+        features=features,
         pixels=_pixel_rows(detector, answers, masks),
         lowest_score=detector.lowest_score,
         files=files or {},
     )
+
+
+def _warn_of_known_images(detector, features, scores):
+    """Warn if normal images to test on are in the bank, as far as that can be seen."""
+    if detector.is_local:
+        known = np.count_nonzero(scores <= detector.lowest_score + detector.rounding)
+    else:
+        known = building.count_shared(detector.bank.numpy(), features)
+    if known:
+        warnings.warn(
+            f"{known} of the first {len(scores)} normal images to test on are in the detector's "
+            "bank. New images will have higher scores, and more of them will be flagged. Test on "
+            "images that were neither trained nor calibrated on.",
+            stacklevel=3,
+        )
 
 
 def _check_masks(detector, masks, ood):

@@ -112,7 +112,8 @@ def pixels(picture: Image.Image, exif_orientation: bool = True) -> np.ndarray:
         uint8 `(H, W, 3)`.
 
     Raises:
-        ValueError: If it has 32-bit values outside 0-255, or colors that Pillow does not convert.
+        ValueError: If it has 32-bit values outside 0-255, floats in 0-1, or colors that Pillow does
+            not convert.
         Exception: Whatever Pillow raises if the file is damaged.
     """
     if picture.format != "TIFF":
@@ -141,6 +142,11 @@ def _rgb(picture):
         low, high = values.min(), values.max()
         if not (low >= 0 and high <= 255):
             raise ValueError(f"32-bit pixels must lie in 0-255. Received: {low:.6g} to {high:.6g}")
+        if picture.mode == "F" and 0 < high <= 1:
+            raise ValueError(
+                "Float pixels must lie in 0-255: multiply those in 0-1 by 255. "
+                f"Received: {low:.6g} to {high:.6g}"
+            )
         return _repeated(np.rint(values).astype(np.uint8))
     for premultiplied, mode in (("La", "LA"), ("RGBa", "RGBA")):
         if picture.mode == premultiplied:

@@ -326,6 +326,15 @@ def test_a_picture_of_any_mode_in_a_list(mode, grass_detector):
     np.testing.assert_array_equal(*scores)
 
 
+def test_a_float_file_in_0_to_1_is_refused(tmp_path):
+    floats = PHOTO[..., 0].astype(np.float32)
+    Image.fromarray(floats / 255).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=r"a\.tif: Float pixels must lie in 0-255: multiply"):
+        data.load_arrays(tmp_path)
+    Image.fromarray(floats * 0).save(tmp_path / "a.tif")
+    assert data.load_arrays(tmp_path).max() == 0
+
+
 def test_a_file_with_a_transparent_palette_in_a_list_warns_of_nothing():
     content = encoded(PALETTE, "PNG", transparency=bytes(range(200)))
     with warnings.catch_warnings():

@@ -272,6 +272,15 @@ def test_pictures_of_few_auxiliary_images(images, tmp_path):
     assert list((tmp_path / "pictures").iterdir())
 
 
+def test_pictures_of_images_that_are_nearly_black(images, tmp_path):
+    model = make_model()
+    model.compile("sgd")
+    dark = images[:32] // 128
+    pictures = TrainingPictures(tmp_path, dark[:20], dark[20:30], shift="rot90")
+    model.fit(dark, batch_size=16, callbacks=[pictures], verbose=0)
+    assert list((tmp_path / "pictures").iterdir())
+
+
 def test_pictures_are_closed_when_training_fails(images, tmp_path):
     def fail(batch, logs):
         raise RuntimeError("stopped")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny import no_pictures
 
-from sddns_tf.cli import evaluate, sensitivity
+from sddns_tf.cli import evaluate, sensitivity, sources
 from sddns_tf.cli.errors import UsageError
 
 
@@ -57,6 +57,18 @@ def test_it_agrees_with_the_detector(run, trained, image_sets, tmp_path, capsys)
     page = (tmp_path / "report.html").read_text()
     assert "a|b" in page
     assert "training: backbone.stages" in page
+
+
+def test_normal_images_of_the_bank_are_noticed(run, image_sets):
+    with pytest.warns(UserWarning, match=r"of the first 120 normal images to test on are in"):
+        run("detector", f"--test=npz:{image_sets}/grass.npz")
+
+
+def test_a_set_is_called_like_its_folder(tmp_path):
+    (tmp_path / "scratched_0.5mm").mkdir()
+    given = f"folder:{tmp_path}/scratched_0.5mm/"
+    assert sources.parse("ood", given, "test").name == "scratched_0.5mm"
+    assert sources.parse("ood", f"npz:{tmp_path}/dark.v2.npz", "test").name == "dark.v2"
 
 
 @pytest.mark.parametrize("model", ["model", "backbone"])

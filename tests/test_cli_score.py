@@ -187,6 +187,29 @@ def test_stdin_and_lists_give_rows_in_their_order_as_json(models, photos_folder,
     assert [json.loads(line) for line in output.read_text().splitlines()] == rows
     assert os.listdir(output.parent) == ["scores.jsonl"]
     assert score(model, "--images=-", stdin=paths[0]).returncode == 0
+    (tmp_path / "windows.txt").write_text(f"{paths[0]}\r\n", encoding="utf-8-sig")
+    assert score(model, f"--images=list:{tmp_path}/windows.txt").returncode == 0
+    done = score(model, "--images=-", stdin="a.png\0b.png")
+    assert done.returncode == 1 and "one path per line, as UTF-8. Received:" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "sddns_tf", "score", model, "--images=-"],
+        input=b"gr\xfcn.png\n", capture_output=True, cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
+    )  # fmt: skip
+    assert done.returncode == 2 and b"gr\xfcn.png,,,,FileNotFoundError" in done.stdout
+
+
+def test_large_photographs_are_scored_a_few_at_once(photos_folder, monkeypatch):
+    counts = []
+
+    def answer(images):
+        counts.append(len(images))
+        return {name: np.arange(len(images)) for name in command.ANSWERS}
+
+    monkeypatch.setattr(command, "_PIXELS_AT_ONCE", 3 * 32 * 32)
+    paths = [str(photos_folder / "a0.png")] * 7
+    (rows,) = command.scored(Scorer(answer), iter(paths), batch_size=8)
+    assert counts == [3, 3, 1] and [row["ood_score"] for row in rows] == [0, 1, 2, 0, 1, 2, 0]
 
 
 @pytest.mark.parametrize(
@@ -202,6 +225,10 @@ def test_stdin_and_lists_give_rows_in_their_order_as_json(models, photos_folder,
         (
             ["--model={models}/model.tflite", "--images=folder:{here}"],
             "must be a folder that holds images",
+        ),
+        (
+            ["--model={models}/model.tflite", "--images=folder:"],
+            "--images must be an existing folder:PATH",
         ),
         (
             ["--model={here}/broken.tflite", "--images=-"],

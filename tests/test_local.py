@@ -515,3 +515,9 @@ def test_wrong_backbones_masks_and_sizes_are_named(tmp_path):
         Detector.from_images(convnet(), bank_images, calibration[:18], 0.05, layers="eight")
     with pytest.warns(UserWarning, match="are in the bank as well"):
         Detector.from_images(convnet(), calibration, calibration, 0.1, layers="eight", verbose=0)
+    # Of a small bank no calibration image has all its places.
+    with pytest.warns(UserWarning, match="4 of the 19 calibration images are in the bank as well"):
+        mixed = np.concatenate([bank_images[:4], calibration[4:]])
+        Detector.from_images(
+            convnet(), bank_images, mixed, 0.1, layers="auto", bank_size=50, verbose=0
+        )

@@ -117,7 +117,9 @@ class TrainingPictures(keras.callbacks.Callback):
         with self._writer.as_default(step=0):
             for name, group in groups.items():
                 for views in group:
+                    # Of dark images, too, which a contact sheet takes for images in 0-1.
                     sheet = np.concatenate(np.asarray(views), axis=0)
+                    sheet = np.clip(np.round(sheet), 0, 255).astype(np.uint8)
                     title = f"{name} of {views.shape[2]} px"
                     self._show(title, plots.contact_sheet(sheet, columns=8, title=title))
         self._writer.flush()

@@ -45,6 +45,8 @@ from sddns_tf.cli.scorers import Scorer, open_model
 
 ANSWERS = ("ood_score", "p_value", "is_ood")
 FIELDS = ("path", *ANSWERS, "error")
+# Resizing takes about 30 bytes of memory per pixel.
+_PIXELS_AT_ONCE = 16_000_000
 
 
 def parser() -> Parser:
@@ -196,11 +198,13 @@ def image_paths(text: str) -> Iterator[str]:
     """
     kind, _, name = text.partition(":")
     if text == "-":
+        if hasattr(sys.stdin, "reconfigure"):  # Names of files may hold any bytes.
+            sys.stdin.reconfigure(errors="surrogateescape")
         return _listed(sys.stdin)
     place = pathlib.Path(name).expanduser()
     if kind == "list" and place.is_file():
         return _in_list(place)
-    if kind == "folder" and place.is_dir():
+    if kind == "folder" and name and place.is_dir():
         paths = _in_folder(place)
         first = next(paths, None)
         if first is None:
@@ -227,6 +231,12 @@ def _listed(lines: Iterable[str]) -> Iterator[str]:
     """Yield the paths in a list, without empty lines."""
     with user_input("images", OSError):
         for line in lines:
+            line = line.removeprefix("\ufeff")  # with which Windows begins a file
+            if "\0" in line:
+                raise UsageError(
+                    "--images must list one path per line, as UTF-8. Received: a line with a zero "
+                    "byte, as in UTF-16 or a list that zero bytes divide"
+                )
             if line.strip():
                 yield line.rstrip("\r\n")
 
@@ -282,13 +292,21 @@ def scored(
                     row["error"] = image
                 else:
                     by_size.setdefault(image.shape, []).append((row, image))
-            for alike in by_size.values():
+            for alike in _few_at_once(by_size.values()):
                 found = scorer.answer(np.stack([image for _, image in alike]))
                 for number, (row, image) in enumerate(alike):
                     row.update({name: found[name][number].item() for name in ANSWERS})
                     if write_map is not None:
                         write_map(row["path"], image, found["anomaly_map"][number])
             yield rows
+
+
+def _few_at_once(groups: Iterable[list]) -> Iterator[list]:
+    """Yield parts of groups of rows and images that are small enough for a graph to resize."""
+    for group in groups:
+        pixels = group[0][1].shape[0] * group[0][1].shape[1]
+        step = max(1, _PIXELS_AT_ONCE // pixels)
+        yield from (group[start : start + step] for start in range(0, len(group), step))
 
 
 def read_image(path: str, scorer: Scorer) -> np.ndarray | str:

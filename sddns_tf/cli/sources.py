@@ -68,7 +68,8 @@ def parse(option: str, text: str | None, split: str) -> Source:
     if kind == "tfds":
         place, at, given = place.partition("@")
         split = given if at else split
-    default_name = place if kind == "tfds" else pathlib.Path(place).expanduser().resolve().stem
+    path = pathlib.Path(place).expanduser().resolve()
+    default_name = {"tfds": place, "folder": path.name}.get(kind, path.stem)
     return Source(name or default_name, f"{kind}:{place}", split)
 
 

@@ -137,8 +137,8 @@ class Folder:
             )
             if self.on_error == "raise" or not found:
                 raise ValueError(
-                    f"folder:{self.path} must hold readable images. Remove or repair the others, "
-                    f'or leave them out with on_error="skip". Received: {summary}'
+                    f"folder:{self.path} must hold readable images. Remove or repair the others; "
+                    f'in Python, on_error="skip" leaves them out. Received: {summary}'
                 )
             logging.warning("Skipped: %s", summary)
         return found
