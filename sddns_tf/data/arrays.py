@@ -1,6 +1,7 @@
 """Images in memory: arrays, lists of arrays and `.npz` files."""
 
 import os
+import zipfile
 
 import numpy as np
 import tensorflow as tf
@@ -17,10 +18,9 @@ def open_npz(path, shaping):
         raise ValueError(f"npz:PATH must be an existing file. Received: npz:{path}")
     # Only the needed arrays are read: an archive may hold gigabytes of something else.
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("Expected several arrays (.npz). Received: a single array (.npy)")
-        with archive:
+        if not zipfile.is_zipfile(path):  # Of which NumPy would say to load it unsafely.
+            raise ValueError("it is no archive, such as `np.savez` writes")
+        with np.load(path, allow_pickle=False) as archive:
             candidates = [key for key in archive.files if key != "labels"]
             key = "images" if "images" in candidates else candidates[0] if candidates else ""
             if key != "images" and len(candidates) != 1:

@@ -96,7 +96,8 @@ def _tfds_builder(name, data_dir):
     if tf.io.gfile.isdir(data_dir):
         prepared = sorted(entry.rstrip("/") for entry in tf.io.gfile.listdir(data_dir))
     raise ValueError(
-        f"tfds:NAME must be one of the data sets prepared in {data_dir}, {prepared}. "
+        f"tfds:NAME must be one of the data sets prepared in {data_dir}, {prepared}; data_dir or "
+        "the environment variable TFDS_DATA_DIR names another folder. "
         f"Received: tfds:{name} ({reason})"
     )
 
