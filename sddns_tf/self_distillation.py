@@ -175,8 +175,9 @@ class SelfDistillation(keras.Model):
             shifts.check_sides(negatives.shift, views.sizes)
         if backbone.weights and not backbone.trainable_weights:
             raise ValueError(
-                "`backbone` must have weights to train. A teacher is saved frozen: set "
-                "`backbone.trainable = True` to go on from one. Received: "
+                "`backbone` must have weights to train. A teacher is saved frozen: to go on from "
+                "one, set `backbone.trainable = False`, then `backbone.trainable = True`, which "
+                "Keras ignores in a Sequential that was loaded. Received: "
                 f"{len(backbone.weights)} weights, none of them trainable"
             )
         validation.check_number("student_temperature", student_temperature, above=0.0)
@@ -688,7 +689,7 @@ class SelfDistillation(keras.Model):
         return list(self._trackers.values())
 
     def get_config(self) -> dict[str, Any]:
-        """Return the constructor arguments."""
+        """Return the constructor arguments, and which layers of the student are frozen."""
         serialize = keras.saving.serialize_keras_object
         return {
             **super().get_config(),
@@ -707,6 +708,8 @@ class SelfDistillation(keras.Model):
             "mean": self.mean,
             "std": self.std,
             "seed": self.seed,
+            # The networks' own configurations say this of their outermost layer only.
+            "frozen": networks.frozen_layers(self.student_backbone, self.student_head),
         }
 
     @classmethod
@@ -714,7 +717,13 @@ class SelfDistillation(keras.Model):
         """Return the model that `get_config` describes, with new weights."""
         parts = ("backbone", "views", "negatives", "head")
         objects = {name: keras.saving.deserialize_keras_object(config[name]) for name in parts}
-        return cls(**{**config, **objects})
+        arguments = {**config, **objects}
+        frozen = arguments.pop("frozen", None)  # Older files lack it.
+        with networks.thawed(objects["backbone"]):
+            model = cls(**arguments)
+        if frozen is not None:
+            networks.freeze_layers(frozen, model.student_backbone, model.student_head)
+        return model
 
 
 def _clipped(gradients, largest):

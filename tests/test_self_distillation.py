@@ -11,6 +11,7 @@ import tensorflow as tf
 from tiny import Brightness, conv
 
 from sddns_tf import losses, networks, replicas, schedules, shifts
+from sddns_tf.convnet import ConvNet
 from sddns_tf.detector import Detector
 from sddns_tf.heads import ProjectionHead
 from sddns_tf.self_distillation import SelfDistillation
@@ -389,6 +390,66 @@ def test_a_frozen_backbone_is_refused():
     backbone.trainable = False
     with pytest.raises(ValueError, match=r"weights to train.*backbone.trainable = True.*Received"):
         tiny_model(backbone=backbone)
+
+
+def test_a_saved_teacher_trains_as_the_error_says(tmp_path):
+    """A Sequential says that it is trainable, though its layers were saved frozen."""
+    tiny_model().teacher_backbone.save(tmp_path / "teacher.keras")
+    backbone = keras.saving.load_model(tmp_path / "teacher.keras")
+    with pytest.raises(ValueError, match=r"set `backbone.trainable = False`, then `backbone.train"):
+        tiny_model(backbone=backbone)
+    backbone.trainable = False
+    backbone.trainable = True
+    assert len(tiny_model(backbone=backbone).student_backbone.trainable_weights) == 4
+
+
+def freeze_all(model):
+    model.trainable = False
+
+
+def freeze_backbone(model):
+    model.student_backbone.trainable = False
+
+
+def freeze_last_layer(model):
+    model.student_head.last_layer.trainable = False
+
+
+def freeze_first_layer(model):
+    # Of a transformer the second is a block, whose own configuration does not reach a file.
+    model.student_backbone.layers[1].trainable = False
+
+
+@pytest.mark.parametrize(
+    ("freeze", "backbone"),
+    [
+        (freeze_all, conv),
+        (freeze_backbone, conv),
+        (freeze_backbone, lambda: ConvNet((8,))),
+        (freeze_last_layer, conv),
+        (freeze_first_layer, lambda: ConvNet((8, 16))),
+        (freeze_first_layer, tiny_vit),
+    ],
+)
+def test_what_is_frozen_stays_frozen_in_a_file(freeze, backbone, tmp_path):
+    model = tiny_model(backbone=backbone())
+    freeze(model)
+    model.compile("adam")
+    model.save(tmp_path / "model.keras")
+    copies = keras.saving.load_model(tmp_path / "model.keras"), keras.models.clone_model(model)
+    for copy in copies:
+        assert [v.trainable for v in copy.weights] == [v.trainable for v in model.weights]
+        assert len(copy.trainable_variables) == len(model.trainable_variables)
+    assert len(copies[0].optimizer.variables) == len(model.optimizer.variables)
+    assert_same_weights(copies[0], model)
+
+
+def test_a_file_that_does_not_say_what_is_frozen_loads():
+    model = tiny_model()
+    freeze_backbone(model)
+    config = model.get_config()
+    del config["frozen"]
+    assert not SelfDistillation.from_config(config).student_backbone.trainable_weights
 
 
 def test_schedules_follow_the_step(images):
