@@ -227,7 +227,6 @@ class SelfDistillation(keras.Model):
         self.step = self.add_weight(
             shape=(), initializer="zeros", trainable=False, dtype="int32", name="step"
         )
-        self._norms = networks.trained_batch_norms(self.student_backbone, self.teacher_backbone)
         self._trackers = {name: keras.metrics.Mean(name) for name in _LOGGED}
         self.built = True
 
@@ -673,6 +672,22 @@ class SelfDistillation(keras.Model):
         for name, tracker in self._trackers.items():
             tracker.update_state(values[name], sample_weight=images)
         return {name: tracker.result() for name, tracker in self._trackers.items()}
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the student is trained. The teacher only follows it and stays frozen."""
+        return super().trainable
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        keras.Model.trainable.fset(self, value)
+        for teacher in (self.teacher_backbone, self.teacher_head):
+            teacher.trainable = False
+
+    @property
+    def _norms(self):
+        """The teacher's batch normalizations that follow its own batches, as of now."""
+        return networks.trained_batch_norms(self.student_backbone, self.teacher_backbone)
 
     @property
     def standardizes_features(self) -> bool:

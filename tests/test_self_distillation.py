@@ -444,6 +444,36 @@ def test_what_is_frozen_stays_frozen_in_a_file(freeze, backbone, tmp_path):
     assert_same_weights(copies[0], model)
 
 
+def test_the_teacher_stays_frozen_when_the_model_is_trained_again():
+    model = tiny_model()
+    student = len(model.trainable_variables)
+    model.trainable = False
+    assert not model.trainable_variables
+    model.trainable = True
+    assert len(model.trainable_variables) == student
+    assert not model.teacher_backbone.trainable_weights + model.teacher_head.trainable_weights
+
+
+def test_batch_norms_frozen_later_are_as_those_frozen_before(images, tmp_path):
+    def trained(when):
+        keras.utils.set_random_seed(0)
+        backbone = conv(batch_norm=True)
+        backbone.layers[1].trainable = when != "before"
+        model = tiny_model(backbone=backbone)
+        backbone.layers[1].trainable = False
+        model.compile(keras.optimizers.SGD(0.1), run_eagerly=True)
+        model.train_on_batch(images[:BATCH])
+        return model
+
+    before, later = trained("before"), trained("later")
+    assert_same_weights(before, later)
+    later.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for model in (later, loaded):
+        model.train_on_batch(images[:BATCH])
+    assert_same_weights(later, loaded)
+
+
 def test_a_file_that_does_not_say_what_is_frozen_loads():
     model = tiny_model()
     freeze_backbone(model)
