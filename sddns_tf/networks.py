@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,10 @@ _TOLERANCE = 1e-3
 
 # Teachers whose heads see standardized features, as long as they live.
 _standardized: weakref.WeakSet = weakref.WeakSet()
+
+# Backbones with changed attributes: how many replicas need them so, and the layers' own values.
+_changes: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
 
 # What `tf.name_scope` accepts.
 _SCOPE = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_.\\/>-]*")
@@ -288,24 +293,45 @@ def normalizing_by_batch(
         part: `replicas.Part` of the batch.
         momentum: Share of the moving statistics that stays.
     """
-    drops = [layer for layer in layers_of(backbone) if getattr(layer, "rate", None)]
-    rates, momenta = [drop.rate for drop in drops], [norm.momentum for norm in norms]
     statistics = moving_statistics(norms)
     before = [tf.identity(variable) for variable in statistics]
-    for drop in drops:
-        drop.rate = 0.0
+    drops = [layer for layer in layers_of(backbone) if getattr(layer, "rate", None)]
+    wanted = [(drop, "rate", 0.0) for drop in drops]
     for norm in norms:
-        norm.trainable, norm.momentum = True, 0.0
-    try:
+        wanted += [(norm, "trainable", True), (norm, "momentum", 0.0)]
+    with _changed(backbone, wanted):
         yield
-    finally:
-        for drop, rate in zip(drops, rates, strict=True):
-            drop.rate = rate
-        for norm, own in zip(norms, momenta, strict=True):
-            norm.trainable, norm.momentum = False, own
     for variable, old in zip(statistics, before, strict=True):
         new = part.mean(tf.convert_to_tensor(variable))
         variable.assign(momentum * old + (1.0 - momentum) * new)
+
+
+@contextlib.contextmanager
+def _changed(backbone, wanted):
+    """Inside this context, attributes of a backbone's layers have the wanted values.
+
+    Replicas share the layers, and one may come in or leave while another waits inside, for what a
+    synchronized normalization adds up: the first one changes them, the last one changes them back.
+    """
+    with _lock:
+        inside, own = _changes.get(backbone, (0, []))
+        own = own or [(layer, name, getattr(layer, name)) for layer, name, _ in wanted]
+        _changes[backbone] = inside + 1, own
+        _set_attributes(wanted)
+    try:
+        yield
+    finally:
+        with _lock:
+            inside, own = _changes.pop(backbone)
+            if inside > 1:
+                _changes[backbone] = inside - 1, own
+            else:
+                _set_attributes(own)
+
+
+def _set_attributes(values):
+    for layer, name, value in values:
+        setattr(layer, name, value)
 
 
 @contextlib.contextmanager

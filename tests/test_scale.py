@@ -309,6 +309,46 @@ def free_ports(count):
     return ports
 
 
+def print_synchronized():
+    """A step with synchronized batch statistics on two replicas, and a plain one on one device."""
+    divide_the_cpu(2)
+    layers = keras.layers
+
+    def backbone(**kwargs):
+        return keras.Sequential(
+            [
+                keras.Input((None, None, 3)),
+                layers.Conv2D(4, 3, 2),
+                layers.BatchNormalization(**kwargs),
+                layers.Dropout(0.5, seed=0),
+                layers.GlobalAveragePooling2D(),
+            ]
+        )
+
+    def teacher_after_a_step(strategy, **kwargs):
+        keras.utils.set_random_seed(0)
+        with strategy.scope():
+            model = make_model(lambda: backbone(**kwargs), views=Brightness(12), negatives=None)
+            model.compile("sgd", run_eagerly=True)
+        model.fit(batches(1).map(lambda both: both["images"]), verbose=0)
+        inner = model.teacher_backbone.layers
+        print(json.dumps([inner[1].momentum, inner[1].trainable, inner[2].rate]))
+        return inner[1].moving_mean.numpy(), inner[1].moving_variance.numpy()
+
+    one = teacher_after_a_step(tf.distribute.get_strategy())
+    mirrored = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    two = teacher_after_a_step(mirrored, synchronized=True)
+    print(max(float(np.abs(a - b).max()) for a, b in zip(one, two, strict=True)))
+
+
+@pytest.mark.slow
+def test_synchronized_batch_statistics_follow_the_whole_batch(fork):
+    """Replicas share the layers, and take turns in the middle of a network."""
+    *_, one, two, difference = finish(fork(print_synchronized)).splitlines()
+    assert json.loads(one) == json.loads(two) == [0.99, False, 0.5]
+    assert float(difference) < 1e-5
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one(fork, tmp_path):
     workers = [f"localhost:{port}" for port in free_ports(2)]
