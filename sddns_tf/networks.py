@@ -175,6 +175,29 @@ def check_backbone(backbone: keras.Model, sizes: tuple) -> int:
     return dimension
 
 
+def weight_losses(*networks: keras.Layer) -> list[tf.Tensor]:
+    """Return the losses of weight regularizers, such as a layer's `kernel_regularizer`.
+
+    Args:
+        *networks: Keras models or layers.
+
+    Raises:
+        ValueError: If a network has losses of its outputs, which would be those of the last of
+            several calls.
+    """
+    found = []
+    for network in networks:
+        weights = network.trainable_weights
+        found += (own := [w.regularizer(w) for w in weights if w.regularizer is not None])
+        if len(network.losses) > len(own):
+            raise ValueError(
+                "Layers to train must have no losses but those of weight regularizers: no "
+                f"`activity_regularizer` and no `add_loss`. Received: {network.name!r}, whose "
+                f"call adds {len(network.losses) - len(own)} losses"
+            )
+    return found
+
+
 @contextlib.contextmanager
 def thawed(network: keras.Layer) -> Iterator[None]:
     """Inside this context, a network that is frozen as a whole can be trained.

@@ -82,6 +82,9 @@ class SelfDistillation(keras.Model):
     Where an argument may be a *schedule*, it is a number or a
     `keras.optimizers.schedules.LearningRateSchedule` of the training step, see `schedules`.
 
+    Weight regularizers of the student's layers, such as `kernel_regularizer`, add to the loss;
+    `activity_regularizer` and `add_loss` are refused.
+
     Under a distribution strategy, build the model (its backbone, head and optimizer too) and
     compile it within `strategy.scope()`; batches are global, and so are losses, center and logs.
     Where the optimizer has `gradient_accumulation_steps`, a step is still a batch, as it is for
@@ -214,6 +217,7 @@ class SelfDistillation(keras.Model):
         size = views.image_size
         self.teacher_backbone = networks.copy_of(backbone, (size, size, 3), trainable=False)
         self.teacher_head = networks.copy_of(self.student_head, (feature_dim,), trainable=False)
+        networks.weight_losses(self.student_backbone, self.student_head)  # Refuses other losses.
         if self.standardizes_features:
             networks.remember_standardized(self.teacher_backbone)
         num_prototypes = self.student_head.compute_output_shape((None, feature_dim))[-1]
@@ -558,14 +562,16 @@ class SelfDistillation(keras.Model):
     def _loss_terms(self, targets, positive_logits, negative_logits, part):
         positive = losses.cross_entropy(targets, positive_logits, self.student_temperature)
         terms = {"positive_loss": positive}
+        penalties = networks.weight_losses(self.student_backbone, self.student_head)
         if negative_logits is None:
-            return {**terms, "loss": positive, "negative_loss": 0.0, "negative_weight": 0.0}
+            total = sum(penalties, start=positive)
+            return {**terms, "loss": total, "negative_loss": 0.0, "negative_weight": 0.0}
         negative = losses.uniformity_loss(negative_logits, self.student_temperature)
         if self.negative_weight is None:
             weight = losses.negative_onset(part.mean(positive), positive_logits.shape[-1])
         else:
             weight = self.negative_weight(self.step)
-        total = positive + weight * negative
+        total = sum(penalties, start=positive + weight * negative)
         return {**terms, "loss": total, "negative_loss": negative, "negative_weight": weight}
 
     def _gradients(self, tape, loss, part):

@@ -292,6 +292,47 @@ def test_weight_decay_spares_one_dimensional_tensors(images):
         np.testing.assert_allclose(other - one, expected, atol=1e-6, err_msg=one.path)
 
 
+@pytest.mark.parametrize("negatives", [None, Negatives("rot90", source="in_distribution")])
+def test_weight_regularizers_add_to_the_loss_once(images, negatives):
+    def after_a_step(strength):
+        keras.utils.set_random_seed(0)
+        backbone, head = conv(), tiny_head()
+        backbone.layers[0].kernel.regularizer = keras.regularizers.L2(strength)
+        head.build((None, 16))
+        head.mlp[0].kernel.regularizer = keras.regularizers.L2(strength)
+        model = tiny_model(backbone=backbone, head=head, negatives=negatives)
+        model.compile(keras.optimizers.SGD(0.1), run_eagerly=True)
+        model.gradient_clip_norm = None
+        kernels = backbone.layers[0].kernel, head.mlp[0].kernel
+        before = [kernel.numpy() for kernel in kernels]
+        loss = model.train_on_batch(images[:BATCH], return_dict=True)["loss"]
+        return model, before, loss, [kernel.numpy() for kernel in kernels]
+
+    model, before, loss, kernels = after_a_step(0.5)
+    _, same, plain, unpenalized = after_a_step(0.0)
+    np.testing.assert_array_equal(before[0], same[0])
+    np.testing.assert_allclose(loss - plain, sum(0.5 * (k**2).sum() for k in before), rtol=1e-4)
+    for start, kernel, other in zip(before, kernels, unpenalized, strict=True):
+        np.testing.assert_allclose(kernel - other, -0.1 * start, atol=1e-6)
+    after = model.evaluate(images[:BATCH], return_dict=True, verbose=0)
+    negative = after["negative_loss"] * after["negative_weight"]
+    penalty = after["loss"] - after["positive_loss"] - negative
+    np.testing.assert_allclose(penalty, sum(0.5 * (k**2).sum() for k in kernels), rtol=1e-4)
+
+
+@keras.saving.register_keras_serializable("tests")
+class AddsALoss(keras.layers.Layer):
+    def call(self, inputs):
+        self.add_loss(tf.reduce_mean(inputs))
+        return inputs
+
+
+@pytest.mark.parametrize("layer", [keras.layers.ActivityRegularization(l2=0.1), AddsALoss()])
+def test_losses_of_outputs_are_refused(layer):
+    with pytest.raises(ValueError, match=r"no `activity_regularizer` and no `add_loss`.*Received"):
+        tiny_model(backbone=keras.Sequential([keras.Input((None, None, 3)), *conv().layers, layer]))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
