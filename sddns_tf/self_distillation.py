@@ -37,7 +37,7 @@ from sddns_tf import (
 )
 from sddns_tf.heads import ProjectionHead
 from sddns_tf.image_sources import image_batch, image_source, validation_source
-from sddns_tf.keras_private import batches_counted, fused_adam, inner
+from sddns_tf.keras_private import batches_counted, decays, fused_adam, inner
 
 _LOGGED = (
     "loss",
@@ -254,7 +254,8 @@ class SelfDistillation(keras.Model):
 
         Weight decay never acts on biases and normalizations, the 1-D tensors, whether it is the
         optimizer's or the model's `weight_decay` schedule. It acts on the last layer's gain if that
-        is trained, as in the authors' code, where the gain is a matrix of one column.
+        is trained, as in the authors' code, where the gain is a matrix of one column. What
+        `optimizer.exclude_from_weight_decay` was told before is excluded too; files do not keep it.
 
         Args:
             optimizer: Keras optimizer, or its name.
@@ -281,7 +282,12 @@ class SelfDistillation(keras.Model):
                 "keras.optimizers.Adam, which has none, or leave the model's at None."
             )
         if not self.optimizer.built:
-            spared = [v for v in self.trainable_variables if not self._is_decayed(v)]
+            # Keras forgets earlier exclusions at each call.
+            spared = [
+                variable
+                for variable in self.trainable_variables
+                if not (self._is_decayed(variable) and decays(optimizer, variable))
+            ]
             optimizer.exclude_from_weight_decay(var_list=spared)
             self.optimizer.build(self.trainable_variables)
 

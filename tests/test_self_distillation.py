@@ -292,6 +292,23 @@ def test_weight_decay_spares_one_dimensional_tensors(images):
         np.testing.assert_allclose(other - one, expected, atol=1e-6, err_msg=one.path)
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+def test_variables_excluded_from_weight_decay_before_stay_excluded(images, by_name):
+    model = tiny_model()
+    first, last = (model.student_backbone.layers[i].kernel for i in (0, -1))
+    optimizer = keras.optimizers.AdamW(1e-9, weight_decay=1e6)
+    if by_name:
+        optimizer.exclude_from_weight_decay(var_names=["kernel"])
+    else:
+        optimizer.exclude_from_weight_decay(var_list=[first])
+    before = [first.numpy(), last.numpy(), model.student_backbone.layers[-1].bias.numpy()]
+    model.compile(optimizer, run_eagerly=True)
+    model.train_on_batch(images[:BATCH])
+    np.testing.assert_allclose(first, before[0], atol=1e-6)
+    np.testing.assert_allclose(last, before[1] * (1.0 if by_name else 0.999), atol=1e-6)
+    np.testing.assert_allclose(model.student_backbone.layers[-1].bias, before[2], atol=1e-6)
+
+
 @pytest.mark.parametrize("negatives", [None, Negatives("rot90", source="in_distribution")])
 def test_weight_regularizers_add_to_the_loss_once(images, negatives):
     def after_a_step(strength):
