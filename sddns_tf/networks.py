@@ -168,11 +168,67 @@ def check_backbone(backbone: keras.Model, sizes: tuple) -> int:
         if shape is None or len(shape) != 2 or shape[-1] is None:
             raise ValueError(
                 "`backbone` must give one vector (B, D) per image; add "
-                "keras.layers.GlobalAveragePooling2D() to one that gives feature maps. "
-                f"Received: output shape {shape} for images of {size} px"
+                "keras.layers.GlobalAveragePooling2D() to one that gives feature maps, and leave "
+                "out further outputs. "
+                f"Received: output shape {keras.tree.map_structure(lambda x: x.shape, spec)} "
+                f"for images of {size} px"
             )
         dimension = shape[-1]
     return dimension
+
+
+def check_head(head: keras.Layer, feature_dim: int) -> int:
+    """Build a head if needed, and check that it takes features.
+
+    Args:
+        head: What was passed as the head.
+        feature_dim: Number of the backbone's features.
+
+    Returns:
+        Number of its outputs.
+
+    Raises:
+        ValueError: If it does not map features `(B, D)` to logits `(B, K)`.
+    """
+    text = f"`head` must map features (B, {feature_dim}), the backbone's, to logits (B, K). "
+    if not isinstance(head, keras.Layer):
+        raise ValueError(f"{text}Received: head={head!r}")
+    try:
+        if not head.built:
+            head.build((None, feature_dim))
+        shape = head.compute_output_spec(keras.KerasTensor((None, feature_dim))).shape
+    except Exception as error:
+        raise ValueError(f"{text}Received: {head.name!r}, which fails: {error}") from error
+    if len(shape) != 2 or shape[-1] is None:
+        raise ValueError(f"{text}Received: {head.name!r} with outputs of shape {shape}")
+    return shape[-1]
+
+
+def projected(head: keras.Layer, features: tf.Tensor, training: bool) -> tf.Tensor:
+    """Return a head's logits `(V, B, K)` for features `(V, B, D)`.
+
+    A Sequential or functional head that was made for `(B, D)` takes all views as one batch.
+    """
+    if len(getattr(head, "input_shape", None) or ()) != 2:
+        return head(features, training=training)
+    logits = head(tf.reshape(features, [-1, features.shape[-1]]), training=training)
+    return tf.reshape(logits, [features.shape[0], -1, logits.shape[-1]])
+
+
+def check_float32(*networks: keras.Layer) -> None:
+    """Raise a `ValueError` unless networks keep their weights in float32.
+
+    Args:
+        *networks: Keras models or layers.
+    """
+    for network in networks:
+        for variable in network.weights:
+            if keras.backend.is_float_dtype(variable.dtype) and variable.dtype != "float32":
+                raise ValueError(
+                    "Weights to train must be float32: a moving average in less loses small steps. "
+                    "To compute in half precision use the dtype policy 'mixed_bfloat16' or "
+                    f"'mixed_float16'. Received: {variable.path} of {variable.dtype}"
+                )
 
 
 def weight_losses(*networks: keras.Layer) -> list[tf.Tensor]:

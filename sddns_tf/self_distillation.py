@@ -173,6 +173,7 @@ class SelfDistillation(keras.Model):
         replicas.number_apart(self._built_under)
         for layer in (backbone, head):
             networks.check_scope(layer)
+        _check_views(views, negatives)
         feature_dim = networks.check_backbone(backbone, views.sizes)
         if negatives is not None:
             shifts.check_sides(negatives.shift, views.sizes)
@@ -212,15 +213,14 @@ class SelfDistillation(keras.Model):
 
         self.student_backbone = backbone
         self.student_head = head or ProjectionHead(1024, hidden_dim=512, bottleneck_dim=128)
-        if not self.student_head.built:
-            self.student_head.build((None, feature_dim))
+        num_prototypes = networks.check_head(self.student_head, feature_dim)
+        networks.check_float32(backbone, self.student_head)
         size = views.image_size
         self.teacher_backbone = networks.copy_of(backbone, (size, size, 3), trainable=False)
         self.teacher_head = networks.copy_of(self.student_head, (feature_dim,), trainable=False)
         networks.weight_losses(self.student_backbone, self.student_head)  # Refuses other losses.
         if self.standardizes_features:
             networks.remember_standardized(self.teacher_backbone)
-        num_prototypes = self.student_head.compute_output_shape((None, feature_dim))[-1]
         self.center = self.add_weight(
             shape=(num_prototypes,),
             initializer="zeros",
@@ -504,7 +504,7 @@ class SelfDistillation(keras.Model):
         else:
             features = self._features(self.teacher_backbone, global_views, training=False)
         inputs = self._head_inputs(features, features, part)
-        return features, self.teacher_head(inputs, training=False)
+        return features, networks.projected(self.teacher_head, inputs, training=False)
 
     def _targets(self, teacher_logits, part):
         """Return the student's targets for other views of the same images, `(G, B, K)`."""
@@ -522,10 +522,10 @@ class SelfDistillation(keras.Model):
         if negatives is None:
             features = self._student_features(views, training, part)
             inputs = self._head_inputs(features, features, part)
-            return self.student_head(inputs, training=training), None
+            return networks.projected(self.student_head, inputs, training), None
         positive, negative = self._positive_and_negative_features(views, negatives, part, training)
         inputs = self._head_inputs(tf.concat([positive, negative], axis=0), positive, part)
-        logits = self.student_head(inputs, training=training)
+        logits = networks.projected(self.student_head, inputs, training)
         return tf.split(logits, [positive.shape[0], negative.shape[0]])
 
     def _positive_and_negative_features(self, views, negatives, part, training):
@@ -778,6 +778,17 @@ def _schedule(name, value, low=None, high=None, above=None):
     if not isinstance(value, (dict, keras.optimizers.schedules.LearningRateSchedule)):
         validation.check_number(name, value, low, high, above=above)
     return schedules.get(value)
+
+
+def _check_views(views, negatives):
+    """Raise a `ValueError` unless `views` is like `MultiCrop`."""
+    needed = ["image_size", "sizes", *(["negative"] if negatives is not None else [])]
+    missing = [name for name in needed if not hasattr(views, name)]
+    if missing or not callable(views):
+        raise ValueError(
+            "`views` must be a MultiCrop, or a callable (images, seed) with the attributes "
+            f"{', '.join(needed)}. Received: views={views!r}"
+        )
 
 
 def _refuse_labels(**parts):

@@ -717,6 +717,8 @@ def test_labels_are_refused(images):
     model.compile(keras.optimizers.Adam(1e-3))
     with pytest.raises(ValueError, match="trains without labels"):
         model.fit(images, np.zeros(len(images)), batch_size=BATCH, verbose=0)
+    with pytest.raises(ValueError, match=r"trains without labels.*Received: 2 parts in `x`"):
+        model.fit((images, np.zeros(len(images))), batch_size=BATCH, verbose=0)
 
 
 def test_losses_of_ones_own_are_refused():
@@ -736,6 +738,58 @@ def test_backbones_that_do_not_fit_are_refused():
         tiny_model(backbone=tiny_vit(), views=MultiCrop(16, local_size=4))
     with pytest.raises(ValueError, match=r"must be a keras\.Model"):
         tiny_model(backbone=lambda x: x)
+    images = keras.Input((None, None, 3))
+    features = layers.GlobalAveragePooling2D()(images)
+    with pytest.raises(ValueError, match=r"further outputs.*shape \[\(None, 3\), \(None, 3\)\]"):
+        tiny_model(backbone=keras.Model(images, [features, features]))
+
+
+@pytest.mark.parametrize("views", [None, lambda images, seed: [images]])
+def test_what_is_no_views_is_named(views):
+    with pytest.raises(ValueError, match=r"`views` must be a MultiCrop.*negative\. Received: vi"):
+        tiny_model(views=views)
+
+
+@pytest.mark.parametrize("policy", ["bfloat16", "float16", "float64"])
+def test_weights_in_other_types_than_float32_are_refused(policy):
+    keras.config.set_dtype_policy(policy)
+    try:
+        with pytest.raises(
+            ValueError, match=r"'mixed_bfloat16' or.*Received: .*kernel of " + policy
+        ):
+            tiny_model()
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+@pytest.mark.parametrize("negatives", [None, Negatives("rot90", source="in_distribution")])
+def test_a_head_made_for_one_vector_per_image_takes_all_views(images, negatives):
+    layers = keras.layers
+    inputs = keras.Input((16,))
+    head = keras.Sequential([layers.Dense(8, activation="relu"), layers.Dense(PROTOTYPES)])
+    functional = keras.Model(inputs, head(inputs))
+    losses = []
+    for one in (functional, head, layers.Dense(PROTOTYPES)):
+        model = tiny_model(head=one, negatives=negatives)
+        model.compile("adam", run_eagerly=True)
+        losses.append(model.train_on_batch(images[:BATCH], return_dict=True)["loss"])
+    assert np.isfinite(losses).all()
+
+
+@pytest.mark.parametrize(
+    ("head", "received"),
+    [
+        (lambda: keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)]), "expected shape"),
+        (
+            lambda: keras.Sequential([keras.layers.Reshape((4, 4))]),
+            r"outputs of shape \(None, 4, 4",
+        ),
+        (lambda: "a head", "head='a head'"),
+    ],
+)
+def test_heads_that_do_not_fit_are_refused(head, received):
+    with pytest.raises(ValueError, match=rf"must map features \(B, 16\).*Received: .*{received}"):
+        tiny_model(head=head())
 
 
 def test_keras_applications_backbone_trains(images):
