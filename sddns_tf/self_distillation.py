@@ -87,9 +87,9 @@ class SelfDistillation(keras.Model):
 
     Under a distribution strategy, build the model (its backbone, head and optimizer too) and
     compile it within `strategy.scope()`; batches are global, and so are losses, center and logs.
-    Where the optimizer has `gradient_accumulation_steps`, a step is still a batch, as it is for
-    Keras' learning rate schedules; the teacher moves and weights decay only when the optimizer
-    updates.
+    Where the optimizer has `gradient_accumulation_steps`, on one device, a step is still a batch,
+    as it is for Keras' learning rate schedules; the teacher moves and weights decay only when the
+    optimizer updates.
 
     Args:
         backbone: Any Keras model from normalized images `(B, h, w, 3)` to features `(B, D)` that
@@ -267,14 +267,11 @@ class SelfDistillation(keras.Model):
                     "SelfDistillation computes its own losses and metrics. "
                     f"Received: {argument}={kwargs[argument]!r}"
                 )
-        if tf.distribute.get_strategy() is not self._built_under:
-            raise ValueError(
-                "The model must be built and compiled within the same `strategy.scope()`. "
-                f"Received: built under {networks.describe_strategy(self._built_under)}, "
-                f"compiled under {networks.describe_strategy(tf.distribute.get_strategy())}"
-            )
+        self._check_scope("compiled")
         super().compile(optimizer=optimizer, **kwargs)
         optimizer = inner(self.optimizer)
+        if self._built_under.num_replicas_in_sync > 1:
+            _check_for_replicas(optimizer)
         if self.weight_decay is not None and optimizer.weight_decay:
             raise ValueError(
                 "Weight decay was asked for twice: as the model's `weight_decay` schedule and as "
@@ -290,6 +287,25 @@ class SelfDistillation(keras.Model):
             ]
             optimizer.exclude_from_weight_decay(var_list=spared)
             self.optimizer.build(self.trainable_variables)
+
+    def _check_scope(self, done):
+        """Raise a `ValueError` in the scope of another strategy than the model was built in."""
+        here = tf.distribute.get_strategy()
+        if here is not self._built_under:
+            raise ValueError(
+                f"The model must be built and {done} within the same `strategy.scope()`. "
+                f"Received: built under {networks.describe_strategy(self._built_under)}, "
+                f"{done} under {networks.describe_strategy(here)}"
+            )
+
+    def _refuse_replicas(self, instead):
+        """Raise a `ValueError` on several replicas, each of which would get the whole batch."""
+        if self._built_under.num_replicas_in_sync > 1:
+            raise ValueError(
+                f"Use `{instead}` on several replicas: Keras gives each of them the whole of a "
+                "single batch, so that results would be others than on one device. "
+                f"Received: {networks.describe_strategy(self._built_under)}"
+            )
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile a loaded model as the saved one was."""
@@ -342,9 +358,10 @@ class SelfDistillation(keras.Model):
             ValueError: If `x` is not images in 0-255, or labels are passed.
         """
         _refuse_labels(y=y, class_weight=class_weight, sample_weight=sample_weight)
+        if tf.distribute.has_strategy():  # Outside of any scope, Keras enters the model's own.
+            self._check_scope("trained")
         x = image_source(x, "x", trains=True)
-        # Keras warns that it cannot shuffle these, which nobody asked it to.
-        shuffle = shuffle and not isinstance(x, (tf.data.Dataset, types.GeneratorType))
+        shuffle = shuffle and _can_be_shuffled(x)
         if validation_data is not None:
             validation_data = (validation_source(validation_data),)
         try:
@@ -392,6 +409,7 @@ class SelfDistillation(keras.Model):
     ) -> Any:
         """`keras.Model.train_on_batch` on one batch, as for `fit`."""
         _refuse_labels(y=y, sample_weight=sample_weight, class_weight=class_weight)
+        self._refuse_replicas("fit")
         return super().train_on_batch(image_batch(x), return_dict=return_dict)
 
     def test_on_batch(
@@ -399,6 +417,7 @@ class SelfDistillation(keras.Model):
     ) -> Any:
         """`keras.Model.test_on_batch` on one batch, as for `fit`."""
         _refuse_labels(y=y, sample_weight=sample_weight)
+        self._refuse_replicas("evaluate")
         return super().test_on_batch(image_batch(x), return_dict=return_dict)
 
     def save(self, filepath: str | os.PathLike, *args, **kwargs) -> None:
@@ -778,6 +797,34 @@ def _schedule(name, value, low=None, high=None, above=None):
     if not isinstance(value, (dict, keras.optimizers.schedules.LearningRateSchedule)):
         validation.check_number(name, value, low, high, above=above)
     return schedules.get(value)
+
+
+def _check_for_replicas(optimizer):
+    """Raise a `ValueError` if an optimizer is to do what Keras cannot do on several replicas."""
+    accumulation, overwriting = (
+        optimizer.gradient_accumulation_steps,
+        optimizer.use_ema and optimizer.ema_overwrite_frequency,
+    )
+    if accumulation or overwriting:
+        raise ValueError(
+            "On several replicas, Keras' optimizers can neither accumulate gradients nor overwrite "
+            "weights with their moving average. Use larger batches, or one device. Received: "
+            f"gradient_accumulation_steps={accumulation}, use_ema={optimizer.use_ema}, "
+            f"ema_overwrite_frequency={optimizer.ema_overwrite_frequency}"
+        )
+
+
+def _can_be_shuffled(source):
+    """Return whether Keras can shuffle images. It warns if not, though nobody asked it to."""
+    if isinstance(source, keras.utils.PyDataset):
+        return source.num_batches is not None
+    in_order = (
+        tf.data.Dataset,
+        tf.distribute.DistributedDataset,
+        tf.distribute.DistributedIterator,
+        types.GeneratorType,
+    )
+    return not isinstance(source, in_order)
 
 
 def _check_views(views, negatives):

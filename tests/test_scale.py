@@ -203,8 +203,15 @@ def print_replicas(count):
     model = make_model()
     with strategy.scope():
         print(message(lambda: model.compile("sgd")))
+        print(message(lambda: model.fit(np.zeros((8, 12, 12, 3), np.uint8))))
         print(message(lambda: make_model().compile("sgd", jit_compile="auto")))
         print(make_model().jit_compile)
+        model = make_model()
+        sgd = keras.optimizers.SGD
+        print(message(lambda: model.compile(sgd(gradient_accumulation_steps=2))))
+        print(message(lambda: model.compile(sgd(use_ema=True, ema_overwrite_frequency=2))))
+    for call in (model.train_on_batch, model.test_on_batch):
+        print(message(lambda: call(np.zeros((8, 12, 12, 3), np.uint8))))  # noqa: B023
 
 
 @pytest.fixture(scope="module")
@@ -213,10 +220,8 @@ def replicas(fork):
 
     @functools.cache
     def replicas(count):
-        *_, found, backbone, compiled, inside, jit = finish(
-            fork(print_replicas, count)
-        ).splitlines()
-        return json.loads(found), (backbone, compiled, inside, jit)
+        lines = finish(fork(print_replicas, count)).splitlines()[-10:]
+        return json.loads(lines[0]), lines[1:]
 
     return replicas
 
@@ -281,16 +286,25 @@ def test_a_run_on_two_replicas_resumes_bit_for_bit(uneven):
 
 
 def test_what_was_built_outside_the_scope_is_named(replicas):
-    _, (backbone, compiled, inside, _) = replicas(2)
+    _, (backbone, compiled, trained, inside, *_) = replicas(2)
     assert "must be built within the same `strategy.scope()`" in backbone
     assert "built outside of MirroredStrategy (2 replicas)" in backbone
     assert "built under" in compiled and "compiled under MirroredStrategy" in compiled
+    assert "built under" in trained and "trained under MirroredStrategy" in trained
     assert inside == "nothing was raised"
 
 
 def test_xla_stays_off_under_a_strategy(replicas):
-    _, (*_, jit) = replicas(2)
-    assert jit == "False"
+    assert replicas(2)[1][4] == "False"
+
+
+def test_what_keras_cannot_do_on_several_replicas_is_refused(replicas):
+    accumulation, overwriting, train, test = replicas(2)[1][5:]
+    assert "gradient_accumulation_steps=2, use_ema=False" in accumulation
+    assert "use_ema=True, ema_overwrite_frequency=2" in overwriting
+    assert "Use `fit` on several replicas" in train
+    assert "Use `evaluate` on several replicas" in test
+    assert "Received: MirroredStrategy (2 replicas)" in test
 
 
 def save_what_a_worker_found(path):

@@ -721,6 +721,25 @@ def test_labels_are_refused(images):
         model.fit((images, np.zeros(len(images))), batch_size=BATCH, verbose=0)
 
 
+class Endless(keras.utils.PyDataset):
+    num_batches = None
+
+    def __getitem__(self, index):
+        return np.full((BATCH, 16, 16, 3), index, np.uint8)
+
+
+@pytest.mark.filterwarnings("error:.*shuffle")
+@pytest.mark.parametrize("endless", [False, True])
+def test_batches_that_cannot_be_shuffled_are_not_warned_of(images, endless):
+    strategy = tf.distribute.OneDeviceStrategy("CPU:0")
+    with strategy.scope():
+        model = tiny_model()
+        model.compile("adam")
+    distributed = strategy.experimental_distribute_dataset(batches(images))
+    model.fit(Endless() if endless else distributed, steps_per_epoch=1, verbose=0)
+    assert int(model.step) == 1
+
+
 def test_losses_of_ones_own_are_refused():
     with pytest.raises(ValueError, match="computes its own losses"):
         tiny_model().compile(keras.optimizers.Adam(1e-3), loss="mse")
