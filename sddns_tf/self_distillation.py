@@ -147,6 +147,8 @@ class SelfDistillation(keras.Model):
         {"teacher_temperature": 0.04, "teacher_momentum": 0.996, "negative_weight": 1.0}
     )
 
+    train_function: Any  # Keras'
+
     def __init__(
         self,
         backbone: keras.Model,
@@ -231,6 +233,7 @@ class SelfDistillation(keras.Model):
         self.step = self.add_weight(
             shape=(), initializer="zeros", trainable=False, dtype="int32", name="step"
         )
+        self._has_warned = False
         self._trackers = {name: keras.metrics.Mean(name) for name in _LOGGED}
         self.built = True
 
@@ -316,6 +319,34 @@ class SelfDistillation(keras.Model):
 
         Under `MultiWorkerMirroredStrategy` it would reduce the dictionary as if it were a tensor.
         """
+
+    def make_train_function(self, force: bool = False) -> None:
+        """`keras.Model.make_train_function`, whose first call warns if batches are small.
+
+        Where the size of batches is not static, only then it is known.
+        """
+        super().make_train_function(force=force)
+        train_function = self.train_function
+
+        def first_call(iterator):
+            before = self._steps_and_images()
+            logs = train_function(iterator)
+            steps, images = self._steps_and_images() - before
+            self._warn_of_a_small_batch(round(images / steps))
+            self.train_function = train_function
+            return logs
+
+        if not self._has_warned:
+            self.train_function = first_call
+
+    def _steps_and_images(self):
+        """Return how many steps and images there were since the start of the epoch."""
+        step, images = (
+            np.asarray(tf.convert_to_tensor(variable.value))
+            for variable in (self.step, self._trackers["loss"].count)
+        )
+        # Each replica counts the whole batch.
+        return np.array([step, images / self.distribute_strategy.num_replicas_in_sync])
 
     def fit(
         self,
@@ -673,20 +704,22 @@ class SelfDistillation(keras.Model):
                     target.value.assign_sub(share * (target.value - source.value))
 
     def _update_center(self, teacher_logits, part):
-        self._warn_of_a_small_batch(teacher_logits.shape[1])
+        if (held := teacher_logits.shape[1]) is not None:
+            count = tf.distribute.get_replica_context().num_replicas_in_sync
+            self._warn_of_a_small_batch(held * count)
         if self.teacher_temperature is None:
             return
         center = losses.updated_center(self.center, teacher_logits, self.center_momentum)
         self.center.assign(part.mean(center))
 
     def _warn_of_a_small_batch(self, images):
-        count = tf.distribute.get_replica_context().num_replicas_in_sync
-        if images is not None and images * count < _SMALLEST_BATCH:
+        if images < _SMALLEST_BATCH and not self._has_warned:
+            self._has_warned = True
             warnings.warn(
                 f"DINO needs batches of at least {_SMALLEST_BATCH} images, better hundreds: the "
                 "center and the balanced targets depend on the whole batch, and "
                 "accumulating gradients does not change that. "
-                f"Received: {images} images x {count} replicas.",
+                f"Received: a batch of {images} images",
                 stacklevel=2,
             )
 

@@ -251,7 +251,8 @@ def print_uneven(folder):
     print(json.dumps({name: float(v) for name, v in differences(one, two).items()}))
     with second.scope():
         model = batch_norm_model()
-    model.fit(uneven_batches().map(lambda both: both["images"]), verbose=0)
+    with pytest.warns(UserWarning, match="Received: a batch of 8 images"):
+        model.fit(uneven_batches().map(lambda both: both["images"]), verbose=0)
     assert_copies_are_equal(second, model.weights, 2)
     for variable in model.weights:
         assert np.isfinite(variable.numpy()).all(), variable.path
@@ -460,8 +461,25 @@ def test_small_batches_are_warned_of(accumulated):
     model = make_model()
     model.compile(keras.optimizers.SGD(0.05, gradient_accumulation_steps=accumulated))
     images = next(iter(batches(1, 8)))
-    with pytest.warns(UserWarning, match=r"at least 32 images.*Received: 8 images x 1 replicas"):
+    with pytest.warns(UserWarning, match=r"at least 32 images.*Received: a batch of 8 images"):
         tf.function(model.train_step, autograph=False).get_concrete_function(images)
+
+
+@pytest.mark.parametrize("steps_per_execution", [1, 2])
+def test_small_batches_of_unknown_size_are_warned_of_once(steps_per_execution, recwarn):
+    model = make_model(negatives=None)
+    model.compile("sgd", steps_per_execution=steps_per_execution)
+    images = np.zeros((63, 12, 12, 3), np.uint8)
+    for _ in range(2):
+        model.fit(sddns_tf.data.load(images, batch_size=16), epochs=2, verbose=0)
+    found = [str(w.message) for w in recwarn if "at least 32" in str(w.message)]
+    assert len(found) == 1
+    assert found[0].endswith("Received: a batch of 16 images")
+
+
+def test_a_small_last_batch_is_not_warned_of(recwarn):
+    make_model(negatives=None).fit(np.zeros((33, 12, 12, 3), np.uint8), verbose=0)
+    assert not [w for w in recwarn if "at least 32" in str(w.message)]
 
 
 def test_large_batches_are_not_warned_of(recwarn):
