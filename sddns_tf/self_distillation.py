@@ -455,6 +455,14 @@ class SelfDistillation(keras.Model):
         """`keras.Model.save`, whole or not at all: a failed save leaves what was there."""
         files.save_keras(super().save, filepath, *args, **kwargs)
 
+    def export(self, filepath: str | os.PathLike, *args, **kwargs) -> None:
+        """Refuse `keras.Model.export`: what is served is a detector."""
+        raise ValueError(
+            "A SelfDistillation is not exported: make a Detector from its `teacher_backbone`, and "
+            "call `sddns_tf.export.saved_model(detector, folder)`, or export the backbone itself. "
+            f"Received: filepath={str(filepath)!r}"
+        )
+
     @tracing.repeats_once()
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Train on one batch: the algorithm of the paper."""

@@ -385,6 +385,13 @@ def test_a_save_that_fails_leaves_what_was_there(images, tmp_path):
     assert [one.name for one in tmp_path.iterdir()] == ["model.keras"]
 
 
+def test_an_export_names_what_is_exported_instead(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"export\.saved_model\(detector, folder\).*Received: .*ex"
+    ):
+        tiny_model().export(tmp_path / "exported")
+
+
 class Unsavable(MultiCrop):
     """Views whose configuration cannot be had."""
 
