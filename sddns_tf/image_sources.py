@@ -45,6 +45,9 @@ def image_source(x, name="x", *, trains=False, allow_nan=False):
         return (check(batch) for batch in x)  # Keras takes generators, not other iterators.
     if isinstance(x, dict) and trains:
         return _checked_dict(x, name, allow_nan)
+    if isinstance(x, tuple) and x and trains and len(getattr(x[0], "shape", ())) == 4:
+        _check_no_labels(x, name)
+        x = x[0]
     if isinstance(x, (list, tuple, Image.Image)) or hasattr(x, "shape"):
         return image_array(x, name, allow_nan=allow_nan)
     raise ValueError(
@@ -193,7 +196,7 @@ def _check_no_labels(parts, name):
     if any(part is not None and not isinstance(part, tf.NoneTensorSpec) for part in parts[1:]):
         raise ValueError(
             "SelfDistillation trains without labels: pass images alone. "
-            f"Received: batches of {len(parts)} parts in `{name}`"
+            f"Received: {len(parts)} parts in `{name}`"
         )
 
 

@@ -27,6 +27,11 @@ def batches_counted(optimizer: keras.optimizers.Optimizer) -> tf.Tensor:
     return tf.convert_to_tensor(inner(optimizer)._iterations)
 
 
+def decays(optimizer: keras.optimizers.Optimizer, variable: keras.Variable) -> bool:
+    """Return whether an optimizer's `weight_decay` acts on a variable."""
+    return inner(optimizer)._use_weight_decay(variable)
+
+
 def learning_rate_of(
     optimizer: keras.optimizers.Optimizer,
 ) -> keras.Variable | keras.optimizers.schedules.LearningRateSchedule:

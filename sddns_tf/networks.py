@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,10 @@ _TOLERANCE = 1e-3
 
 # Teachers whose heads see standardized features, as long as they live.
 _standardized: weakref.WeakSet = weakref.WeakSet()
+
+# Backbones with changed attributes: how many replicas need them so, and the layers' own values.
+_changes: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
 
 # What `tf.name_scope` accepts.
 _SCOPE = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_.\\/>-]*")
@@ -51,7 +56,10 @@ def copy_of(network: keras.Layer, input_shape: tuple, trainable: bool = True) ->
         copy(probe, training=False)
     copy.set_weights(network.get_weights())
     use_new_weights(copy)
-    copy.trainable = trainable
+    if trainable:
+        copy.trainable = True
+    else:
+        _set_throughout(copy, False)
     if {id(v) for v in copy.variables} & {id(v) for v in network.variables}:
         raise ValueError(
             "A copy must have variables of its own, but the one that get_config and from_config "
@@ -160,11 +168,129 @@ def check_backbone(backbone: keras.Model, sizes: tuple) -> int:
         if shape is None or len(shape) != 2 or shape[-1] is None:
             raise ValueError(
                 "`backbone` must give one vector (B, D) per image; add "
-                "keras.layers.GlobalAveragePooling2D() to one that gives feature maps. "
-                f"Received: output shape {shape} for images of {size} px"
+                "keras.layers.GlobalAveragePooling2D() to one that gives feature maps, and leave "
+                "out further outputs. "
+                f"Received: output shape {keras.tree.map_structure(lambda x: x.shape, spec)} "
+                f"for images of {size} px"
             )
         dimension = shape[-1]
     return dimension
+
+
+def check_head(head: keras.Layer, feature_dim: int) -> int:
+    """Build a head if needed, and check that it takes features.
+
+    Args:
+        head: What was passed as the head.
+        feature_dim: Number of the backbone's features.
+
+    Returns:
+        Number of its outputs.
+
+    Raises:
+        ValueError: If it does not map features `(B, D)` to logits `(B, K)`.
+    """
+    text = f"`head` must map features (B, {feature_dim}), the backbone's, to logits (B, K). "
+    if not isinstance(head, keras.Layer):
+        raise ValueError(f"{text}Received: head={head!r}")
+    try:
+        if not head.built:
+            head.build((None, feature_dim))
+        shape = head.compute_output_spec(keras.KerasTensor((None, feature_dim))).shape
+    except Exception as error:
+        raise ValueError(f"{text}Received: {head.name!r}, which fails: {error}") from error
+    if len(shape) != 2 or shape[-1] is None:
+        raise ValueError(f"{text}Received: {head.name!r} with outputs of shape {shape}")
+    return shape[-1]
+
+
+def projected(head: keras.Layer, features: tf.Tensor, training: bool) -> tf.Tensor:
+    """Return a head's logits `(V, B, K)` for features `(V, B, D)`.
+
+    A Sequential or functional head that was made for `(B, D)` takes all views as one batch.
+    """
+    if len(getattr(head, "input_shape", None) or ()) != 2:
+        return head(features, training=training)
+    logits = head(tf.reshape(features, [-1, features.shape[-1]]), training=training)
+    return tf.reshape(logits, [features.shape[0], -1, logits.shape[-1]])
+
+
+def check_float32(*networks: keras.Layer) -> None:
+    """Raise a `ValueError` unless networks keep their weights in float32.
+
+    Args:
+        *networks: Keras models or layers.
+    """
+    for network in networks:
+        for variable in network.weights:
+            if keras.backend.is_float_dtype(variable.dtype) and variable.dtype != "float32":
+                raise ValueError(
+                    "Weights to train must be float32: a moving average in less loses small steps. "
+                    "To compute in half precision use the dtype policy 'mixed_bfloat16' or "
+                    f"'mixed_float16'. Received: {variable.path} of {variable.dtype}"
+                )
+
+
+def weight_losses(*networks: keras.Layer) -> list[tf.Tensor]:
+    """Return the losses of weight regularizers, such as a layer's `kernel_regularizer`.
+
+    Args:
+        *networks: Keras models or layers.
+
+    Raises:
+        ValueError: If a network has losses of its outputs, which would be those of the last of
+            several calls.
+    """
+    found = []
+    for network in networks:
+        weights = network.trainable_weights
+        found += (own := [w.regularizer(w) for w in weights if w.regularizer is not None])
+        if len(network.losses) > len(own):
+            raise ValueError(
+                "Layers to train must have no losses but those of weight regularizers: no "
+                f"`activity_regularizer` and no `add_loss`. Received: {network.name!r}, whose "
+                f"call adds {len(network.losses) - len(own)} losses"
+            )
+    return found
+
+
+@contextlib.contextmanager
+def thawed(network: keras.Layer) -> Iterator[None]:
+    """Inside this context, a network that is frozen as a whole can be trained.
+
+    Args:
+        network: Keras model or layer; one with weights to train is left alone.
+    """
+    if network.trainable and (network.trainable_weights or not network.weights):
+        yield
+        return
+    frozen = [layer for layer in layers_of(network) if not layer.trainable]
+    _set_throughout(network, True)
+    yield
+    for layer in frozen:
+        _set_throughout(layer, False)
+
+
+def frozen_layers(*networks: keras.Layer) -> list[int]:
+    """Return which layers of networks are frozen, as `freeze_layers` takes it."""
+    return [i for i, layer in enumerate(_layers_of_all(networks)) if not layer.trainable]
+
+
+def freeze_layers(frozen: list[int], *networks: keras.Layer) -> None:
+    """Freeze the layers of networks that `frozen_layers` named, and no others."""
+    # Parents come first: what they pass on to their sublayers is not the last word.
+    for index, layer in enumerate(_layers_of_all(networks)):
+        layer.trainable = index not in frozen
+
+
+def _set_throughout(network, trainable):
+    """Set `trainable` of all layers: Keras passes on to sublayers only what changes."""
+    network.trainable = not trainable
+    network.trainable = trainable
+
+
+def _layers_of_all(networks):
+    return [layer for network in networks for layer in layers_of(network)]
 
 
 def remember_standardized(backbone: keras.Model) -> None:
@@ -246,24 +372,45 @@ def normalizing_by_batch(
         part: `replicas.Part` of the batch.
         momentum: Share of the moving statistics that stays.
     """
-    drops = [layer for layer in layers_of(backbone) if getattr(layer, "rate", None)]
-    rates, momenta = [drop.rate for drop in drops], [norm.momentum for norm in norms]
     statistics = moving_statistics(norms)
     before = [tf.identity(variable) for variable in statistics]
-    for drop in drops:
-        drop.rate = 0.0
+    drops = [layer for layer in layers_of(backbone) if getattr(layer, "rate", None)]
+    wanted = [(drop, "rate", 0.0) for drop in drops]
     for norm in norms:
-        norm.trainable, norm.momentum = True, 0.0
-    try:
+        wanted += [(norm, "trainable", True), (norm, "momentum", 0.0)]
+    with _changed(backbone, wanted):
         yield
-    finally:
-        for drop, rate in zip(drops, rates, strict=True):
-            drop.rate = rate
-        for norm, own in zip(norms, momenta, strict=True):
-            norm.trainable, norm.momentum = False, own
     for variable, old in zip(statistics, before, strict=True):
         new = part.mean(tf.convert_to_tensor(variable))
         variable.assign(momentum * old + (1.0 - momentum) * new)
+
+
+@contextlib.contextmanager
+def _changed(backbone, wanted):
+    """Inside this context, attributes of a backbone's layers have the wanted values.
+
+    Replicas share the layers, and one may come in or leave while another waits inside, for what a
+    synchronized normalization adds up: the first one changes them, the last one changes them back.
+    """
+    with _lock:
+        inside, own = _changes.get(backbone, (0, []))
+        own = own or [(layer, name, getattr(layer, name)) for layer, name, _ in wanted]
+        _changes[backbone] = inside + 1, own
+        _set_attributes(wanted)
+    try:
+        yield
+    finally:
+        with _lock:
+            inside, own = _changes.pop(backbone)
+            if inside > 1:
+                _changes[backbone] = inside - 1, own
+            else:
+                _set_attributes(own)
+
+
+def _set_attributes(values):
+    for layer, name, value in values:
+        setattr(layer, name, value)
 
 
 @contextlib.contextmanager

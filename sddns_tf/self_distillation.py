@@ -37,7 +37,7 @@ from sddns_tf import (
 )
 from sddns_tf.heads import ProjectionHead
 from sddns_tf.image_sources import image_batch, image_source, validation_source
-from sddns_tf.keras_private import batches_counted, fused_adam, inner
+from sddns_tf.keras_private import batches_counted, decays, fused_adam, inner
 
 _LOGGED = (
     "loss",
@@ -82,11 +82,14 @@ class SelfDistillation(keras.Model):
     Where an argument may be a *schedule*, it is a number or a
     `keras.optimizers.schedules.LearningRateSchedule` of the training step, see `schedules`.
 
+    Weight regularizers of the student's layers, such as `kernel_regularizer`, add to the loss;
+    `activity_regularizer` and `add_loss` are refused.
+
     Under a distribution strategy, build the model (its backbone, head and optimizer too) and
     compile it within `strategy.scope()`; batches are global, and so are losses, center and logs.
-    Where the optimizer has `gradient_accumulation_steps`, a step is still a batch, as it is for
-    Keras' learning rate schedules; the teacher moves and weights decay only when the optimizer
-    updates.
+    Where the optimizer has `gradient_accumulation_steps`, on one device, a step is still a batch,
+    as it is for Keras' learning rate schedules; the teacher moves and weights decay only when the
+    optimizer updates.
 
     Args:
         backbone: Any Keras model from normalized images `(B, h, w, 3)` to features `(B, D)` that
@@ -144,6 +147,8 @@ class SelfDistillation(keras.Model):
         {"teacher_temperature": 0.04, "teacher_momentum": 0.996, "negative_weight": 1.0}
     )
 
+    train_function: Any  # Keras'
+
     def __init__(
         self,
         backbone: keras.Model,
@@ -170,13 +175,15 @@ class SelfDistillation(keras.Model):
         replicas.number_apart(self._built_under)
         for layer in (backbone, head):
             networks.check_scope(layer)
+        _check_views(views, negatives)
         feature_dim = networks.check_backbone(backbone, views.sizes)
         if negatives is not None:
             shifts.check_sides(negatives.shift, views.sizes)
         if backbone.weights and not backbone.trainable_weights:
             raise ValueError(
-                "`backbone` must have weights to train. A teacher is saved frozen: set "
-                "`backbone.trainable = True` to go on from one. Received: "
+                "`backbone` must have weights to train. A teacher is saved frozen: to go on from "
+                "one, set `backbone.trainable = False`, then `backbone.trainable = True`, which "
+                "Keras ignores in a Sequential that was loaded. Received: "
                 f"{len(backbone.weights)} weights, none of them trainable"
             )
         validation.check_number("student_temperature", student_temperature, above=0.0)
@@ -208,14 +215,14 @@ class SelfDistillation(keras.Model):
 
         self.student_backbone = backbone
         self.student_head = head or ProjectionHead(1024, hidden_dim=512, bottleneck_dim=128)
-        if not self.student_head.built:
-            self.student_head.build((None, feature_dim))
+        num_prototypes = networks.check_head(self.student_head, feature_dim)
+        networks.check_float32(backbone, self.student_head)
         size = views.image_size
         self.teacher_backbone = networks.copy_of(backbone, (size, size, 3), trainable=False)
         self.teacher_head = networks.copy_of(self.student_head, (feature_dim,), trainable=False)
+        networks.weight_losses(self.student_backbone, self.student_head)  # Refuses other losses.
         if self.standardizes_features:
             networks.remember_standardized(self.teacher_backbone)
-        num_prototypes = self.student_head.compute_output_shape((None, feature_dim))[-1]
         self.center = self.add_weight(
             shape=(num_prototypes,),
             initializer="zeros",
@@ -226,7 +233,7 @@ class SelfDistillation(keras.Model):
         self.step = self.add_weight(
             shape=(), initializer="zeros", trainable=False, dtype="int32", name="step"
         )
-        self._norms = networks.trained_batch_norms(self.student_backbone, self.teacher_backbone)
+        self._has_warned = False
         self._trackers = {name: keras.metrics.Mean(name) for name in _LOGGED}
         self.built = True
 
@@ -250,7 +257,8 @@ class SelfDistillation(keras.Model):
 
         Weight decay never acts on biases and normalizations, the 1-D tensors, whether it is the
         optimizer's or the model's `weight_decay` schedule. It acts on the last layer's gain if that
-        is trained, as in the authors' code, where the gain is a matrix of one column.
+        is trained, as in the authors' code, where the gain is a matrix of one column. What
+        `optimizer.exclude_from_weight_decay` was told before is excluded too; files do not keep it.
 
         Args:
             optimizer: Keras optimizer, or its name.
@@ -262,14 +270,11 @@ class SelfDistillation(keras.Model):
                     "SelfDistillation computes its own losses and metrics. "
                     f"Received: {argument}={kwargs[argument]!r}"
                 )
-        if tf.distribute.get_strategy() is not self._built_under:
-            raise ValueError(
-                "The model must be built and compiled within the same `strategy.scope()`. "
-                f"Received: built under {networks.describe_strategy(self._built_under)}, "
-                f"compiled under {networks.describe_strategy(tf.distribute.get_strategy())}"
-            )
+        self._check_scope("compiled")
         super().compile(optimizer=optimizer, **kwargs)
         optimizer = inner(self.optimizer)
+        if self._built_under.num_replicas_in_sync > 1:
+            _check_for_replicas(optimizer)
         if self.weight_decay is not None and optimizer.weight_decay:
             raise ValueError(
                 "Weight decay was asked for twice: as the model's `weight_decay` schedule and as "
@@ -277,9 +282,33 @@ class SelfDistillation(keras.Model):
                 "keras.optimizers.Adam, which has none, or leave the model's at None."
             )
         if not self.optimizer.built:
-            spared = [v for v in self.trainable_variables if not self._is_decayed(v)]
+            # Keras forgets earlier exclusions at each call.
+            spared = [
+                variable
+                for variable in self.trainable_variables
+                if not (self._is_decayed(variable) and decays(optimizer, variable))
+            ]
             optimizer.exclude_from_weight_decay(var_list=spared)
             self.optimizer.build(self.trainable_variables)
+
+    def _check_scope(self, done):
+        """Raise a `ValueError` in the scope of another strategy than the model was built in."""
+        here = tf.distribute.get_strategy()
+        if here is not self._built_under:
+            raise ValueError(
+                f"The model must be built and {done} within the same `strategy.scope()`. "
+                f"Received: built under {networks.describe_strategy(self._built_under)}, "
+                f"{done} under {networks.describe_strategy(here)}"
+            )
+
+    def _refuse_replicas(self, instead):
+        """Raise a `ValueError` on several replicas, each of which would get the whole batch."""
+        if self._built_under.num_replicas_in_sync > 1:
+            raise ValueError(
+                f"Use `{instead}` on several replicas: Keras gives each of them the whole of a "
+                "single batch, so that results would be others than on one device. "
+                f"Received: {networks.describe_strategy(self._built_under)}"
+            )
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile a loaded model as the saved one was."""
@@ -290,6 +319,34 @@ class SelfDistillation(keras.Model):
 
         Under `MultiWorkerMirroredStrategy` it would reduce the dictionary as if it were a tensor.
         """
+
+    def make_train_function(self, force: bool = False) -> None:
+        """`keras.Model.make_train_function`, whose first call warns if batches are small.
+
+        Where the size of batches is not static, only then it is known.
+        """
+        super().make_train_function(force=force)
+        train_function = self.train_function
+
+        def first_call(iterator):
+            before = self._steps_and_images()
+            logs = train_function(iterator)
+            steps, images = self._steps_and_images() - before
+            self._warn_of_a_small_batch(round(images / steps))
+            self.train_function = train_function
+            return logs
+
+        if not self._has_warned:
+            self.train_function = first_call
+
+    def _steps_and_images(self):
+        """Return how many steps and images there were since the start of the epoch."""
+        step, images = (
+            np.asarray(tf.convert_to_tensor(variable.value))
+            for variable in (self.step, self._trackers["loss"].count)
+        )
+        # Each replica counts the whole batch.
+        return np.array([step, images / self.distribute_strategy.num_replicas_in_sync])
 
     def fit(
         self,
@@ -332,9 +389,10 @@ class SelfDistillation(keras.Model):
             ValueError: If `x` is not images in 0-255, or labels are passed.
         """
         _refuse_labels(y=y, class_weight=class_weight, sample_weight=sample_weight)
+        if tf.distribute.has_strategy():  # Outside of any scope, Keras enters the model's own.
+            self._check_scope("trained")
         x = image_source(x, "x", trains=True)
-        # Keras warns that it cannot shuffle these, which nobody asked it to.
-        shuffle = shuffle and not isinstance(x, (tf.data.Dataset, types.GeneratorType))
+        shuffle = shuffle and _can_be_shuffled(x)
         if validation_data is not None:
             validation_data = (validation_source(validation_data),)
         try:
@@ -382,6 +440,7 @@ class SelfDistillation(keras.Model):
     ) -> Any:
         """`keras.Model.train_on_batch` on one batch, as for `fit`."""
         _refuse_labels(y=y, sample_weight=sample_weight, class_weight=class_weight)
+        self._refuse_replicas("fit")
         return super().train_on_batch(image_batch(x), return_dict=return_dict)
 
     def test_on_batch(
@@ -389,11 +448,20 @@ class SelfDistillation(keras.Model):
     ) -> Any:
         """`keras.Model.test_on_batch` on one batch, as for `fit`."""
         _refuse_labels(y=y, sample_weight=sample_weight)
+        self._refuse_replicas("evaluate")
         return super().test_on_batch(image_batch(x), return_dict=return_dict)
 
     def save(self, filepath: str | os.PathLike, *args, **kwargs) -> None:
         """`keras.Model.save`, whole or not at all: a failed save leaves what was there."""
         files.save_keras(super().save, filepath, *args, **kwargs)
+
+    def export(self, filepath: str | os.PathLike, *args, **kwargs) -> None:
+        """Refuse `keras.Model.export`: what is served is a detector."""
+        raise ValueError(
+            "A SelfDistillation is not exported: make a Detector from its `teacher_backbone`, and "
+            "call `sddns_tf.export.saved_model(detector, folder)`, or export the backbone itself. "
+            f"Received: filepath={str(filepath)!r}"
+        )
 
     @tracing.repeats_once()
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
@@ -494,7 +562,7 @@ class SelfDistillation(keras.Model):
         else:
             features = self._features(self.teacher_backbone, global_views, training=False)
         inputs = self._head_inputs(features, features, part)
-        return features, self.teacher_head(inputs, training=False)
+        return features, networks.projected(self.teacher_head, inputs, training=False)
 
     def _targets(self, teacher_logits, part):
         """Return the student's targets for other views of the same images, `(G, B, K)`."""
@@ -512,10 +580,10 @@ class SelfDistillation(keras.Model):
         if negatives is None:
             features = self._student_features(views, training, part)
             inputs = self._head_inputs(features, features, part)
-            return self.student_head(inputs, training=training), None
+            return networks.projected(self.student_head, inputs, training), None
         positive, negative = self._positive_and_negative_features(views, negatives, part, training)
         inputs = self._head_inputs(tf.concat([positive, negative], axis=0), positive, part)
-        logits = self.student_head(inputs, training=training)
+        logits = networks.projected(self.student_head, inputs, training)
         return tf.split(logits, [positive.shape[0], negative.shape[0]])
 
     def _positive_and_negative_features(self, views, negatives, part, training):
@@ -558,14 +626,16 @@ class SelfDistillation(keras.Model):
     def _loss_terms(self, targets, positive_logits, negative_logits, part):
         positive = losses.cross_entropy(targets, positive_logits, self.student_temperature)
         terms = {"positive_loss": positive}
+        penalties = networks.weight_losses(self.student_backbone, self.student_head)
         if negative_logits is None:
-            return {**terms, "loss": positive, "negative_loss": 0.0, "negative_weight": 0.0}
+            total = sum(penalties, start=positive)
+            return {**terms, "loss": total, "negative_loss": 0.0, "negative_weight": 0.0}
         negative = losses.uniformity_loss(negative_logits, self.student_temperature)
         if self.negative_weight is None:
             weight = losses.negative_onset(part.mean(positive), positive_logits.shape[-1])
         else:
             weight = self.negative_weight(self.step)
-        total = positive + weight * negative
+        total = sum(penalties, start=positive + weight * negative)
         return {**terms, "loss": total, "negative_loss": negative, "negative_weight": weight}
 
     def _gradients(self, tape, loss, part):
@@ -642,20 +712,22 @@ class SelfDistillation(keras.Model):
                     target.value.assign_sub(share * (target.value - source.value))
 
     def _update_center(self, teacher_logits, part):
-        self._warn_of_a_small_batch(teacher_logits.shape[1])
+        if (held := teacher_logits.shape[1]) is not None:
+            count = tf.distribute.get_replica_context().num_replicas_in_sync
+            self._warn_of_a_small_batch(held * count)
         if self.teacher_temperature is None:
             return
         center = losses.updated_center(self.center, teacher_logits, self.center_momentum)
         self.center.assign(part.mean(center))
 
     def _warn_of_a_small_batch(self, images):
-        count = tf.distribute.get_replica_context().num_replicas_in_sync
-        if images is not None and images * count < _SMALLEST_BATCH:
+        if images < _SMALLEST_BATCH and not self._has_warned:
+            self._has_warned = True
             warnings.warn(
                 f"DINO needs batches of at least {_SMALLEST_BATCH} images, better hundreds: the "
                 "center and the balanced targets depend on the whole batch, and "
                 "accumulating gradients does not change that. "
-                f"Received: {images} images x {count} replicas.",
+                f"Received: a batch of {images} images",
                 stacklevel=2,
             )
 
@@ -674,6 +746,22 @@ class SelfDistillation(keras.Model):
         return {name: tracker.result() for name, tracker in self._trackers.items()}
 
     @property
+    def trainable(self) -> bool:
+        """Whether the student is trained. The teacher only follows it and stays frozen."""
+        return super().trainable
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        keras.Model.trainable.fset(self, value)
+        for teacher in (self.teacher_backbone, self.teacher_head):
+            teacher.trainable = False
+
+    @property
+    def _norms(self):
+        """The teacher's batch normalizations that follow its own batches, as of now."""
+        return networks.trained_batch_norms(self.student_backbone, self.teacher_backbone)
+
+    @property
     def standardizes_features(self) -> bool:
         """Whether the heads see features standardized by the batch: with balanced targets.
 
@@ -688,7 +776,7 @@ class SelfDistillation(keras.Model):
         return list(self._trackers.values())
 
     def get_config(self) -> dict[str, Any]:
-        """Return the constructor arguments."""
+        """Return the constructor arguments, and which layers of the student are frozen."""
         serialize = keras.saving.serialize_keras_object
         return {
             **super().get_config(),
@@ -707,6 +795,8 @@ class SelfDistillation(keras.Model):
             "mean": self.mean,
             "std": self.std,
             "seed": self.seed,
+            # The networks' own configurations say this of their outermost layer only.
+            "frozen": networks.frozen_layers(self.student_backbone, self.student_head),
         }
 
     @classmethod
@@ -714,7 +804,13 @@ class SelfDistillation(keras.Model):
         """Return the model that `get_config` describes, with new weights."""
         parts = ("backbone", "views", "negatives", "head")
         objects = {name: keras.saving.deserialize_keras_object(config[name]) for name in parts}
-        return cls(**{**config, **objects})
+        arguments = {**config, **objects}
+        frozen = arguments.pop("frozen", None)  # Older files lack it.
+        with networks.thawed(objects["backbone"]):
+            model = cls(**arguments)
+        if frozen is not None:
+            networks.freeze_layers(frozen, model.student_backbone, model.student_head)
+        return model
 
 
 def _clipped(gradients, largest):
@@ -742,6 +838,45 @@ def _schedule(name, value, low=None, high=None, above=None):
     if not isinstance(value, (dict, keras.optimizers.schedules.LearningRateSchedule)):
         validation.check_number(name, value, low, high, above=above)
     return schedules.get(value)
+
+
+def _check_for_replicas(optimizer):
+    """Raise a `ValueError` if an optimizer is to do what Keras cannot do on several replicas."""
+    accumulation, overwriting = (
+        optimizer.gradient_accumulation_steps,
+        optimizer.use_ema and optimizer.ema_overwrite_frequency,
+    )
+    if accumulation or overwriting:
+        raise ValueError(
+            "On several replicas, Keras' optimizers can neither accumulate gradients nor overwrite "
+            "weights with their moving average. Use larger batches, or one device. Received: "
+            f"gradient_accumulation_steps={accumulation}, use_ema={optimizer.use_ema}, "
+            f"ema_overwrite_frequency={optimizer.ema_overwrite_frequency}"
+        )
+
+
+def _can_be_shuffled(source):
+    """Return whether Keras can shuffle images. It warns if not, though nobody asked it to."""
+    if isinstance(source, keras.utils.PyDataset):
+        return source.num_batches is not None
+    in_order = (
+        tf.data.Dataset,
+        tf.distribute.DistributedDataset,
+        tf.distribute.DistributedIterator,
+        types.GeneratorType,
+    )
+    return not isinstance(source, in_order)
+
+
+def _check_views(views, negatives):
+    """Raise a `ValueError` unless `views` is like `MultiCrop`."""
+    needed = ["image_size", "sizes", *(["negative"] if negatives is not None else [])]
+    missing = [name for name in needed if not hasattr(views, name)]
+    if missing or not callable(views):
+        raise ValueError(
+            "`views` must be a MultiCrop, or a callable (images, seed) with the attributes "
+            f"{', '.join(needed)}. Received: views={views!r}"
+        )
 
 
 def _refuse_labels(**parts):

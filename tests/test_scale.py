@@ -203,8 +203,15 @@ def print_replicas(count):
     model = make_model()
     with strategy.scope():
         print(message(lambda: model.compile("sgd")))
+        print(message(lambda: model.fit(np.zeros((8, 12, 12, 3), np.uint8))))
         print(message(lambda: make_model().compile("sgd", jit_compile="auto")))
         print(make_model().jit_compile)
+        model = make_model()
+        sgd = keras.optimizers.SGD
+        print(message(lambda: model.compile(sgd(gradient_accumulation_steps=2))))
+        print(message(lambda: model.compile(sgd(use_ema=True, ema_overwrite_frequency=2))))
+    for call in (model.train_on_batch, model.test_on_batch):
+        print(message(lambda: call(np.zeros((8, 12, 12, 3), np.uint8))))  # noqa: B023
 
 
 @pytest.fixture(scope="module")
@@ -213,10 +220,8 @@ def replicas(fork):
 
     @functools.cache
     def replicas(count):
-        *_, found, backbone, compiled, inside, jit = finish(
-            fork(print_replicas, count)
-        ).splitlines()
-        return json.loads(found), (backbone, compiled, inside, jit)
+        lines = finish(fork(print_replicas, count)).splitlines()[-10:]
+        return json.loads(lines[0]), lines[1:]
 
     return replicas
 
@@ -246,7 +251,8 @@ def print_uneven(folder):
     print(json.dumps({name: float(v) for name, v in differences(one, two).items()}))
     with second.scope():
         model = batch_norm_model()
-    model.fit(uneven_batches().map(lambda both: both["images"]), verbose=0)
+    with pytest.warns(UserWarning, match="Received: a batch of 8 images"):
+        model.fit(uneven_batches().map(lambda both: both["images"]), verbose=0)
     assert_copies_are_equal(second, model.weights, 2)
     for variable in model.weights:
         assert np.isfinite(variable.numpy()).all(), variable.path
@@ -281,16 +287,25 @@ def test_a_run_on_two_replicas_resumes_bit_for_bit(uneven):
 
 
 def test_what_was_built_outside_the_scope_is_named(replicas):
-    _, (backbone, compiled, inside, _) = replicas(2)
+    _, (backbone, compiled, trained, inside, *_) = replicas(2)
     assert "must be built within the same `strategy.scope()`" in backbone
     assert "built outside of MirroredStrategy (2 replicas)" in backbone
     assert "built under" in compiled and "compiled under MirroredStrategy" in compiled
+    assert "built under" in trained and "trained under MirroredStrategy" in trained
     assert inside == "nothing was raised"
 
 
 def test_xla_stays_off_under_a_strategy(replicas):
-    _, (*_, jit) = replicas(2)
-    assert jit == "False"
+    assert replicas(2)[1][4] == "False"
+
+
+def test_what_keras_cannot_do_on_several_replicas_is_refused(replicas):
+    accumulation, overwriting, train, test = replicas(2)[1][5:]
+    assert "gradient_accumulation_steps=2, use_ema=False" in accumulation
+    assert "use_ema=True, ema_overwrite_frequency=2" in overwriting
+    assert "Use `fit` on several replicas" in train
+    assert "Use `evaluate` on several replicas" in test
+    assert "Received: MirroredStrategy (2 replicas)" in test
 
 
 def save_what_a_worker_found(path):
@@ -307,6 +322,46 @@ def free_ports(count):
     for one in sockets:
         one.close()
     return ports
+
+
+def print_synchronized():
+    """A step with synchronized batch statistics on two replicas, and a plain one on one device."""
+    divide_the_cpu(2)
+    layers = keras.layers
+
+    def backbone(**kwargs):
+        return keras.Sequential(
+            [
+                keras.Input((None, None, 3)),
+                layers.Conv2D(4, 3, 2),
+                layers.BatchNormalization(**kwargs),
+                layers.Dropout(0.5, seed=0),
+                layers.GlobalAveragePooling2D(),
+            ]
+        )
+
+    def teacher_after_a_step(strategy, **kwargs):
+        keras.utils.set_random_seed(0)
+        with strategy.scope():
+            model = make_model(lambda: backbone(**kwargs), views=Brightness(12), negatives=None)
+            model.compile("sgd", run_eagerly=True)
+        model.fit(batches(1).map(lambda both: both["images"]), verbose=0)
+        inner = model.teacher_backbone.layers
+        print(json.dumps([inner[1].momentum, inner[1].trainable, inner[2].rate]))
+        return inner[1].moving_mean.numpy(), inner[1].moving_variance.numpy()
+
+    one = teacher_after_a_step(tf.distribute.get_strategy())
+    mirrored = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    two = teacher_after_a_step(mirrored, synchronized=True)
+    print(max(float(np.abs(a - b).max()) for a, b in zip(one, two, strict=True)))
+
+
+@pytest.mark.slow
+def test_synchronized_batch_statistics_follow_the_whole_batch(fork):
+    """Replicas share the layers, and take turns in the middle of a network."""
+    *_, one, two, difference = finish(fork(print_synchronized)).splitlines()
+    assert json.loads(one) == json.loads(two) == [0.99, False, 0.5]
+    assert float(difference) < 1e-5
 
 
 @pytest.mark.slow
@@ -406,8 +461,25 @@ def test_small_batches_are_warned_of(accumulated):
     model = make_model()
     model.compile(keras.optimizers.SGD(0.05, gradient_accumulation_steps=accumulated))
     images = next(iter(batches(1, 8)))
-    with pytest.warns(UserWarning, match=r"at least 32 images.*Received: 8 images x 1 replicas"):
+    with pytest.warns(UserWarning, match=r"at least 32 images.*Received: a batch of 8 images"):
         tf.function(model.train_step, autograph=False).get_concrete_function(images)
+
+
+@pytest.mark.parametrize("steps_per_execution", [1, 2])
+def test_small_batches_of_unknown_size_are_warned_of_once(steps_per_execution, recwarn):
+    model = make_model(negatives=None)
+    model.compile("sgd", steps_per_execution=steps_per_execution)
+    images = np.zeros((63, 12, 12, 3), np.uint8)
+    for _ in range(2):
+        model.fit(sddns_tf.data.load(images, batch_size=16), epochs=2, verbose=0)
+    found = [str(w.message) for w in recwarn if "at least 32" in str(w.message)]
+    assert len(found) == 1
+    assert found[0].endswith("Received: a batch of 16 images")
+
+
+def test_a_small_last_batch_is_not_warned_of(recwarn):
+    make_model(negatives=None).fit(np.zeros((33, 12, 12, 3), np.uint8), verbose=0)
+    assert not [w for w in recwarn if "at least 32" in str(w.message)]
 
 
 def test_large_batches_are_not_warned_of(recwarn):

@@ -11,6 +11,7 @@ import tensorflow as tf
 from tiny import Brightness, conv
 
 from sddns_tf import losses, networks, replicas, schedules, shifts
+from sddns_tf.convnet import ConvNet
 from sddns_tf.detector import Detector
 from sddns_tf.heads import ProjectionHead
 from sddns_tf.self_distillation import SelfDistillation
@@ -291,6 +292,64 @@ def test_weight_decay_spares_one_dimensional_tensors(images):
         np.testing.assert_allclose(other - one, expected, atol=1e-6, err_msg=one.path)
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+def test_variables_excluded_from_weight_decay_before_stay_excluded(images, by_name):
+    model = tiny_model()
+    first, last = (model.student_backbone.layers[i].kernel for i in (0, -1))
+    optimizer = keras.optimizers.AdamW(1e-9, weight_decay=1e6)
+    if by_name:
+        optimizer.exclude_from_weight_decay(var_names=["kernel"])
+    else:
+        optimizer.exclude_from_weight_decay(var_list=[first])
+    before = [first.numpy(), last.numpy(), model.student_backbone.layers[-1].bias.numpy()]
+    model.compile(optimizer, run_eagerly=True)
+    model.train_on_batch(images[:BATCH])
+    np.testing.assert_allclose(first, before[0], atol=1e-6)
+    np.testing.assert_allclose(last, before[1] * (1.0 if by_name else 0.999), atol=1e-6)
+    np.testing.assert_allclose(model.student_backbone.layers[-1].bias, before[2], atol=1e-6)
+
+
+@pytest.mark.parametrize("negatives", [None, Negatives("rot90", source="in_distribution")])
+def test_weight_regularizers_add_to_the_loss_once(images, negatives):
+    def after_a_step(strength):
+        keras.utils.set_random_seed(0)
+        backbone, head = conv(), tiny_head()
+        backbone.layers[0].kernel.regularizer = keras.regularizers.L2(strength)
+        head.build((None, 16))
+        head.mlp[0].kernel.regularizer = keras.regularizers.L2(strength)
+        model = tiny_model(backbone=backbone, head=head, negatives=negatives)
+        model.compile(keras.optimizers.SGD(0.1), run_eagerly=True)
+        model.gradient_clip_norm = None
+        kernels = backbone.layers[0].kernel, head.mlp[0].kernel
+        before = [kernel.numpy() for kernel in kernels]
+        loss = model.train_on_batch(images[:BATCH], return_dict=True)["loss"]
+        return model, before, loss, [kernel.numpy() for kernel in kernels]
+
+    model, before, loss, kernels = after_a_step(0.5)
+    _, same, plain, unpenalized = after_a_step(0.0)
+    np.testing.assert_array_equal(before[0], same[0])
+    np.testing.assert_allclose(loss - plain, sum(0.5 * (k**2).sum() for k in before), rtol=1e-4)
+    for start, kernel, other in zip(before, kernels, unpenalized, strict=True):
+        np.testing.assert_allclose(kernel - other, -0.1 * start, atol=1e-6)
+    after = model.evaluate(images[:BATCH], return_dict=True, verbose=0)
+    negative = after["negative_loss"] * after["negative_weight"]
+    penalty = after["loss"] - after["positive_loss"] - negative
+    np.testing.assert_allclose(penalty, sum(0.5 * (k**2).sum() for k in kernels), rtol=1e-4)
+
+
+@keras.saving.register_keras_serializable("tests")
+class AddsALoss(keras.layers.Layer):
+    def call(self, inputs):
+        self.add_loss(tf.reduce_mean(inputs))
+        return inputs
+
+
+@pytest.mark.parametrize("layer", [keras.layers.ActivityRegularization(l2=0.1), AddsALoss()])
+def test_losses_of_outputs_are_refused(layer):
+    with pytest.raises(ValueError, match=r"no `activity_regularizer` and no `add_loss`.*Received"):
+        tiny_model(backbone=keras.Sequential([keras.Input((None, None, 3)), *conv().layers, layer]))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -324,6 +383,13 @@ def test_a_save_that_fails_leaves_what_was_there(images, tmp_path):
         tiny_model(negatives=shift, views=Unsavable(16, local_views=0)).save(path)
     assert path.read_bytes() == before
     assert [one.name for one in tmp_path.iterdir()] == ["model.keras"]
+
+
+def test_an_export_names_what_is_exported_instead(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"export\.saved_model\(detector, folder\).*Received: .*ex"
+    ):
+        tiny_model().export(tmp_path / "exported")
 
 
 class Unsavable(MultiCrop):
@@ -389,6 +455,96 @@ def test_a_frozen_backbone_is_refused():
     backbone.trainable = False
     with pytest.raises(ValueError, match=r"weights to train.*backbone.trainable = True.*Received"):
         tiny_model(backbone=backbone)
+
+
+def test_a_saved_teacher_trains_as_the_error_says(tmp_path):
+    """A Sequential says that it is trainable, though its layers were saved frozen."""
+    tiny_model().teacher_backbone.save(tmp_path / "teacher.keras")
+    backbone = keras.saving.load_model(tmp_path / "teacher.keras")
+    with pytest.raises(ValueError, match=r"set `backbone.trainable = False`, then `backbone.train"):
+        tiny_model(backbone=backbone)
+    backbone.trainable = False
+    backbone.trainable = True
+    assert len(tiny_model(backbone=backbone).student_backbone.trainable_weights) == 4
+
+
+def freeze_all(model):
+    model.trainable = False
+
+
+def freeze_backbone(model):
+    model.student_backbone.trainable = False
+
+
+def freeze_last_layer(model):
+    model.student_head.last_layer.trainable = False
+
+
+def freeze_first_layer(model):
+    # Of a transformer the second is a block, whose own configuration does not reach a file.
+    model.student_backbone.layers[1].trainable = False
+
+
+@pytest.mark.parametrize(
+    ("freeze", "backbone"),
+    [
+        (freeze_all, conv),
+        (freeze_backbone, conv),
+        (freeze_backbone, lambda: ConvNet((8,))),
+        (freeze_last_layer, conv),
+        (freeze_first_layer, lambda: ConvNet((8, 16))),
+        (freeze_first_layer, tiny_vit),
+    ],
+)
+def test_what_is_frozen_stays_frozen_in_a_file(freeze, backbone, tmp_path):
+    model = tiny_model(backbone=backbone())
+    freeze(model)
+    model.compile("adam")
+    model.save(tmp_path / "model.keras")
+    copies = keras.saving.load_model(tmp_path / "model.keras"), keras.models.clone_model(model)
+    for copy in copies:
+        assert [v.trainable for v in copy.weights] == [v.trainable for v in model.weights]
+        assert len(copy.trainable_variables) == len(model.trainable_variables)
+    assert len(copies[0].optimizer.variables) == len(model.optimizer.variables)
+    assert_same_weights(copies[0], model)
+
+
+def test_the_teacher_stays_frozen_when_the_model_is_trained_again():
+    model = tiny_model()
+    student = len(model.trainable_variables)
+    model.trainable = False
+    assert not model.trainable_variables
+    model.trainable = True
+    assert len(model.trainable_variables) == student
+    assert not model.teacher_backbone.trainable_weights + model.teacher_head.trainable_weights
+
+
+def test_batch_norms_frozen_later_are_as_those_frozen_before(images, tmp_path):
+    def trained(when):
+        keras.utils.set_random_seed(0)
+        backbone = conv(batch_norm=True)
+        backbone.layers[1].trainable = when != "before"
+        model = tiny_model(backbone=backbone)
+        backbone.layers[1].trainable = False
+        model.compile(keras.optimizers.SGD(0.1), run_eagerly=True)
+        model.train_on_batch(images[:BATCH])
+        return model
+
+    before, later = trained("before"), trained("later")
+    assert_same_weights(before, later)
+    later.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for model in (later, loaded):
+        model.train_on_batch(images[:BATCH])
+    assert_same_weights(later, loaded)
+
+
+def test_a_file_that_does_not_say_what_is_frozen_loads():
+    model = tiny_model()
+    freeze_backbone(model)
+    config = model.get_config()
+    del config["frozen"]
+    assert not SelfDistillation.from_config(config).student_backbone.trainable_weights
 
 
 def test_schedules_follow_the_step(images):
@@ -568,6 +724,27 @@ def test_labels_are_refused(images):
     model.compile(keras.optimizers.Adam(1e-3))
     with pytest.raises(ValueError, match="trains without labels"):
         model.fit(images, np.zeros(len(images)), batch_size=BATCH, verbose=0)
+    with pytest.raises(ValueError, match=r"trains without labels.*Received: 2 parts in `x`"):
+        model.fit((images, np.zeros(len(images))), batch_size=BATCH, verbose=0)
+
+
+class Endless(keras.utils.PyDataset):
+    num_batches = None
+
+    def __getitem__(self, index):
+        return np.full((BATCH, 16, 16, 3), index, np.uint8)
+
+
+@pytest.mark.filterwarnings("error:.*shuffle")
+@pytest.mark.parametrize("endless", [False, True])
+def test_batches_that_cannot_be_shuffled_are_not_warned_of(images, endless):
+    strategy = tf.distribute.OneDeviceStrategy("CPU:0")
+    with strategy.scope():
+        model = tiny_model()
+        model.compile("adam")
+    distributed = strategy.experimental_distribute_dataset(batches(images))
+    model.fit(Endless() if endless else distributed, steps_per_epoch=1, verbose=0)
+    assert int(model.step) == 1
 
 
 def test_losses_of_ones_own_are_refused():
@@ -587,6 +764,58 @@ def test_backbones_that_do_not_fit_are_refused():
         tiny_model(backbone=tiny_vit(), views=MultiCrop(16, local_size=4))
     with pytest.raises(ValueError, match=r"must be a keras\.Model"):
         tiny_model(backbone=lambda x: x)
+    images = keras.Input((None, None, 3))
+    features = layers.GlobalAveragePooling2D()(images)
+    with pytest.raises(ValueError, match=r"further outputs.*shape \[\(None, 3\), \(None, 3\)\]"):
+        tiny_model(backbone=keras.Model(images, [features, features]))
+
+
+@pytest.mark.parametrize("views", [None, lambda images, seed: [images]])
+def test_what_is_no_views_is_named(views):
+    with pytest.raises(ValueError, match=r"`views` must be a MultiCrop.*negative\. Received: vi"):
+        tiny_model(views=views)
+
+
+@pytest.mark.parametrize("policy", ["bfloat16", "float16", "float64"])
+def test_weights_in_other_types_than_float32_are_refused(policy):
+    keras.config.set_dtype_policy(policy)
+    try:
+        with pytest.raises(
+            ValueError, match=r"'mixed_bfloat16' or.*Received: .*kernel of " + policy
+        ):
+            tiny_model()
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+@pytest.mark.parametrize("negatives", [None, Negatives("rot90", source="in_distribution")])
+def test_a_head_made_for_one_vector_per_image_takes_all_views(images, negatives):
+    layers = keras.layers
+    inputs = keras.Input((16,))
+    head = keras.Sequential([layers.Dense(8, activation="relu"), layers.Dense(PROTOTYPES)])
+    functional = keras.Model(inputs, head(inputs))
+    losses = []
+    for one in (functional, head, layers.Dense(PROTOTYPES)):
+        model = tiny_model(head=one, negatives=negatives)
+        model.compile("adam", run_eagerly=True)
+        losses.append(model.train_on_batch(images[:BATCH], return_dict=True)["loss"])
+    assert np.isfinite(losses).all()
+
+
+@pytest.mark.parametrize(
+    ("head", "received"),
+    [
+        (lambda: keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)]), "expected shape"),
+        (
+            lambda: keras.Sequential([keras.layers.Reshape((4, 4))]),
+            r"outputs of shape \(None, 4, 4",
+        ),
+        (lambda: "a head", "head='a head'"),
+    ],
+)
+def test_heads_that_do_not_fit_are_refused(head, received):
+    with pytest.raises(ValueError, match=rf"must map features \(B, 16\).*Received: .*{received}"):
+        tiny_model(head=head())
 
 
 def test_keras_applications_backbone_trains(images):
