@@ -332,7 +332,8 @@ class SelfDistillation(keras.Model):
             before = self._steps_and_images()
             logs = train_function(iterator)
             steps, images = self._steps_and_images() - before
-            self._warn_of_a_small_batch(round(images / steps))
+            if steps:
+                self._warn_of_a_small_batch(round(images / steps))
             self.train_function = train_function
             return logs
 
