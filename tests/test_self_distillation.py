@@ -274,6 +274,7 @@ def test_weight_decay_spares_one_dimensional_tensors(images):
     rate, decay = 1e-2, 0.5
 
     def after_a_step(weight_decay):
+        keras.utils.set_random_seed(0)  # of the head, too
         model = tiny_model(head=tiny_head(norm_last_layer=False))
         before = [variable.numpy() for variable in model.trainable_variables]
         model.compile(keras.optimizers.AdamW(rate, weight_decay=weight_decay))
