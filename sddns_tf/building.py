@@ -271,10 +271,11 @@ def checked_features(name, features, extractor, is_map=False):
 def checked_weights(weights, rows):
     """Return weights of the rows of a bank as a float32 array."""
     weights = np.asarray(weights, np.float32)
-    if weights.shape != (rows,) or not (weights > 0).all():
+    if weights.shape != (rows,) or not ((weights > 0) & np.isfinite(weights)).all():
         raise ValueError(
             f"`bank_weights` must be {rows} positive numbers. Received: "
-            f"shape={weights.shape}, smallest {weights.min(initial=np.inf):.3g}"
+            f"shape={weights.shape}, from {weights.min(initial=np.inf):.3g} to "
+            f"{weights.max(initial=-np.inf):.3g}"
         )
     return weights
 

@@ -513,7 +513,12 @@ class Detector(keras.Model):
         weights = self.bank_weights.numpy()
         if np.ptp(weights) > 1e-6 * weights.max():
             raise ValueError(
-                f"The bank is compressed already, to {len(weights)} weighted centers. "
+                f"The bank is compressed already, to {len(weights)} weighted centers: to export "
+                f"it, give a `bank_size` of at least as many. Received: size={size}"
+            )
+        if self.k is not None and self.k > size:
+            raise ValueError(
+                f"`size` must be at least k={self.k}, the nearest rows that count. "
                 f"Received: size={size}"
             )
         centers, weights = _compressed(self.bank.numpy(), size, method, seed, self.extractor)
@@ -771,7 +776,8 @@ class Detector(keras.Model):
         which score above the lowest calibration score. The calibration does not change. With one
         nearest row (`k=1`, as local detectors have), scores can only fall, so the promise still
         holds. Otherwise, or to flag as many as promised and no fewer, call `recalibrate` with
-        images that are not in the bank, never with these.
+        images that are not in the bank, never with these. Where all rows count (`k=None`), a few
+        images change a mean over thousands, so that they may still be flagged.
 
         A second voice stays as it is: what looks like the auxiliary images is still flagged. In an
         aligned detector, what joins the bank counts as normal at every place.
@@ -918,7 +924,11 @@ def _compressed(features, size, method, seed, extractor):
     """Return rows of a smaller bank and their weights."""
     if extractor.map_size is None:
         return compress(features, size, method, seed, metric=extractor.metric)
-    rows = coreset(features, size, seed)
+    # Of an aligned detector the first row is the mean of every place; others are of `extend`.
+    kept = 1 if extractor.aligned else 0
+    rows = features[:kept]
+    if size > kept and len(features) > kept:
+        rows = np.concatenate([rows, coreset(features[kept:], size - kept, seed)])
     return rows, np.full(len(rows), 1.0 / len(rows), np.float32)
 
 

@@ -173,15 +173,18 @@ def _auto_names(backbone, shapes, image_size):
         at_stride = {
             name: shape[-1]
             for name, shape in shapes.items()
-            if _is_map(shape) and _stride(shape, image_size) == stride and min(shape[1:3]) > 1
+            if _is_map(shape)
+            and _stride(shape, image_size) == stride
+            and min(shape[1:3]) > 1
+            and not isinstance(_layer(backbone, name), keras.layers.ZeroPadding2D)
         }
-        # A block ends in a sum; wider layers are inside the next block.
+        # A block ends in a sum; wider and narrower layers are inside the next block.
         sums = [
             channels
             for name, channels in at_stride.items()
             if isinstance(_layer(backbone, name), keras.layers.Add)
         ]
-        ends = [name for name, channels in at_stride.items() if not sums or channels <= sums[-1]]
+        ends = [name for name, channels in at_stride.items() if not sums or channels == sums[-1]]
         names += ends[-1:]
     if not names:
         raise ValueError(
@@ -379,12 +382,14 @@ def counted_places(ignore, extractor):
     fits = is_mask and mask.dtype == bool
     if fits:
         # The same proportions, up to rounding a side to whole places.
-        ratio = (mask.shape[0] / mask.shape[1]) / (rows / columns)
-        fits = mask.shape[0] >= rows and mask.shape[1] >= columns and 0.8 < ratio < 1.25
+        height, width = extractor.resolution or grid
+        ratios = [(mask.shape[0] / mask.shape[1]) * w / h for h, w in (grid, (height, width))]
+        fits = mask.shape[0] >= rows and mask.shape[1] >= columns
+        fits = fits and any(0.8 < ratio < 1.25 for ratio in ratios)
     if not fits:
         raise ValueError(
             f"`ignore` must be a bool mask of the map's {rows} x {columns} places or a larger one "
-            "of the same proportions, such as the image's size. "
+            "of the proportions of the map or of the images, as they are read. "
             f"Received: shape={mask.shape}, dtype={mask.dtype}"
         )
     cells = tf.image.resize(mask[np.newaxis, ..., np.newaxis].astype(np.float32), grid, "area")

@@ -206,6 +206,20 @@ def test_a_device_extends_as_the_detector(detector, tmp_path):
     assert detector.predict(alarm, verbose=0)["is_ood"][0] and not found["is_ood"][0]
 
 
+def test_a_compressed_bank_keeps_the_mean_of_each_place(detector):
+    one = Detector.from_config(detector.get_config())
+    one.set_weights(detector.get_weights())
+    rows = np.random.default_rng(0).normal(size=(300, one.extractor.feature_dim)) * 5
+    one = one._with(
+        np.concatenate([one.bank.numpy(), rows.astype(np.float32)]),
+        np.full(301, 1 / 301),
+        one.calibration_scores.numpy(),
+    )
+    for size in (1, 2, 50):
+        small = one.compressed(size)
+        assert small.bank.shape[0] == size and not np.any(small.bank[0])
+
+
 def test_calibration_images_of_the_bank_are_noticed():
     with pytest.warns(UserWarning, match="5 of the 39 calibration images are in the bank"):
         Detector.from_images(

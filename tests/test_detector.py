@@ -507,6 +507,8 @@ def test_a_compressed_detector_scores_like_the_whole_one():
     assert small.false_positive_rate == detector.false_positive_rate
     scores = small.predict(images, verbose=0)["ood_score"]
     assert np.abs(scores - whole).max() < 0.2 * np.ptp(whole)
+    with pytest.raises(ValueError, match=r"`size` must be at least k=20, .*Received: size=15"):
+        Detector.from_config({**detector.get_config(), "k": 20}).compressed(15)
     with pytest.raises(ValueError, match=r"compressed already, to 15 weighted.*Received: size=5"):
         small.compressed(5)
 

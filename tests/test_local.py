@@ -86,6 +86,16 @@ def test_auto_takes_the_ends_of_blocks_at_strides_8_and_16():
     assert FeatureExtractor(convnet(), 64, layers="auto").layer_names == ("eight", "sixteen")
 
 
+def test_auto_takes_no_padding_and_nothing_narrow_inside_a_block():
+    network = keras.applications.ResNet50V2(
+        weights=None, include_top=False, input_shape=(64, 64, 3)
+    )
+    extractor = FeatureExtractor(network, 64, layers="auto")
+    assert extractor.map_size == (8, 8)
+    found = [network.get_layer(name).output.shape[1:] for name in extractor.layer_names]
+    assert found == [(8, 8, 512), (4, 4, 1024)]
+
+
 @pytest.mark.parametrize(("stages", "found"), [(3, ["stage_3"]), (5, ["stage_4", "stage_5"])])
 def test_auto_takes_the_last_stages_of_a_convnet(stages, found):
     network = ConvNet((8,) * stages)
@@ -374,6 +384,12 @@ def test_a_mask_of_images_that_are_cropped_is_cropped_like_them():
     np.testing.assert_array_equal(np.where(~local.counted_places(mask, extractor))[1], [6] * 8)
     mask[:] = False
     mask[:, :4] = mask[:, -4:] = True  # what is cut off
+    squashed = FeatureExtractor(convnet(), 64, (60, 80), layers=("eight",))
+    photograph = np.zeros((60, 80), bool)
+    photograph[:15, :20] = True
+    expected = np.zeros((8, 8), bool)
+    expected[:2, :2] = True
+    np.testing.assert_array_equal(~local.counted_places(photograph, squashed), expected)
     assert local.counted_places(mask, extractor).all()
     assert (
         ~local.counted_places(np.eye(8, dtype=bool), extractor)

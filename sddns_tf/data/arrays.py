@@ -19,7 +19,10 @@ def open_npz(path, shaping):
     # Only the needed arrays are read: an archive may hold gigabytes of something else.
     try:
         if not zipfile.is_zipfile(path):  # Of which NumPy would say to load it unsafely.
-            raise ValueError("no archive, as `np.savez` writes; `np.save` writes a single array")
+            raise ValueError(
+                "Expected an archive, as `np.savez` writes. Received: none; `np.save` writes a "
+                "single array, for one"
+            )
         with np.load(path, allow_pickle=False) as archive:
             candidates = [key for key in archive.files if key != "labels"]
             key = "images" if "images" in candidates else candidates[0] if candidates else ""
