@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from sddns_tf.freezing import set_throughout
 from sddns_tf.keras_private import layers_of
 
 # Largest difference in an output that rounding may cause, relative to its size.
@@ -59,7 +60,7 @@ def copy_of(network: keras.Layer, input_shape: tuple, trainable: bool = True) ->
     if trainable:
         copy.trainable = True
     else:
-        _set_throughout(copy, False)
+        set_throughout(copy, False)
     if {id(v) for v in copy.variables} & {id(v) for v in network.variables}:
         raise ValueError(
             "A copy must have variables of its own, but the one that get_config and from_config "
@@ -252,45 +253,6 @@ def weight_losses(*networks: keras.Layer) -> list[tf.Tensor]:
                 f"call adds {len(network.losses) - len(own)} losses"
             )
     return found
-
-
-@contextlib.contextmanager
-def thawed(network: keras.Layer) -> Iterator[None]:
-    """Inside this context, a network that is frozen as a whole can be trained.
-
-    Args:
-        network: Keras model or layer; one with weights to train is left alone.
-    """
-    if network.trainable and (network.trainable_weights or not network.weights):
-        yield
-        return
-    frozen = [layer for layer in layers_of(network) if not layer.trainable]
-    _set_throughout(network, True)
-    yield
-    for layer in frozen:
-        _set_throughout(layer, False)
-
-
-def frozen_layers(*networks: keras.Layer) -> list[int]:
-    """Return which layers of networks are frozen, as `freeze_layers` takes it."""
-    return [i for i, layer in enumerate(_layers_of_all(networks)) if not layer.trainable]
-
-
-def freeze_layers(frozen: list[int], *networks: keras.Layer) -> None:
-    """Freeze the layers of networks that `frozen_layers` named, and no others."""
-    # Parents come first: what they pass on to their sublayers is not the last word.
-    for index, layer in enumerate(_layers_of_all(networks)):
-        layer.trainable = index not in frozen
-
-
-def _set_throughout(network, trainable):
-    """Set `trainable` of all layers: Keras passes on to sublayers only what changes."""
-    network.trainable = not trainable
-    network.trainable = trainable
-
-
-def _layers_of_all(networks):
-    return [layer for network in networks for layer in layers_of(network)]
 
 
 def remember_standardized(backbone: keras.Model) -> None:

@@ -26,6 +26,7 @@ import tensorflow as tf
 
 from sddns_tf import (
     files,
+    freezing,
     image_ops,
     losses,
     networks,
@@ -797,7 +798,7 @@ class SelfDistillation(keras.Model):
             "std": self.std,
             "seed": self.seed,
             # The networks' own configurations say this of their outermost layer only.
-            "frozen": networks.frozen_layers(self.student_backbone, self.student_head),
+            "frozen": freezing.frozen_layers(self.student_backbone, self.student_head),
         }
 
     @classmethod
@@ -807,10 +808,10 @@ class SelfDistillation(keras.Model):
         objects = {name: keras.saving.deserialize_keras_object(config[name]) for name in parts}
         arguments = {**config, **objects}
         frozen = arguments.pop("frozen", None)  # Older files lack it.
-        with networks.thawed(objects["backbone"]):
+        with freezing.thawed(objects["backbone"]):
             model = cls(**arguments)
         if frozen is not None:
-            networks.freeze_layers(frozen, model.student_backbone, model.student_head)
+            freezing.freeze_layers(frozen, model.student_backbone, model.student_head)
         return model
 
 

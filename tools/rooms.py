@@ -16,6 +16,7 @@ PACKAGE = ROOT / "sddns_tf"
 LEVELS = (
     ("types", "version", "pictures"),
     ("keras_private", "files", "validation", "replicas", "image_ops", "tracing"),
+    ("freezing",),
     (
         "networks",
         "losses",

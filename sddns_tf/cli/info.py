@@ -138,13 +138,13 @@ def _keras(path: pathlib.Path) -> dict[str, Any]:
     }
     if type(model).__name__ in describers:
         return {**found, **describers[type(model).__name__](model)}
-    try:
-        return {**found, **_network(model)}
-    except (AttributeError, TypeError, NotImplementedError) as error:
+    takes_images = hasattr(model, "image_size") or len(getattr(model, "input_shape", ())) == 4
+    if not takes_images:
         raise UsageError(
             "FILE must hold a detector, a SelfDistillation, a feature extractor or a network from "
             f"images to features. Received: {path}, which holds a {type(model).__name__}"
-        ) from error
+        )
+    return {**found, **_network(model)}
 
 
 def _extractor(extractor: Any) -> dict[str, Any]:
