@@ -2,6 +2,7 @@
 
 import collections.abc
 import functools
+import types
 
 import keras
 import numpy as np
@@ -94,6 +95,19 @@ def validation_source(validation_data):
         _check_no_labels(parts, "validation_data")
         validation_data = parts[0]
     return image_source(validation_data, "validation_data", trains=True)
+
+
+def can_be_shuffled(source):
+    """Return whether Keras can shuffle images. It warns if not, though nobody asked it to."""
+    if isinstance(source, keras.utils.PyDataset):
+        return source.num_batches is not None
+    in_order = (
+        tf.data.Dataset,
+        tf.distribute.DistributedDataset,
+        tf.distribute.DistributedIterator,
+        types.GeneratorType,
+    )
+    return not isinstance(source, in_order)
 
 
 class _CheckedPyDataset(keras.utils.PyDataset):

@@ -8,28 +8,23 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self
-
-import numpy as np
-
-from sddns_tf.types import Array
-
-if TYPE_CHECKING:
-    from sddns_tf.views import MultiCrop
-
 import types
 import warnings
+from collections.abc import Sequence
+from typing import Any, Self
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from sddns_tf import (
+    batches,
     files,
     freezing,
     image_ops,
     losses,
     networks,
+    optimization,
     replicas,
     schedules,
     shifts,
@@ -37,8 +32,9 @@ from sddns_tf import (
     validation,
 )
 from sddns_tf.heads import ProjectionHead
-from sddns_tf.image_sources import image_batch, image_source, validation_source
-from sddns_tf.keras_private import batches_counted, decays, fused_adam, inner
+from sddns_tf.image_sources import can_be_shuffled, image_batch, image_source, validation_source
+from sddns_tf.types import Array
+from sddns_tf.views import MultiCrop
 
 _LOGGED = (
     "loss",
@@ -273,24 +269,10 @@ class SelfDistillation(keras.Model):
                 )
         self._check_scope("compiled")
         super().compile(optimizer=optimizer, **kwargs)
-        optimizer = inner(self.optimizer)
-        if self._built_under.num_replicas_in_sync > 1:
-            _check_for_replicas(optimizer)
-        if self.weight_decay is not None and optimizer.weight_decay:
-            raise ValueError(
-                "Weight decay was asked for twice: as the model's `weight_decay` schedule and as "
-                f"the optimizer's weight_decay={optimizer.weight_decay}. Compile with "
-                "keras.optimizers.Adam, which has none, or leave the model's at None."
-            )
-        if not self.optimizer.built:
-            # Keras forgets earlier exclusions at each call.
-            spared = [
-                variable
-                for variable in self.trainable_variables
-                if not (self._is_decayed(variable) and decays(optimizer, variable))
-            ]
-            optimizer.exclude_from_weight_decay(var_list=spared)
-            self.optimizer.build(self.trainable_variables)
+        replicas_in_sync = self._built_under.num_replicas_in_sync
+        has_schedule = self.weight_decay is not None
+        optimization.check_optimizer(self.optimizer, replicas_in_sync, has_schedule)
+        optimization.build(self.optimizer, self.trainable_variables, self._is_decayed)
 
     def _check_scope(self, done):
         """Raise a `ValueError` in the scope of another strategy than the model was built in."""
@@ -390,11 +372,11 @@ class SelfDistillation(keras.Model):
         Raises:
             ValueError: If `x` is not images in 0-255, or labels are passed.
         """
-        _refuse_labels(y=y, class_weight=class_weight, sample_weight=sample_weight)
+        batches.refuse_labels(y=y, class_weight=class_weight, sample_weight=sample_weight)
         if tf.distribute.has_strategy():  # Outside of any scope, Keras enters the model's own.
             self._check_scope("trained")
         x = image_source(x, "x", trains=True)
-        shuffle = shuffle and _can_be_shuffled(x)
+        shuffle = shuffle and can_be_shuffled(x)
         if validation_data is not None:
             validation_data = (validation_source(validation_data),)
         try:
@@ -420,7 +402,7 @@ class SelfDistillation(keras.Model):
     ) -> Any:
         """`keras.Model.evaluate` on unlabeled images, as for `fit`."""
         if not kwargs.get("_use_cached_eval_dataset"):  # `fit` has checked its validation data.
-            _refuse_labels(y=y, sample_weight=sample_weight)
+            batches.refuse_labels(y=y, sample_weight=sample_weight)
             x = image_source(x, "x", trains=True)
         return super().evaluate(x, None, *args, **kwargs)
 
@@ -441,7 +423,7 @@ class SelfDistillation(keras.Model):
         return_dict: bool = False,
     ) -> Any:
         """`keras.Model.train_on_batch` on one batch, as for `fit`."""
-        _refuse_labels(y=y, sample_weight=sample_weight, class_weight=class_weight)
+        batches.refuse_labels(y=y, sample_weight=sample_weight, class_weight=class_weight)
         self._refuse_replicas("fit")
         return super().train_on_batch(image_batch(x), return_dict=return_dict)
 
@@ -449,7 +431,7 @@ class SelfDistillation(keras.Model):
         self, x: Array, y: Any = None, sample_weight: Any = None, return_dict: bool = False
     ) -> Any:
         """`keras.Model.test_on_batch` on one batch, as for `fit`."""
-        _refuse_labels(y=y, sample_weight=sample_weight)
+        batches.refuse_labels(y=y, sample_weight=sample_weight)
         self._refuse_replicas("evaluate")
         return super().test_on_batch(image_batch(x), return_dict=return_dict)
 
@@ -468,7 +450,7 @@ class SelfDistillation(keras.Model):
     @tracing.repeats_once()
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Train on one batch: the algorithm of the paper."""
-        images, auxiliary, part = self._unpack(data)
+        images, auxiliary, part = batches.unpack(data, self.negatives)
         views, negatives = self._draw(images, auxiliary, part)
 
         teacher_features, teacher_logits = self._teacher_outputs(views[0], part, training=True)
@@ -498,7 +480,7 @@ class SelfDistillation(keras.Model):
         The step does not change meanwhile, so images in the same place of their batches are cropped
         and shifted alike.
         """
-        images, auxiliary, part = self._unpack(data)
+        images, auxiliary, part = batches.unpack(data, self.negatives)
         views, negatives = self._draw(images, auxiliary, part)
         teacher_features, teacher_logits = self._teacher_outputs(views[0], part, training=False)
         targets = self._targets(teacher_logits, part)
@@ -508,38 +490,6 @@ class SelfDistillation(keras.Model):
         terms = self._loss_terms(targets, positive_logits, negative_logits, part)
         logs = self._update_trackers(terms, teacher_features, teacher_logits, targets, part)
         return _as_keras_reduces(logs)
-
-    def _unpack(self, data):
-        """Return images, auxiliary images and `Part` of a batch, checked during tracing."""
-        batch, labels, _ = keras.utils.unpack_x_y_sample_weight(data)
-        if labels is not None:
-            raise ValueError(
-                "SelfDistillation trains without labels: pass images alone. Received: "
-                "batches with two or more parts"
-            )
-        needs_auxiliary = self.negatives is not None and self.negatives.needs_auxiliary
-        if isinstance(batch, dict):
-            images, auxiliary = batch.get("images"), batch.get("auxiliary")
-        else:
-            images, auxiliary = batch, None
-        _check_images("images", images)
-        part = replicas.part_of(images)
-        images = replicas.at_least_one(images)
-        if not needs_auxiliary:
-            return images, None, part
-        if auxiliary is None:
-            raise ValueError(
-                f"Negatives with source={self.negatives.source!r} need auxiliary images: train on "
-                "data.with_auxiliary(images, auxiliary), which yields dictionaries with the keys "
-                f"'images' and 'auxiliary'. Received: a batch of {_describe(batch)}"
-            )
-        _check_images("auxiliary", auxiliary)
-        if None not in (sizes := (images.shape[0], auxiliary.shape[0])) and sizes[0] != sizes[1]:
-            raise ValueError(
-                "A batch needs as many auxiliary images as in-distribution images. Received: "
-                f"images.shape={images.shape}, auxiliary.shape={auxiliary.shape}"
-            )
-        return images, replicas.at_least_one(auxiliary), part
 
     def _draw(self, images, auxiliary, part):
         """Draw views and negatives, fixed by seed, step and place in the global batch."""
@@ -655,48 +605,22 @@ class SelfDistillation(keras.Model):
         Returns:
             Whether the student moves: not while gradients accumulate, nor if they overflowed.
         """
-        variables = self.trainable_variables
         if self.gradient_clip_norm is not None:
-            largest = self.optimizer.scale_loss(tf.constant(float(self.gradient_clip_norm)))
-            gradients = _clipped(gradients, largest)
-        moves = self._optimizer_moves(gradients)
-        # Keras adds up what the replicas hand over.
-        count = tf.distribute.get_replica_context().num_replicas_in_sync
-        if count > 1:
-            gradients = [gradient / count for gradient in gradients]
-
+            gradients = optimization.clipped(self.optimizer, gradients, self.gradient_clip_norm)
+        moves = optimization.will_move(self.optimizer, gradients)
+        variables = self.trainable_variables
         frozen = self.student_head.last_layer.weights if self.frozen_last_layer_steps else []
-        before = [tf.identity(variable) for variable in frozen]
-        if self.weight_decay is not None:
-            decay = self.weight_decay(self.step) * self.optimizer.learning_rate
-            decay = tf.where(moves, decay, 0.0)
-            for variable in variables:
-                if self._is_decayed(variable):
-                    variable.assign_sub(decay * variable)
-        with fused_adam(self.optimizer):
-            self.optimizer.apply(gradients, variables)
-        # Putting the values back, rather than dropping the gradients, keeps Adam's moments warm
-        # for the first step that counts, and undoes decay and momentum too.
-        for variable, value in zip(frozen, before, strict=True):
-            is_frozen = self.step < self.frozen_last_layer_steps
-            variable.assign(tf.where(is_frozen, value, variable))
+        with optimization.frozen(frozen, self.step < self.frozen_last_layer_steps):
+            if self.weight_decay is not None:
+                share = self.weight_decay(self.step) * self.optimizer.learning_rate
+                decayed = [variable for variable in variables if self._is_decayed(variable)]
+                optimization.decay(decayed, tf.where(moves, share, 0.0))
+            optimization.move(self.optimizer, gradients, variables)
         return moves
 
     def _is_decayed(self, variable):
         gain = getattr(getattr(self.student_head, "last_layer", None), "gain", None)
         return len(variable.shape) > 1 or variable is gain
-
-    def _optimizer_moves(self, gradients):
-        """Tell whether the optimizer is about to move the variables, by its own count of batches.
-
-        It skips batches whose gradients overflowed, and moves at the last one that it accumulates.
-        """
-        finite = True
-        if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
-            finite = self.optimizer.check_finite(gradients)
-        batches = inner(self.optimizer).gradient_accumulation_steps or 1
-        is_last = (batches_counted(self.optimizer) + 1) % batches == 0
-        return tf.logical_and(finite, is_last)
 
     def _update_teacher(self, student_moves):
         """If the student moved, move every float of the teacher toward it.
@@ -815,16 +739,6 @@ class SelfDistillation(keras.Model):
         return model
 
 
-def _clipped(gradients, largest):
-    """Scale each tensor down to a norm of `largest`, by `tf.clip_by_norm`'s formula.
-
-    The factors of all tensors are one vector: three operations per tensor instead of seventeen.
-    """
-    norms = tf.sqrt(2.0 * tf.stack([tf.cast(tf.nn.l2_loss(g), tf.float32) for g in gradients]))
-    factors = tf.unstack(largest / tf.maximum(norms, largest))
-    return [g * tf.cast(factor, g.dtype) for g, factor in zip(gradients, factors, strict=True)]
-
-
 def _as_keras_reduces(logs):
     """Add an axis to logs on several machines: Keras averages over one, which scalars lack."""
     resolver = getattr(tf.distribute.get_strategy(), "cluster_resolver", None)
@@ -842,34 +756,6 @@ def _schedule(name, value, low=None, high=None, above=None):
     return schedules.get(value)
 
 
-def _check_for_replicas(optimizer):
-    """Raise a `ValueError` if an optimizer is to do what Keras cannot do on several replicas."""
-    accumulation, overwriting = (
-        optimizer.gradient_accumulation_steps,
-        optimizer.use_ema and optimizer.ema_overwrite_frequency,
-    )
-    if accumulation or overwriting:
-        raise ValueError(
-            "On several replicas, Keras' optimizers can neither accumulate gradients nor overwrite "
-            "weights with their moving average. Use larger batches, or one device. Received: "
-            f"gradient_accumulation_steps={accumulation}, use_ema={optimizer.use_ema}, "
-            f"ema_overwrite_frequency={optimizer.ema_overwrite_frequency}"
-        )
-
-
-def _can_be_shuffled(source):
-    """Return whether Keras can shuffle images. It warns if not, though nobody asked it to."""
-    if isinstance(source, keras.utils.PyDataset):
-        return source.num_batches is not None
-    in_order = (
-        tf.data.Dataset,
-        tf.distribute.DistributedDataset,
-        tf.distribute.DistributedIterator,
-        types.GeneratorType,
-    )
-    return not isinstance(source, in_order)
-
-
 def _check_views(views, negatives):
     """Raise a `ValueError` unless `views` is like `MultiCrop`."""
     needed = ["image_size", "sizes", *(["negative"] if negatives is not None else [])]
@@ -879,29 +765,3 @@ def _check_views(views, negatives):
             "`views` must be a MultiCrop, or a callable (images, seed) with the attributes "
             f"{', '.join(needed)}. Received: views={views!r}"
         )
-
-
-def _refuse_labels(**parts):
-    for name, value in parts.items():
-        if value is not None:
-            raise ValueError(
-                "SelfDistillation trains without labels, so there are no classes or samples to "
-                f"weigh: pass images alone. Received: {name}={_describe(value)}"
-            )
-
-
-def _check_images(name, images):
-    if images is None:
-        raise ValueError(f"A batch must hold `{name}`. Received: {name}=None")
-    validation.check_images(images, name)
-    if None in images.shape[1:3]:
-        raise ValueError(
-            f"`{name}` must all have one size, known before training; resize them first, as "
-            f"data.load(..., image_size=...) does. Received: shape {images.shape}"
-        )
-
-
-def _describe(value):
-    if isinstance(value, dict):
-        return f"dict with keys {sorted(value)}"
-    return f"shape {value.shape}, dtype {value.dtype}" if hasattr(value, "shape") else repr(value)

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "sddns_tf"
 LEVELS = (
     ("types", "version", "pictures"),
     ("keras_private", "files", "validation", "replicas", "image_ops", "tracing"),
-    ("freezing",),
+    ("freezing", "batches", "optimization"),
     (
         "networks",
         "losses",
@@ -51,7 +51,16 @@ SERVED = (
     "detector",
     "export",
 )
-TRAINING = ("views", "shifts", "losses", "schedules", "self_distillation", "callbacks")
+TRAINING = (
+    "batches",
+    "optimization",
+    "views",
+    "shifts",
+    "losses",
+    "schedules",
+    "self_distillation",
+    "callbacks",
+)
 
 BEGIN, END = "<!-- rooms: made by tools/rooms.py -->", "<!-- end of rooms -->"
 
