@@ -19,7 +19,7 @@ from tiny import no_pictures
 
 import sddns_tf
 from sddns_tf import image_ops
-from sddns_tf.cli import advice, train, training
+from sddns_tf.cli import advice, evaluate, train, training
 from sddns_tf.cli import images as image_options
 from sddns_tf.cli import main as cli
 from sddns_tf.cli.errors import UsageError
@@ -316,6 +316,56 @@ def test_rectangles_and_mixed_sizes(tmp_path, resolution):
     image = np.zeros((1, 40, 200, 3), np.uint8)
     image[:, :, 40:160] = 200  # all that a crop of that aspect sees
     assert np.all(np.asarray(extractor.at_resolution(image)) > 199)
+
+
+def test_broken_files_are_left_out_on_request(tmp_path, caplog):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    write_rectangles(photos, 30)
+    whole = (photos / "29.png").read_bytes()
+    (photos / "29.png").write_bytes(whole[: len(whole) // 2])
+    command = [
+        f"--data=folder:{photos}",
+        "--image_size=16",
+        "--calibration_share=0.7",
+        "--set=backbone.stages=[8,8,8]",
+        "--set=views.local_views=0",
+        "--set=head.num_prototypes=16",
+        "--set=head.hidden_dim=16",
+        "--epochs=1",
+        f"--output_dir={tmp_path}/run",
+    ]
+    with pytest.raises(UsageError, match=r"--on_error=skip\). Received: 1 of 30 [\s\S]*29\.png"):
+        train.main(command)
+    train.main([*command, "--on_error=skip"])
+    assert "29.png: corrupt or cut short" in caplog.text
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["data"]["on_error"] == "skip"
+    counts = [config["derived"][f"{name}_images"] for name in ("training", "calibration")]
+    assert sum(counts) == 29
+
+    evaluate.main(
+        [
+            f"--model={tmp_path}/run/detector.keras",
+            f"--test=folder:{photos}",
+            f"--ood=broken=folder:{photos}",
+            "--on_error=skip",
+            "--resamples=10",
+            f"--output_dir={tmp_path}/evaluation",
+        ]
+    )
+    sets = json.loads((tmp_path / "evaluation" / "results.json").read_text())["sets"]
+    assert [found["images"] for found in sets.values()] == [29, 29]
+
+
+def test_a_run_of_an_earlier_version_goes_on(trained, train_on, tmp_path):
+    """Its configuration lacks the keys that were added since, which have their defaults."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    del config["data"]["on_error"]
+    (run / "config.json").write_text(json.dumps(config))
+    train_on(run)
+    assert json.loads((run / "config.json").read_text())["data"]["on_error"] == "raise"
 
 
 def test_numbers_are_told_before_the_first_epoch_ends(capsys):

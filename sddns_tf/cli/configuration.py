@@ -66,6 +66,7 @@ class DataOptions:
         resolution: Side, or height and width, to which images are resized when they are read. None
             keeps their size.
         resize: How an image of another aspect ratio is resized: `"squash"` or `"crop"`.
+        on_error: `"raise"`, or `"skip"` to leave out the files of folders that cannot be read.
         in_memory: Whether to hold all images in memory instead of reading them in every epoch.
     """
 
@@ -77,6 +78,7 @@ class DataOptions:
     limit: int | None = None
     resolution: int | list | None = None
     resize: str = "squash"
+    on_error: str = "raise"
     in_memory: bool = True
 
 

@@ -56,6 +56,7 @@ def check_same_run(config: dict[str, Any], output_dir: str | pathlib.Path) -> No
     if before is None:
         return
     before.pop("derived", None)
+    before = configuration.resolve(before, [])  # An earlier version may have had fewer keys.
     for key, old, new in configuration.differences(before, json.loads(json.dumps(config))):
         if key.startswith("detector."):
             continue

@@ -77,6 +77,7 @@ def parser() -> Parser:
     group.add_argument(
         "--limit", metavar="N", type=positive_int, help="Score at most N images of each set."
     )
+    sources.add_on_error(group)
     group = parser.group("detector")
     group.add_argument(
         "--calibration",
@@ -140,15 +141,18 @@ def load_detector(options: Namespace) -> Any:
             )
     if options.calibration:
         source = sources.parse("calibration", options.calibration, "test")
-        images = sources.read(
-            "calibration", source, data_dir=options.data_dir, **sources.seen_by(model)
-        )
+        images = sources.read("calibration", source, **reading(options, **sources.seen_by(model)))
         with user_input("calibration"):
             model.recalibrate(images, options.false_positive_rate, verbose=verbose())
     elif options.false_positive_rate is not None:
         with user_input("false_positive_rate"):
             model.recalibrate(false_positive_rate=options.false_positive_rate)
     return model
+
+
+def reading(options: Namespace, **more: Any) -> dict[str, Any]:
+    """Return options of `sources.read`."""
+    return {"data_dir": options.data_dir, "on_error": options.on_error or "raise", **more}
 
 
 def make_detector(model: Any, options: Namespace) -> Any:
@@ -173,11 +177,11 @@ def make_detector(model: Any, options: Namespace) -> Any:
             "as by default, needs --set=detector.standardize=true; model.keras knows it by itself"
         )
     resize = options.resize or "squash"
-    reading = {"data_dir": options.data_dir, "resize": resize}
+    how = reading(options, resize=resize)
     source = sources.parse("data", options.data, "train")
-    bank = sources.read("data", source, **reading)
+    bank = sources.read("data", source, **how)
     source = sources.parse("calibration", options.calibration, "test")
-    calibration = sources.read("calibration", source, image_size=bank.shape[1:3], **reading)
+    calibration = sources.read("calibration", source, image_size=bank.shape[1:3], **how)
     given = {}
     if trained is not None:
         size = detectors.input_size(trained, bank.shape[1:3])
@@ -229,15 +233,16 @@ def read_sets(options: Namespace, detector: Any) -> Sets:
     """Return the `Sets` of a command line, images and masks as the detector sees them."""
     from sddns_tf.evaluation import FRESH
 
-    reading = {"data_dir": options.data_dir, **sources.seen_by(detector)}
-    limited = {**reading, "limit": options.limit}
+    how = reading(options, **sources.seen_by(detector))
+    limited = {**how, "limit": options.limit}
     source = sources.parse("test", options.test, "test")
     found, masks_folder = ood_sources(options)
     normal, labels = sources.read_labeled("test", source, **limited)
     ood = {each.name: sources.read("ood", each, **limited) for each in found}
-    paths = {each.name: sources.file_names("ood", each, options.limit) for each in found}
-    masks = read_masks(masks_folder, paths, reading) if detector.is_local else {}
-    paths[FRESH] = sources.file_names("test", source, options.limit)
+    listed = {"limit": options.limit, "on_error": how["on_error"]}
+    paths = {each.name: sources.file_names("ood", each, **listed) for each in found}
+    masks = read_masks(masks_folder, paths, how) if detector.is_local else {}
+    paths[FRESH] = sources.file_names("test", source, **listed)
     files = {
         name: [f"{path.parent.name}/{path.name}" for path in several]
         for name, several in paths.items()
@@ -246,14 +251,14 @@ def read_sets(options: Namespace, detector: Any) -> Sets:
     labeled = None
     if options.data:
         source = sources.parse("data", options.data, "train")
-        labeled = sources.read_labeled("data", source, **reading)
+        labeled = sources.read_labeled("data", source, **how)
         if labels is None or labeled[1] is None:
             say("Skipping k-NN accuracy: --data or --test has no labels.")
             labels = labeled = None
     return Sets(normal, ood, labels, labeled, masks, files)
 
 
-def read_masks(folder: Any, paths: dict[str, Any], reading: dict[str, Any]) -> dict[str, Any]:
+def read_masks(folder: Any, paths: dict[str, Any], how: dict[str, Any]) -> dict[str, Any]:
     """Return masks by the name of the set, for sets that have a folder of masks."""
     if folder is None:
         return {}
@@ -272,7 +277,7 @@ def read_masks(folder: Any, paths: dict[str, Any], reading: dict[str, Any]) -> d
                 "With --masks, the images of an OOD set must be files in a folder. "
                 f"Received: --ood={name}=..., which is not a folder"
             )
-    size, resize = reading["image_size"], reading["resize"]
+    size, resize = how["image_size"], how["resize"]
     with user_input("masks"):
         return {
             name: mvtec.masks_of(several, folder / name, size, resize)

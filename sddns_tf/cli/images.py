@@ -180,7 +180,12 @@ def compares_auxiliary(config: dict[str, Any]) -> bool:
 
 def _reading(data_options: DataOptions, data_dir: str | None, resolution: Any) -> dict[str, Any]:
     size = tuple(resolution) if isinstance(resolution, list) else resolution
-    return {"data_dir": data_dir, "image_size": size, "resize": data_options.resize}
+    return {
+        "data_dir": data_dir,
+        "image_size": size,
+        "resize": data_options.resize,
+        "on_error": data_options.on_error,
+    }
 
 
 def _excluded(data_options: DataOptions) -> dict[str, list[str]]:

@@ -199,6 +199,7 @@ def true_aurocs(detector: Any, options: Namespace) -> dict[str, float]:
     reading = {
         "data_dir": options.data_dir,
         "limit": options.probe_images,
+        "on_error": options.on_error or "raise",
         **sources.seen_by(detector),
     }
 

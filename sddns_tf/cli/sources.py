@@ -33,6 +33,16 @@ class Source(NamedTuple):
     split: str
 
 
+def add_on_error(group: Any) -> None:
+    """Add the option that says what to do with files that cannot be read."""
+    group.add_argument(
+        "--on_error",
+        choices=("raise", "skip"),
+        help="What to do if files of a folder cannot be read: raise stops with a list of them (the "
+        "default), skip leaves them out and lists them.",
+    )
+
+
 def parse(option: str, text: str | None, split: str) -> Source:
     """Parse the value of an option as a source.
 
@@ -173,14 +183,17 @@ def read(option: str, source: Source, **options: Any) -> Any:
         return data.load_arrays(source.location, split=source.split, **options)
 
 
-def file_names(option: str, source: Source, limit: int | None = None) -> list[pathlib.Path] | None:
+def file_names(
+    option: str, source: Source, limit: int | None = None, on_error: str = "raise"
+) -> list[pathlib.Path] | None:
     """Return the paths of the files that `read` reads from a folder, or None for other sources."""
     if not source.location.startswith("folder:"):
         return None
     from sddns_tf import data
 
     with user_input(option):
-        return [pathlib.Path(path) for path in data.image_files(source.location, limit=limit)]
+        found = data.image_files(source.location, limit=limit, on_error=on_error)
+        return [pathlib.Path(path) for path in found]
 
 
 def read_labeled(

@@ -23,7 +23,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
-from sddns_tf.cli import configuration, starting
+from sddns_tf.cli import configuration, sources, starting
 from sddns_tf.cli.console import Parser, natural_int, positive_int, require, share, size
 from sddns_tf.cli.devices import STRATEGIES
 
@@ -40,6 +40,7 @@ SHORT_FOR = {
     "limit": "data.limit",
     "resolution": "data.resolution",
     "resize": "data.resize",
+    "on_error": "data.on_error",
     "in_memory": "data.in_memory",
     "backbone": "backbone.type",
     "image_size": "views.image_size",
@@ -158,6 +159,7 @@ def _add_image_options(group: Any) -> None:
         help="How images of another aspect ratio are resized: squash distorts them (the default), "
         "crop cuts off the sides. The detector does the same.",
     )
+    sources.add_on_error(group)
     group.add_argument(
         "--noin_memory",
         dest="in_memory",

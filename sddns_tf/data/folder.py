@@ -137,8 +137,9 @@ class Folder:
             )
             if self.on_error == "raise" or not found:
                 raise ValueError(
-                    f"folder:{self.path} must hold readable images. Remove or repair the others; "
-                    f'in Python, on_error="skip" leaves them out. Received: {summary}'
+                    f"folder:{self.path} must hold readable images. Remove or repair the others, "
+                    "or leave them out with on_error='skip' (train and evaluate: --on_error=skip). "
+                    f"Received: {summary}"
                 )
             logging.warning("Skipped: %s", summary)
         return found
