@@ -260,6 +260,12 @@ def checked_features(name, features, extractor, is_map=False):
     kind = "images" if is_map or not local else "places"
     check_finite(features.reshape(len(features), -1), name.removesuffix("_features"), kind)
     lengths = np.linalg.norm(features, axis=-1)
+    if not extractor.standardized and (empty := np.count_nonzero(lengths == 0.0)):
+        raise ValueError(
+            "Cosines need features that are not all 0, as a network with ReLU may give for a black "
+            f"image. Leave such images out. Received: {empty} of {len(features)} rows of `{name}` "
+            "are 0"
+        )
     if not extractor.standardized and np.abs(lengths - 1.0).max() > 0.01:
         raise ValueError(
             f"`{name}` must be L2-normalized, as `extract_features` gives them. Received: rows of "

@@ -37,9 +37,9 @@ def check_optimizer(
         )
     if has_decay_schedule and optimizer.weight_decay:
         raise ValueError(
-            "Weight decay was asked for twice: as the model's `weight_decay` schedule and as "
-            f"the optimizer's weight_decay={optimizer.weight_decay}. Compile with "
-            "keras.optimizers.Adam, which has none, or leave the model's at None."
+            "Weight decay was asked for twice: compile with keras.optimizers.Adam, which has none, "
+            "or leave the model's `weight_decay` at None. Received: a schedule of the model and "
+            f"the optimizer's weight_decay={optimizer.weight_decay}"
         )
 
 

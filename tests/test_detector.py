@@ -470,6 +470,7 @@ def test_a_detector_from_features_is_that_from_images():
         (np.eye(8)[:, :7], np.eye(8), r"`bank_features` must have shape \(N, 8\)"),
         (np.eye(8), np.zeros((0, 8)), r"`calibration_features` must have shape \(N, 8\)"),
         (np.eye(8) * 2, np.eye(8), "`bank_features` must be L2-normalized"),
+        (np.eye(9)[:, :8], np.eye(8), "1 of 9 rows of `bank_features` are 0"),
         (np.eye(8) * np.nan, np.eye(8), "not finite for 8 of 8 bank"),
     ],
 )

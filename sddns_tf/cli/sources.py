@@ -200,10 +200,12 @@ def read_labeled(
     option: str, source: Source, **options: Any
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Read images and their labels, int64 `(N,)`, or None instead of labels if there are none."""
+    from sddns_tf.data import NoLabelsError
+
     try:
         return read(option, source, with_labels=True, **options)
     except UsageError as error:
-        if "with_labels" not in str(error):
+        if not isinstance(error.__cause__, NoLabelsError):
             raise
         return read(option, source, **options), None
 

@@ -24,7 +24,11 @@ from sddns_tf.image_sources import untuned
 from sddns_tf.pictures import MAX_PIXELS
 from sddns_tf.validation import check_bool, check_choice, check_int
 
-__all__ = ["image_files", "load", "load_arrays", "mvtec", "with_auxiliary"]
+__all__ = ["NoLabelsError", "image_files", "load", "load_arrays", "mvtec", "with_auxiliary"]
+
+
+class NoLabelsError(ValueError):
+    """The source has no labels, and `load_arrays(..., with_labels=True)` asked for them."""
 
 
 def load(
@@ -211,7 +215,7 @@ def load_arrays(
     no_labels = f"with_labels=True needs a source with labels. Received: {name_of(source)}"
     if folder is not None and not exclude_labels:
         if with_labels:
-            raise ValueError(no_labels)
+            raise NoLabelsError(no_labels)
         return folder.read(limit)[1]
     opened = _open(
         source,
@@ -225,7 +229,7 @@ def load_arrays(
     records = opened.records if limit is None else opened.records.take(limit)
     dataset = untuned(_batched(opened, records, 256, drop_remainder=False).prefetch(2))
     if with_labels and "label" not in dataset.element_spec:
-        raise ValueError(no_labels)
+        raise NoLabelsError(no_labels)
     batches = list(dataset.as_numpy_iterator())
     images = np.concatenate([batch["image"] for batch in batches])
     if not with_labels:
