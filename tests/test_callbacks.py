@@ -241,6 +241,24 @@ def test_probe_does_not_change_the_training(images):
         np.testing.assert_array_equal(plain, probed)
 
 
+def test_a_probe_sees_the_central_squares_of_oblong_images(images):
+    side = images.shape[1]
+
+    def oblong(squares):
+        return np.pad(squares, [(0, 0), (0, 0), (3, 3), (0, 0)], constant_values=255)
+
+    def aurocs(bank_images, held_out, noise):
+        probe = OODProbe(bank_images, held_out, ood={"noise": noise})
+        model = make_model()
+        model.compile(keras.optimizers.Adam(1e-3))
+        history = model.fit(images[:32], batch_size=16, callbacks=[probe], verbose=0).history
+        return {key: value for key, value in history.items() if key.startswith("auroc")}
+
+    noise = np.random.default_rng(2).integers(0, 256, (24, side, side, 3), np.uint8)
+    sets = images[:32], images[32:], noise
+    assert aurocs(*map(oblong, sets)) == aurocs(*sets)
+
+
 @pytest.mark.parametrize(
     "callback",
     [

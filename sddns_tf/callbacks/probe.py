@@ -22,7 +22,8 @@ class OODProbe(keras.callbacks.Callback):
     Held-out in-distribution images are scored against the same images put through each shift
     (this needs no OOD data) and against any OOD sets given. The AUROCs go into the logs as
     `auroc_<name>`, so that `History`, `CSVLogger` and `TensorBoard` record them; put the probe
-    before those in the list of callbacks.
+    before those in the list of callbacks. Of images that are not square, or whose side no grid of
+    patches divides, the central square is used, of all sets alike.
 
     Args:
         bank_images: In-distribution training images `(M, H, W, 3)`, uint8 or float in 0-255; a few
@@ -69,15 +70,17 @@ class OODProbe(keras.callbacks.Callback):
         """Shift the held-out images once, so that every epoch is measured on the same ones."""
         del logs
         self._is_first = True
-        self._sets = dict(self.ood)
+        central = shifts.central_squares
+        self._bank, self._normal = central(self.bank_images), central(self.held_out)
+        self._sets = {name: central(images) for name, images in self.ood.items()}
         for index, shift in enumerate(self.shifts):
             name = shifts.name_of(shift)
-            shifted = shifts.get(shift)(tf.convert_to_tensor(self.held_out), [index, 0])
+            shifted = shifts.get(shift)(tf.convert_to_tensor(self._normal), [index, 0])
             self._sets[name] = shifted.numpy()
         self._extractor = FeatureExtractor(
             self.model.teacher_backbone,
             image_size=self.model.views.image_size,
-            resolution=self.bank_images.shape[1:3],
+            resolution=self._bank.shape[1:3],
             mean=self.model.mean,
             std=self.model.std,
         )
@@ -88,8 +91,8 @@ class OODProbe(keras.callbacks.Callback):
             return
         self._is_first = False
         normal, *others = building.scores_against(
-            self._features(self.bank_images),
-            [self._features(images) for images in (self.held_out, *self._sets.values())],
+            self._features(self._bank),
+            [self._features(images) for images in (self._normal, *self._sets.values())],
             standardize=self.model.standardizes_features,
         )
         for name, scores in zip(self._sets, others, strict=True):
