@@ -5,8 +5,8 @@ r"""The paper's experiment on a small scale: CIFAR-10 as normal, another TFDS da
 
 Trains a small vision transformer for four epochs, in about 20 minutes on two CPU cores. This is
 only the beginning of a training run; results are far from the paper's.
-`sddns train --recipe=cpu_small` trains the same with checkpoints, and `--recipe=paper_cifar10` is
-the paper's own recipe, which takes days on a GPU.
+`sddns train --recipe=cpu_small` trains the same network with checkpoints, and negatives that count
+from the first step; `--recipe=paper_cifar10` is the paper's own recipe, which takes days on a GPU.
 
 `TFDS` is a folder of prepared TensorFlow Datasets; nothing is downloaded. `tfds build NAME
 --data_dir=TFDS` prepares public ones. All images are resized to the size of the normal ones.

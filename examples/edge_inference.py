@@ -34,11 +34,11 @@ import sys
 import numpy as np
 
 
-def load(path):
+def load(path, threads=1):
     """Load a `.tflite` file: its runner, its batch size (None for any) and its image size."""
     from ai_edge_litert.interpreter import Interpreter
 
-    interpreter = Interpreter(str(path))
+    interpreter = Interpreter(str(path), num_threads=threads)
     batch, height, width, _ = interpreter.get_input_details()[0]["shape_signature"].tolist()
     runner = interpreter.get_signature_runner("serving_default")
     return runner, None if batch < 0 else batch, (height, width)
@@ -261,8 +261,8 @@ def _write(file, text, about, output):
         pathlib.Path(unfinished).unlink(missing_ok=True)
 
 
-def main(arguments=None):
-    """Extend or recalibrate the file if asked to, score the images, and return the exit code."""
+def options_of(arguments):
+    """Return the options of a command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -283,6 +283,9 @@ def main(arguments=None):
         "--output", help="file to write with --recalibrate or --extend; default: replace the model"
     )
     parser.add_argument(
+        "--threads", type=int, default=1, metavar="N", help="threads to compute with; default: 1"
+    )
+    parser.add_argument(
         "--maps", metavar="FOLDER", help="folder to write overlays of anomaly maps to"
     )
     options = parser.parse_args(arguments)
@@ -290,9 +293,17 @@ def main(arguments=None):
         raise ValueError("--extend and --recalibrate take two runs. Received: both")
     if options.false_positive_rate is not None and not options.recalibrate:
         raise ValueError("--false_positive_rate needs --recalibrate. Received: none")
+    if options.threads < 1:
+        raise ValueError(f"--threads must be at least 1. Received: {options.threads}")
     if options.output and not (options.recalibrate or options.extend):
         raise ValueError("--output needs --recalibrate or --extend. Received: neither")
-    file, model = options.model, load(options.model)
+    return options
+
+
+def main(arguments=None):
+    """Extend or recalibrate the file if asked to, score the images, and return the exit code."""
+    options = options_of(arguments)
+    file, model = options.model, load(options.model, options.threads)
     about = description(file)
 
     def read(path):
@@ -310,7 +321,7 @@ def main(arguments=None):
         extend(file, np.concatenate(alarms), output)
         print(json.dumps({"extended": output, "rows": sum(map(len, alarms))}))
     if options.recalibrate or options.extend:
-        file, model = output, load(output)
+        file, model = output, load(output, options.threads)
         about = description(file)
     if options.maps and not about.get("map_size"):
         raise ValueError("--maps needs the file of a local detector. Received: one without maps")

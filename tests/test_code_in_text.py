@@ -186,7 +186,6 @@ def toy(trained, tmp_path_factory):
     photographs = {
         "photos/good": ("grass", 64), "photos/other": ("coffee", 40),
         "photos/good_held_out": ("grass", 40), "photos/new": ("brick", 6),
-        "parts/held_out": ("grass", 40),
     }  # fmt: skip
     for place, (name, count) in photographs.items():
         (folder / place).mkdir(parents=True)

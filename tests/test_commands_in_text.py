@@ -327,8 +327,7 @@ def toy(trained, tmp_path_factory):
         "photos/good": ("grass", 100), "photos/other": ("coffee", 30),
         "photos/good_held_out": ("grass", 40), "photos/good_fresh": ("grass", 20),
         "photos/scratched": ("brick", 10), "photos/new": ("brick", 6),
-        "parts/good": ("grass", 60), "parts/held_out": ("grass", 40), "parts/fresh": ("grass", 20),
-        "parts/scratched": ("brick", 10), "camera": ("brick", 6), "normal": ("grass", 40),
+        "camera": ("brick", 6), "normal": ("grass", 40),
     }  # fmt: skip
     for place, (name, count) in photographs.items():
         (folder / place).mkdir(parents=True)

@@ -105,6 +105,17 @@ def test_another_size_is_resized(example, detector, model, auxiliary, tmp_path):
     np.testing.assert_allclose(answer["ood_score"], expected, rtol=0, atol=0.1)
 
 
+def test_threads_change_no_score(example, model, auxiliary, tmp_path, capsys):
+    Image.fromarray(auxiliary[0][:32, :32]).save(tmp_path / "a.png")
+    for threads in (1, 2):
+        command = [str(model), str(tmp_path / "a.png"), f"--threads={threads}"]
+        assert example.main(command) == 0
+    one, two = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert one["ood_score"] == pytest.approx(two["ood_score"], abs=1e-4)
+    with pytest.raises(ValueError, match="at least 1. Received: 0"):
+        example.main([str(model), "--threads=0"])
+
+
 def test_calibration_is_that_of_the_package(example, model, tmp_path):
     scores = np.random.default_rng(0).normal(size=57).astype(np.float32)
     example.recalibrate(model, scores, tmp_path / "device.tflite", 0.1)

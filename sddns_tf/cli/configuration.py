@@ -3,7 +3,7 @@
 A recipe is a JSON file with the constructor arguments that differ from their defaults:
 
     {"about": "What this recipe is for and how long it takes.",
-     "data": {"source": "folder:parts/good", "resize": "crop"},
+     "data": {"source": "folder:photos/good", "resize": "crop"},
      "backbone": {"type": "convnet", "stages": [32, 64]},
      "views": {"local_views": 2},
      "negatives": {"shift": "rot90"},

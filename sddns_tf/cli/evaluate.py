@@ -1,7 +1,7 @@
 r"""Measure how well a detector tells normal images from others.
 
-    sddns evaluate --model=parts/detector.keras --test=folder:parts/fresh \
-        --ood=scratched=folder:parts/scratched,npz:photos.npz --output_dir=parts/evaluation
+    sddns evaluate --model=parts/detector.keras --test=folder:photos/good_fresh \
+        --ood=scratched=folder:photos/scratched,npz:photos.npz --output_dir=parts/evaluation
 
 Reports AUROC, AUPR, FPR95 and the share of images above the calibrated threshold for every set,
 each with a 95 % interval, and the k-NN accuracy of the features if --data and --test have labels.

@@ -1,7 +1,7 @@
 r"""Write a detector for servers (SavedModel) and for devices (TFLite).
 
     sddns export --detector=parts/detector.keras --saved_model=exports/parts \
-        --tflite=parts.tflite --quantization=dynamic --calibration=folder:parts/held_out
+        --tflite=parts.tflite --quantization=dynamic --calibration=folder:photos/good_held_out
 
 Each export contains everything: resizing, normalization, backbone, bank, score and calibration. It
 is run in a separate process and compared with the detector before it is moved into place. If the

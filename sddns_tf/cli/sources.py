@@ -58,8 +58,8 @@ def parse(option: str, text: str | None, split: str) -> Source:
         UsageError: If the text is None or has another form.
 
     Example:
-    >>> parse("ood", "scratched=folder:parts/scratched", "test")
-    Source(name='scratched', location='folder:parts/scratched', split='test')
+    >>> parse("ood", "scratched=folder:photos/scratched", "test")
+    Source(name='scratched', location='folder:photos/scratched', split='test')
     """
     if text is None:
         raise UsageError(f"--{option} is needed. Received: none")

@@ -1,6 +1,6 @@
 r"""Train on unlabeled normal images and make a calibrated detector.
 
-    sddns train --data=folder:parts/good --auxiliary=folder:photos --image_size=64 \
+    sddns train --data=folder:photos/good --auxiliary=folder:photos/other --image_size=64 \
         --output_dir=parts
     sddns train --recipe=cpu_small --data_dir=TFDS --output_dir=cifar10
 
