@@ -20,7 +20,6 @@ _MOST_SIGNATURES = 100_000
 # The coreset chooses among this many random places per row of the bank.
 _PLACES_FOR_A_ROW = 20
 PLACES_BANK_SIZE = 5000
-PLACES_BATCH = 32
 
 
 def check_options(
@@ -86,6 +85,12 @@ def check_options(
             "`auxiliary_weight` weighs a comparison of whole images, and this detector compares "
             f"places: leave out one of it and `layers`. Received: {auxiliary_weight=}"
         )
+
+
+def check_rate_and_seed(false_positive_rate, seed):
+    """Raise a `ValueError` for a rate or a seed that would fail after all images were seen."""
+    check_number("false_positive_rate", false_positive_rate, above=0.0, below=1.0)
+    check_int("seed", seed, 0, 2**32 - 1)
 
 
 def check_auxiliary(auxiliary, weight):

@@ -19,7 +19,12 @@ import tensorflow as tf
 from sddns_tf import building, files, image_ops, second_voice
 from sddns_tf.bank import compress, coreset, ood_score
 from sddns_tf.calibration import ending_at, largest_flagged_rank, merged, rounding, snapped
-from sddns_tf.features import FeatureExtractor, extract_features, stream_features
+from sddns_tf.features import (
+    FeatureExtractor,
+    extract_features,
+    images_per_step,
+    stream_features,
+)
 from sddns_tf.image_sources import batches_of, image_source
 from sddns_tf.local import counted_places, smoothed
 from sddns_tf.metrics import as_scores
@@ -277,6 +282,7 @@ class Detector(keras.Model):
             auxiliary_weight=auxiliary_weight,
             **score,
         )
+        building.check_rate_and_seed(false_positive_rate, seed)
         building.check_auxiliary(auxiliary_images, auxiliary_weight)
         building.check_backbone(backbone, layers is not None, standardize)
         bank_images = image_source(bank_images, "bank_images")
@@ -295,7 +301,7 @@ class Detector(keras.Model):
             mean=mean,
             std=std,
         ).snapshot()
-        options: dict[str, Any] = {"batch_size": batch_size or 256, "verbose": verbose}
+        options: dict[str, Any] = {"batch_size": batch_size, "verbose": verbose}
         if layers is None:
             return cls._of_whole_images(
                 extractor,
@@ -308,7 +314,6 @@ class Detector(keras.Model):
                 seed=seed,
                 **score,
             )
-        options["batch_size"] = batch_size or building.PLACES_BATCH
         counted = counted_places(ignore, extractor)
         images = (bank_images, calibration_images)
         return cls._of_places(
@@ -445,6 +450,7 @@ class Detector(keras.Model):
             bank_method=bank_method,
             auxiliary_weight=auxiliary_weight,
         )
+        building.check_rate_and_seed(false_positive_rate, seed)
         building.check_auxiliary(auxiliary_features, auxiliary_weight)
         features = building.checked_features("bank_features", bank_features, extractor)
         calibration = building.checked_features(
@@ -856,18 +862,19 @@ class Detector(keras.Model):
         return 1.0 / self.temperature + self.auxiliary_weight * slope * length
 
     def _stream(self, images, batch_size, verbose):
-        size = batch_size or (building.PLACES_BATCH if self.is_local else 256)
-        return stream_features(self.extractor, images, batch_size=size, verbose=verbose)
+        return stream_features(self.extractor, images, batch_size=batch_size, verbose=verbose)
 
     def _scores_to_calibrate(self, images, batch_size, verbose):
         """Return scores of calibration images, and warn of those that are in the bank."""
-        found, shared = [], 0
+        found, kept, shared = [], [], 0
         for features in self._stream(images, batch_size, verbose):
             found.append(self._scores(features))
             if not self.is_local:
-                shared += building.count_shared(self.bank.numpy(), features)
+                kept.append(features)
         scores = np.concatenate(found)
-        if self.is_local and not self.extractor.aligned:
+        if not self.is_local:
+            shared = building.count_shared(self.bank.numpy(), np.concatenate(kept))
+        elif not self.extractor.aligned:
             shared = np.count_nonzero(scores <= self.lowest_score + self.rounding)
         building.warn_of_shared_images(shared, len(scores))
         return scores
@@ -875,7 +882,7 @@ class Detector(keras.Model):
     def _scores(self, features):
         """Return scores `(N,)` of calibration features, a few at a time."""
         building.check_finite(features.reshape(len(features), -1), "calibration")
-        step = building.PLACES_BATCH if self.is_local else 256
+        step = images_per_step(self.extractor)
         return np.concatenate(
             [
                 self.scores(features[start : start + step])["ood_score"]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sddns_tf import building, metrics
-from sddns_tf.features import extract_features
+from sddns_tf.features import images_per_step, stream_features
 from sddns_tf.types import Array
 
 COLUMNS = ("auroc", "aupr_in", "aupr_out", "fpr95", "flagged")
@@ -96,7 +96,7 @@ def evaluate(
     files: Any = None,
     resamples: int = 1000,
     feature_count: int = 300,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     seed: int = 0,
     verbose: int | str = "auto",
 ) -> Evaluation:
@@ -116,7 +116,7 @@ def evaluate(
             its files, for pictures.
         resamples: Draws of the bootstrap.
         feature_count: Number of images of each set whose features are kept, for a map of them.
-        batch_size: Images per forward pass.
+        batch_size: Images per forward pass, 256 by default, 32 for a local detector.
         seed: Int, for the bootstrap.
         verbose: As in Keras.
 
@@ -138,6 +138,7 @@ def evaluate(
     masks = {name: np.asarray(mask) for name, mask in (masks or {}).items()}
     _check_masks(detector, masks, ood)
     images = {**ood, FRESH: normal}
+    batch_size = images_per_step(detector.extractor, batch_size)
     answers = {
         name: detector.predict(x, batch_size=batch_size, verbose=verbose)
         for name, x in images.items()
@@ -147,9 +148,8 @@ def evaluate(
         name: table_row(normal_scores, answer, name == FRESH, resamples, seed)
         for name, answer in answers.items()
     }
-    extract: dict[str, Any] = {"batch_size": batch_size, "verbose": 0}
     features = {
-        name: _one_each(extract_features(detector.extractor, x[:feature_count], **extract))
+        name: _one_each(detector.extractor, x[:feature_count], batch_size, verbose=0)
         for name, x in images.items()
     }
     _warn_of_known_images(detector, features[FRESH], normal_scores[:feature_count])
@@ -197,9 +197,12 @@ def _check_masks(detector, masks, ood):
             )
 
 
-def _one_each(features):
-    """Return features `(n, D)`; maps are averaged over places."""
-    return features if features.ndim == 2 else features.mean(axis=(1, 2))
+def _one_each(extractor, images, batch_size, verbose):
+    """Return features `(n, D)`; maps are averaged over places, batch by batch."""
+    batches = stream_features(extractor, images, batch_size=batch_size, verbose=verbose)
+    return np.concatenate(
+        [batch if batch.ndim == 2 else batch.mean(axis=(1, 2)) for batch in batches]
+    )
 
 
 def _pixel_rows(detector, answers, masks):
@@ -252,11 +255,10 @@ def _knn_accuracy(detector, normal, labels, labeled, batch_size, verbose):
     if labels is None or labeled is None:
         return None
     known, classes = labeled
-    options = {"batch_size": batch_size, "verbose": verbose}
     accuracy = metrics.knn_accuracy(
-        extract_features(detector.extractor, known, **options),
+        _one_each(detector.extractor, known, batch_size, verbose),
         classes,
-        extract_features(detector.extractor, normal, **options),
+        _one_each(detector.extractor, normal, batch_size, verbose),
         labels,
         k=min(20, len(known)),
     )

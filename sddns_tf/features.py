@@ -308,7 +308,7 @@ def extract_features(
     extractor: Any,
     images: Array,
     *,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     verbose: int | str = "auto",
     name: str = "images",
 ) -> np.ndarray:
@@ -323,7 +323,7 @@ def extract_features(
         images: Images `(N, H, W, 3)`, uint8 or float in 0-255, or batches of such images: a finite
             `tf.data.Dataset`, a generator or a `keras.utils.PyDataset`. Whatever follows the images
             in a batch (labels) is ignored.
-        batch_size: Images per step; a dataset has its own.
+        batch_size: Images per step, 256 by default, 32 for maps; a dataset has its own.
         verbose: 0 is silent, 1 shows a progress bar, 2 one line at the end; `"auto"` shows the
             bar unless there is only one step.
         name: What error messages call the images.
@@ -345,11 +345,28 @@ def extract_features(
     return np.concatenate(list(stream))
 
 
+def images_per_step(extractor: Any, batch_size: int | None = None) -> int:
+    """Return how many images go through an extractor at once.
+
+    Args:
+        extractor: A `FeatureExtractor`.
+        batch_size: Positive int, or None for 256, or 32 if the extractor gives maps, which take
+            more memory.
+
+    Returns:
+        Int.
+    """
+    if batch_size is None:
+        return 256 if extractor.map_size is None else 32
+    check_int("batch_size", batch_size)
+    return batch_size
+
+
 def stream_features(
     extractor: Any,
     images: Array,
     *,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     verbose: int | str = "auto",
     name: str = "images",
 ) -> Iterator[np.ndarray]:
@@ -358,7 +375,7 @@ def stream_features(
     Args:
         extractor: A `FeatureExtractor`.
         images: As for `extract_features`.
-        batch_size: Images per step; a dataset has its own.
+        batch_size: Images per step, 256 by default, 32 for maps; a dataset has its own.
         verbose: As for `extract_features`.
         name: What error messages call the images.
 
@@ -372,8 +389,7 @@ def stream_features(
     >>> extractor = FeatureExtractor(backbone, image_size=224, layers="auto")
     >>> total = sum(maps.sum() for maps in stream_features(extractor, train_images))
     """
-    check_int("batch_size", batch_size)
-    batches, steps = _batches(image_source(images, name), batch_size)
+    batches, steps = _batches(image_source(images, name), images_per_step(extractor, batch_size))
     progress = keras.utils.Progbar(steps, verbose=int(steps != 1) if verbose == "auto" else verbose)
     devices = local_devices(extractor.distribute_strategy)
     done = full = 0

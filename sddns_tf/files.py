@@ -11,6 +11,9 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+# In bytes, on Linux and macOS.
+_LONGEST_NAME = 255
+
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
@@ -34,6 +37,8 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{uuid.uuid4().hex[:12]}.{path.name}")
+    if len(os.fsencode(unfinished.name)) > _LONGEST_NAME:
+        unfinished = path.with_name(unfinished.name[:14] + path.suffix)
     try:
         yield unfinished
         _sync(unfinished)

@@ -63,8 +63,9 @@ def header(file: bytes) -> Header:
                 decoder = "tensorflow"
             elif picture.format == "PNG":
                 decoder = "png_16" if file[_BIT_DEPTH_OF_PNG] == 16 else "tensorflow"
-            may_be_turned = picture.format != "PNG" or b"eXIf" in file or b"exif" in file
-            orientation = orientation_of(picture) if may_be_turned else 1
+            # To look for it, Pillow decodes a PNG.
+            is_sought = picture.format != "PNG" or may_be_turned(file)
+            orientation = orientation_of(picture) if is_sought else 1
             return Header(picture.height, picture.width, decoder, orientation)
     except Image.UnidentifiedImageError:
         raise ValueError(
@@ -158,6 +159,15 @@ def _rgb(picture):
 
 def _repeated(gray):
     return np.repeat(gray[..., np.newaxis], 3, axis=-1)
+
+
+def may_be_turned(file: bytes) -> bool:
+    """Return whether a JPEG or PNG file may have an orientation: without these words it has none.
+
+    EXIF data are under "Exif", "eXIf" or "exif". XMP has the word Orientation, unless a PNG
+    compresses it, and then still its keyword.
+    """
+    return any(word in file for word in (b"xif", b"XIf", b"rientation", b"com.adobe.xmp"))
 
 
 def orientation_of(picture: Image.Image) -> int:

@@ -26,7 +26,7 @@ def sensitivity(
     trained_on: str | Callable | None = None,
     probes: Sequence[str | Callable] = PROBES,
     seed: int = 0,
-    batch_size: int = 256,
+    batch_size: int | None = None,
 ) -> dict[str, float]:
     """Measure how well the score tells held-out in-distribution images from shifted copies.
 
@@ -41,7 +41,7 @@ def sensitivity(
         trained_on: Shift that made the negatives, by name or callable; left out of the mean.
         probes: Names, or callables: see `shifts.get`.
         seed: Integer; fixes the draws of the probes.
-        batch_size: Images per forward pass.
+        batch_size: Images per forward pass; None leaves it to `Detector.predict`.
 
     Returns:
         Dictionary: the AUROC of each probe by name, and their mean as `"mean"`.

@@ -106,6 +106,23 @@ def test_short_visits_to_the_edge_are_no_collapse():
     assert monitor.collapse is None
 
 
+def test_a_rollback_begins_the_windows_again():
+    """Keras' running means begin again after it, and the windows with them."""
+    monitor = CollapseMonitor(window=10, patience=1)
+    monitor.set_model(Stub())
+    monitor.on_train_begin()
+    monitor.on_epoch_begin(0)
+    for batch in range(60):
+        rolled_back = batch >= 35
+        monitor.model.step = keras.Variable(batch - 5 * rolled_back, dtype="int32")
+        bad = float("nan") if batch == 35 else 1.0
+        monitor.on_train_batch_end(
+            batch, {**HEALTHY, "loss": bad, "feature_std": 0.3 + 0.2 * rolled_back}
+        )
+        assert monitor._widest <= 0.5 + 1e-9
+    assert monitor.collapse is None
+
+
 @pytest.fixture(scope="module")
 def images():
     generator = np.random.default_rng(0)

@@ -107,6 +107,21 @@ def test_a_detector_of_oblong_images_is_that_of_training(run, image_sets, tmp_pa
     assert results["configuration"]["image_size"] == [23, 45]  # the area of a view of 32 x 32
 
 
+def test_a_detector_of_a_folder_reads_it_as_training_does(run, tmp_path):
+    """Photographs are brought to the network's size, or to that of --resolution."""
+    (tmp_path / "photos").mkdir()
+    for index in range(24):
+        image = np.full((60 + index, 90, 3), 8 * index, np.uint8)
+        keras.utils.save_img(tmp_path / "photos" / f"{index:02}.png", image, scale=False)
+    arguments = [f"--{option}=folder:{tmp_path}/photos" for option in ("data", "calibration")]
+    with pytest.warns(UserWarning, match="calibration images are in the bank"):
+        results = run("model", *arguments)
+        assert results["configuration"]["resolution"] == [32, 32]
+        results = run("model", *arguments, "--resolution=16,24", "--resize=crop")
+        assert results["configuration"]["resolution"] == [16, 24]
+        assert results["configuration"]["resize"] == "crop"
+
+
 def test_it_recalibrates(run, image_sets):
     results = run("detector", "--false_positive_rate=0.25")
     assert results["false_positive_rate"] == 0.25
@@ -163,6 +178,17 @@ def test_sensitivity_chooses_only_what_leads_by_more_than_chance(image_sets, tmp
     assert "Training" not in printed.err
     assert "Chosen: rot90:in_distribution" in printed.out
     assert "| none | 2 | 0.600 | 0.600 |" in printed.out
+    with no_pictures():
+        sensitivity.main([*arguments, "--set=detector.k=3"])  # measured again, not trained again
+    printed = capsys.readouterr()
+    assert "Already done" not in printed.err
+    assert "| none | 2 | 0.600 | 0.600 |" not in printed.out
+    assert json.loads(path.read_text())["asked"]["detector"]["k"] == 3
+    for seed in (0, 1):
+        rewrite(tmp_path / "none" / str(seed) / "sensitivity.json", **probes)
+        path = tmp_path / "rot90-in_distribution" / str(seed) / "sensitivity.json"
+        rewrite(path, **dict.fromkeys(probes, 0.7 + 0.001 * seed))
+    arguments.append("--set=detector.k=3")
 
     rewrite(path, **dict.fromkeys(probes, 0.8))  # one seed now leads by 0.1, the other by 0.2
     sensitivity.main(arguments)
@@ -212,7 +238,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_scoring(run, tmp_path
         run("detector", f"--output_dir={tmp_path}/file/results")
 
 
-@pytest.mark.parametrize("option", ["--set=detector.k=10", "--resize=crop"])
+@pytest.mark.parametrize("option", ["--set=detector.k=10", "--resize=crop", "--resolution=8"])
 def test_options_that_make_a_detector_are_refused_for_one(run, option):
     with pytest.raises(UsageError, match=r"takes a --model that is not a detector.*Received: --"):
         run("detector", option)

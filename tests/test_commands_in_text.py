@@ -35,7 +35,7 @@ COMMANDS = list({command.words: command for command in all_commands()}.values())
 
 # Programs of others; what is said of the first group is looked at, of the second it is not.
 CHECKED = {"pip", "mkdocs", "ruff"}
-UNCHECKED = {".", "cd", "curl", "docker", "export", "find", "tensorboard"}
+UNCHECKED = {".", "cd", "curl", "docker", "export", "find", "lint-imports", "mypy", "tensorboard"}
 
 
 class Parsed(BaseException):

@@ -112,7 +112,7 @@ def test_threads_change_no_score(example, model, auxiliary, tmp_path, capsys):
         assert example.main(command) == 0
     one, two = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert one["ood_score"] == pytest.approx(two["ood_score"], abs=1e-4)
-    with pytest.raises(ValueError, match="at least 1. Received: 0"):
+    with pytest.raises(ValueError, match=r"at least 1\. Received: 0"):
         example.main([str(model), "--threads=0"])
 
 

@@ -538,6 +538,10 @@ def test_one_of_several_machines_writes_states(task, jobs, writes, tmp_path, mon
 def test_rolling_back_needs_a_checkpoint():
     with pytest.raises(ValueError, match="Rolling back needs `checkpoint`"):
         NotFinite(rollbacks=1)
+    model = make_model()
+    model.compile(keras.optimizers.Adam(1e-3))
+    with pytest.raises(ValueError, match=r"among the callbacks of `fit`.*Received: rollbacks=1"):
+        model.fit(np.zeros((8, 16, 16, 3), np.uint8), callbacks=[NotFinite(Checkpoint("f"), 1)])
 
 
 @pytest.mark.parametrize("callback", [Checkpoint("folder", 7, 3), NotFinite(Checkpoint("f"), 2)])

@@ -19,8 +19,6 @@ from sddns_tf.beam.reading import File, Unreadable
 from sddns_tf.validation import check_int
 
 _DECODED_ALIKE = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
-# Exif, eXIf or exif, and XMP's Orientation: without these no photograph is rotated.
-_MAY_BE_TURNED = (b"xif", b"XIf", b"rientation")
 
 
 class Answer(NamedTuple):
@@ -155,12 +153,12 @@ def as_served(file: bytes) -> bytes:
     Returns:
         The same file, or a PNG of its pixels.
     """
-    if file.startswith(_DECODED_ALIKE) and not any(mark in file for mark in _MAY_BE_TURNED):
-        return file
     from PIL import Image
 
     from sddns_tf import pictures
 
+    if file.startswith(_DECODED_ALIKE) and not pictures.may_be_turned(file):
+        return file
     try:
         header = pictures.header(file)
         if header.decoder != "pillow" and header.orientation == 1:

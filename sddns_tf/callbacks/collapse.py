@@ -116,17 +116,26 @@ class CollapseMonitor(keras.callbacks.Callback):
         """Forget the state of an earlier run."""
         del logs
         self.state = self.collapse = None
-        self._windows, self._widest = 0, 0.0
+        self._windows, self._widest, self._step = 0, 0.0, -1
         self._reported: set[str] = set()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Start new sums, because Keras resets its running means in each epoch."""
         del epoch, logs
-        self._start, self._seen, self._sums = 0, 0, np.zeros(len(_WATCHED))
+        self._seen = 0
+        self._begin_windows(0)
+
+    def _begin_windows(self, batch):
+        """Start new sums at a batch, from which on Keras' running means are taken."""
+        self._first, self._start, self._sums = batch, 0, np.zeros(len(_WATCHED))
 
     def on_train_batch_end(self, batch: Array, logs: Any = None) -> None:
         """At the end of each window, look at its means."""
-        self._seen = batch + 1
+        step = training_state.step_of(self.model)
+        if step < self._step:  # `NotFinite` has rolled back, and Keras' means began again.
+            self._begin_windows(batch + 1)
+        self._step = step
+        self._seen = batch + 1 - self._first
         if self._seen - self._start >= self.window:
             self._look(logs)
 

@@ -51,6 +51,11 @@ class NotFinite(keras.callbacks.Callback):
         del logs
         self._rolled_back = 0
         if self.rollbacks:
+            if self.checkpoint.model is not self.model:
+                raise ValueError(
+                    "Rolling back takes a `checkpoint` that is among the callbacks of `fit` too. "
+                    f"Received: rollbacks={self.rollbacks} and a Checkpoint that is not"
+                )
             training_state.learning_rate_level(self.model)  # Which must be one to scale.
         self._watched = [v for v in self.model.weights if keras.backend.is_float_dtype(v.dtype)]
         self._are_finite = tf.function(self._look)

@@ -29,8 +29,8 @@ class TrainingPictures(keras.callbacks.Callback):
         log_dir: Folder of the event files, the same as for `keras.callbacks.TensorBoard`.
         bank_images: In-distribution training images `(M, H, W, 3)`, uint8 or float in 0-255; a
             thousand are enough.
-        held_out: In-distribution images that are not trained on, `(N, H, W, 3)`. Only
-            the central square of each is shifted and scored.
+        held_out: In-distribution images that are not trained on, `(N, H, W, 3)`. Of these and of
+            the bank's, the central squares are compared.
         auxiliary: Auxiliary images `(B, H', W', 3)`, to show the negatives of up to eight; `None`
             if there are none.
         every: Epochs between histograms, starting with the first epoch.
@@ -65,6 +65,7 @@ class TrainingPictures(keras.callbacks.Callback):
         del logs
         self._writer = tf.summary.create_file_writer(f"{self.log_dir}/pictures")
         squares = shifts.central_squares(self.held_out)
+        self._bank = shifts.central_squares(self.bank_images)
         self._sets = squares, shifts.get(self.shift)(tf.constant(squares), [0, 0]).numpy()
         self._extractor = FeatureExtractor(
             self.model.teacher_backbone,
@@ -82,7 +83,7 @@ class TrainingPictures(keras.callbacks.Callback):
         if epoch % self.every:
             return
         normal, shifted = building.scores_against(
-            self._features(self.bank_images),
+            self._features(self._bank),
             [self._features(images) for images in self._sets],
             standardize=self.model.standardizes_features,
         )

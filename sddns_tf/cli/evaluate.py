@@ -33,7 +33,16 @@ import numpy as np
 
 from sddns_tf import files
 from sddns_tf.cli import configuration, detectors, sources, starting
-from sddns_tf.cli.console import Parser, natural_int, positive_int, require, say, share, verbose
+from sddns_tf.cli.console import (
+    Parser,
+    natural_int,
+    positive_int,
+    require,
+    say,
+    share,
+    size,
+    verbose,
+)
 from sddns_tf.cli.errors import UsageError, user_input
 from sddns_tf.cli.scorers import load_keras
 
@@ -103,7 +112,16 @@ def parser() -> Parser:
         "--resize",
         choices=("squash", "crop"),
         help="How images of another aspect ratio are resized, if --model is not a detector: squash "
-        "distorts them (the default), crop cuts off the sides.",
+        "distorts them, crop cuts off the sides. Default: as the run in the model's folder did, "
+        "otherwise squash.",
+    )
+    group.add_argument(
+        "--resolution",
+        metavar="SIZE",
+        type=size,
+        help="SIDE or HEIGHT,WIDTH to which images are resized when read, if --model is not a "
+        "detector. Default: as the run in the model's folder did, otherwise the network's input "
+        "for a folder and the size they have for others.",
     )
     group.add_argument("--seed", metavar="N", type=natural_int, default=0, help="Random seed.")
     group = parser.group("report")
@@ -133,11 +151,12 @@ def load_detector(options: Namespace) -> Any:
     if not isinstance(model, sddns_tf.Detector):
         require(options, "data", "calibration")
         return make_detector(model, options)
-    for option, given in (("set", options.set), ("resize", options.resize)):
-        if given:
+    for option in ("set", "resize", "resolution"):
+        if given := getattr(options, option):
+            given = given[0] if option == "set" else given
             raise UsageError(
                 f"--{option} takes a --model that is not a detector: model.keras or backbone.keras "
-                f"of a run. Received: --{option}={given if option == 'resize' else given[0]}"
+                f"of a run. Received: --{option}={given}"
             )
     if options.calibration:
         source = sources.parse("calibration", options.calibration, "test")
@@ -176,27 +195,45 @@ def make_detector(model: Any, options: Namespace) -> Any:
             "Features are compared as they are. A backbone that was trained with balanced targets, "
             "as by default, needs --set=detector.standardize=true; model.keras knows it by itself"
         )
-    resize = options.resize or "squash"
-    how = reading(options, resize=resize)
     source = sources.parse("data", options.data, "train")
+    how = reading(options, **training_sizes(trained, source, options))
     bank = sources.read("data", source, **how)
     source = sources.parse("calibration", options.calibration, "test")
-    calibration = sources.read("calibration", source, image_size=bank.shape[1:3], **how)
+    calibration = sources.read("calibration", source, **{**how, "image_size": bank.shape[1:3]})
     given = {}
     if trained is not None:
-        size = detectors.input_size(trained, bank.shape[1:3])
-        given = {"mean": trained.mean, "std": trained.std, "image_size": size}
+        input_size = detectors.input_size(trained, bank.shape[1:3])
+        given = {"mean": trained.mean, "std": trained.std, "image_size": input_size}
     with user_input():
         return sddns_tf.Detector.from_images(
             model if trained is None else trained.teacher_backbone,
             bank_images=bank,
             calibration_images=calibration,
-            resize=resize,
+            resize=how["resize"],
             seed=options.seed,
             verbose=verbose(),
             **given,
             **config["detector"],
         )
+
+
+def training_sizes(trained: Any, source: sources.Source, options: Namespace) -> dict[str, Any]:
+    """Return how to bring images to one size, as `sddns train` did: `image_size` and `resize`.
+
+    Args:
+        trained: The `SelfDistillation`, or None for a backbone.
+        source: Source of the bank's images.
+        options: The command's options, which come first.
+    """
+    run = detectors.configuration_beside(pathlib.Path(options.model).expanduser()) or {}
+    read, side = run.get("data", {}), run.get("views", {}).get("image_size")
+    if trained is not None:
+        side = trained.views.image_size
+    is_folder = source.location.startswith("folder:")
+    return {
+        "image_size": options.resolution or read.get("resolution") or (side if is_folder else None),
+        "resize": options.resize or read.get("resize", "squash"),
+    }
 
 
 class Sets(NamedTuple):
@@ -271,16 +308,24 @@ def read_masks(folder: Any, paths: dict[str, Any], how: dict[str, Any]) -> dict[
             f"--masks must hold a folder named like an OOD set: {', '.join(paths)}. "
             f"Received: {folder}"
         )
+    left = sorted(
+        path.name for path in folder.iterdir() if path.is_dir() and path.name not in named
+    )
+    without = [name for name in paths if name not in named]
+    if left and without:
+        say(
+            f"No masks for {', '.join(without)}; {folder} also holds {', '.join(left)}, which no OOD "
+            "set is called"
+        )
     for name, several in named.items():
         if several is None:
             raise UsageError(
                 "With --masks, the images of an OOD set must be files in a folder. "
                 f"Received: --ood={name}=..., which is not a folder"
             )
-    size, resize = how["image_size"], how["resize"]
     with user_input("masks"):
         return {
-            name: mvtec.masks_of(several, folder / name, size, resize)
+            name: mvtec.masks_of(several, folder / name, how["image_size"], how["resize"])
             for name, several in named.items()
         }
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import pathlib
 from collections.abc import Callable
 
 import numpy as np
 
 from sddns_tf import files
+from sddns_tf.cli.console import say
 from sddns_tf.cli.errors import UsageError, user_input
 from sddns_tf.cli.scorers import Scorer
 
@@ -41,8 +43,13 @@ def writer(scorer: Scorer, folder: str) -> Callable[[str, np.ndarray, np.ndarray
         if scale.crop_to is not None:
             image = cropped(image, *scale.crop_to)
         painted = overlay(image, anomaly_map, scale.threshold, scale.lowest)
-        with user_input("maps", OSError), files.replacing(target) as unfinished:
-            Image.fromarray(painted).save(unfinished, "png")
+        try:
+            with user_input("maps", OSError), files.replacing(target) as unfinished:
+                Image.fromarray(painted).save(unfinished, "png")
+        except UsageError as error:
+            if getattr(error.__cause__, "errno", None) != errno.ENAMETOOLONG:
+                raise
+            say(f"No map of {path}: its name, with .png added, is too long for a file")
 
     return write
 

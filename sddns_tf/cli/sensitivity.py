@@ -168,7 +168,8 @@ def measure(
 
     path = pathlib.Path(place.output_dir) / "sensitivity.json"
     asked = {"ood": options.ood, "test": options.test, "probe_images": options.probe_images}
-    asked["probes"] = list(probes)
+    # What the detector is like may change without training again.
+    asked |= {"probes": list(probes), "detector": json.loads(json.dumps(config["detector"]))}
     if path.exists() and place.resume:
         earlier.check_same_run(config, place.output_dir)
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -205,7 +206,7 @@ def true_aurocs(detector: Any, options: Namespace) -> dict[str, float]:
 
     def scores(option: str, source: sources.Source) -> np.ndarray:
         images = sources.read(option, source, **reading)
-        return detector.predict(images, batch_size=256, verbose=0)["ood_score"]
+        return detector.predict(images, verbose=0)["ood_score"]
 
     if not options.ood:
         return {}

@@ -316,8 +316,8 @@ def callbacks(
     import sddns_tf
 
     watching = [
-        sddns_tf.callbacks.CollapseMonitor(),
         sddns_tf.callbacks.NotFinite(checkpoint, place.rollbacks),
+        sddns_tf.callbacks.CollapseMonitor(),
         checkpoint,
     ]
     if importlib.util.find_spec("tensorboard") and importlib.util.find_spec("matplotlib"):
