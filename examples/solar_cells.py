@@ -24,7 +24,7 @@ Prints for each type, and for both types in one detector, how well each of `--ne
 The first five are the default and take four to five minutes on two free CPU cores; the other two
 train, for two to four minutes each per type. The last five can say where: `--output_dir` gets a
 report that shows the maps, plus a `.keras` and a `.tflite` file for each. `results.json` holds all
-figures; what is in it is not run again.
+figures; what is in it is not run again. Results of other settings take another folder.
 
 The detector of both types has one bank. It flags at most the promised share of sound cells on
 average; calibrated for each type separately (`Detector.calibrated_on`), it promises that for each.
@@ -309,6 +309,22 @@ def print_table(results):
         print("; ".join(unpromised))
 
 
+def check_same_settings(folder):
+    """Note the settings in a folder of results; raise a `UsageError` if it has those of others."""
+    names = (
+        "split_seed", "smoothing", "train_images", "limit", "steps", "false_positive_rate"
+    )  # fmt: skip
+    settings = {name: FLAGS[name].value for name in names}
+    path = folder / "settings.json"
+    known = json.loads(path.read_text()) if path.exists() else settings
+    if known != settings:
+        raise app.UsageError(
+            f"--output_dir must be another folder than {folder}, which holds results of {known}. "
+            f"Received: {settings}"
+        )
+    files.write_json(path, settings)
+
+
 def main(argv):
     """Run what is missing, and print the table."""
     del argv
@@ -321,7 +337,7 @@ def main(argv):
         if not set(given) <= set(allowed):
             raise app.UsageError(f"--{flag} must be of {', '.join(allowed)}. Received: {given}")
     path = pathlib.Path(FLAGS.output_dir) / "results.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_same_settings(path.parent)
     results = json.loads(path.read_text()) if path.exists() else {}
     for kind in FLAGS.types:
         for name in FLAGS.networks:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import skimage.data
 import tensorflow as tf
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import sddns_tf
-from sddns_tf import data
+from sddns_tf import data, pictures
 from sddns_tf.export import decode_files
 
 PHOTO = skimage.data.astronaut()[::4, ::4]  # 128 x 128
@@ -243,6 +243,28 @@ def rotated(orientation):
     )]  # fmt: skip
     picture = Image.fromarray(PHOTO[:64])
     return picture if orientation == 1 else picture.transpose(back[orientation - 2])
+
+
+def turned_by_xmp(compressed):
+    """A PNG that only its XMP data turn, by 90 degrees."""
+    xmp = (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF '
+        'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description '
+        'xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+    )
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", xmp, zip=compressed)
+    return encoded(rotated(1), "PNG", pnginfo=info)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_png_that_xmp_turns_is_turned_by_all_readers(tmp_path, compressed):
+    content = turned_by_xmp(compressed)
+    (tmp_path / "a.png").write_bytes(content)
+    found = data.load_arrays(f"folder:{tmp_path}")[0]
+    np.testing.assert_array_equal(found, pictures.decode(content))
+    assert found.shape[:2] == rotated(1).size  # width and height have changed places
+    assert pictures.may_be_turned(content)
 
 
 def turned(kind, orientation):

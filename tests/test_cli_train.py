@@ -89,6 +89,7 @@ def test_a_finished_run_makes_another_detector(train_on, trained, tmp_path):
 def test_epochs_that_are_done_again_are_logged_once(train_on, trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
     before = (run / "log.csv").read_text()
+    (run / "log.csv").write_text(before + ",0.1\n2")  # torn by a full disk
     for state in (run / "checkpoint").glob("step-*.npz"):
         if int(state.stem.removeprefix("step-")) > 2:
             state.unlink()  # as if the run had been killed before it was written
@@ -366,6 +367,13 @@ def test_a_run_of_an_earlier_version_goes_on(trained, train_on, tmp_path):
     (run / "config.json").write_text(json.dumps(config))
     train_on(run)
     assert json.loads((run / "config.json").read_text())["data"]["on_error"] == "raise"
+
+
+def test_another_programs_configuration_is_left_alone(train_on, tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
+    with pytest.raises(UsageError, match=r"--output_dir must be .*another program's config\.json"):
+        train_on(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == {"architectures": ["BertModel"]}
 
 
 def test_numbers_are_told_before_the_first_epoch_ends(capsys):

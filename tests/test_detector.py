@@ -157,6 +157,26 @@ def test_p_values_are_conformal_with_ties_and_at_boundaries(monkeypatch):
         assert detector.false_positive_rate == pytest.approx(rate, rel=1e-7)
 
 
+@pytest.mark.parametrize("layers", [None, "auto"])
+def test_a_wrong_rate_or_seed_is_told_before_any_image_is_read(layers):
+    def unread():
+        raise AssertionError("An image was read")
+        yield
+
+    images = tf.data.Dataset.from_generator(
+        unread, output_signature=tf.TensorSpec((None, 32, 32, 3), tf.uint8)
+    )
+    for options, message in (
+        ({"false_positive_rate": 5}, "`false_positive_rate` must be .* Received: .*5"),
+        ({"seed": -1}, "`seed` must be .* Received: seed=-1"),
+        ({"batch_size": 0}, "`batch_size` must be .* Received: batch_size=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Detector.from_images(
+                conv_backbone(), images, images, resolution=32, layers=layers, verbose=0, **options
+            )
+
+
 @pytest.mark.parametrize("size", [1, 9, 19, 99, 999])
 def test_a_rate_of_c_in_n_flags_exactly_c(size):
     for count in range(1, size + 1):

@@ -120,6 +120,14 @@ def test_an_error_without_it_would_be_found(tmp_path):
             "--checkpoint must be an existing file. Received: {here}/no.pth",
         ),
         (
+            ["convert-dino", "--checkpoint={here}", "--output=x.weights.h5"],
+            "--checkpoint must be a file that can be read. Received: {here} (",
+        ),
+        (
+            ["train", "--data=npz:x.npz", "--recipe={here}/seed.json", "--output_dir=o"],
+            "--recipe must hold valid JSON. Received: {here}/seed.json (",
+        ),
+        (
             ["convert-efficientnet-lite", "--output=x.h5"],
             "--output must end in .weights.h5. Received: x.h5",
         ),
@@ -129,6 +137,7 @@ def test_an_error_without_it_would_be_found(tmp_path):
 def test_a_mistake_at_a_command_is_one_line_in_that_form(arguments, line, capsys, tmp_path):
     for name in ("broken.tflite", "broken.keras", "broken.json"):
         (tmp_path / name).write_text("no such thing")
+    (tmp_path / "seed.json").write_text('{"seed": Infinity}')
     if arguments[0] == "convert-dino":
         pytest.importorskip("torch")
     assert cli.main([argument.format(here=tmp_path) for argument in arguments]) == 1

@@ -94,7 +94,7 @@ def test_a_folder_in_mvtecs_layout_is_measured_as_it_comes(wall, local, tmp_path
     assert " #" not in page.partition("<h2>Least")[2].partition("<h2>Configuration")[0]
 
 
-def test_masks_of_named_folders(wall, local, tmp_path):
+def test_masks_of_named_folders(wall, local, tmp_path, capsys):
     """Sets and masks that lie where a user has them; a set without masks has no row of pixels."""
     arguments = (
         f"--model={local}",
@@ -104,6 +104,8 @@ def test_masks_of_named_folders(wall, local, tmp_path):
     results = results_of(tmp_path, *arguments, f"--masks={wall}/ground_truth", "--limit=4")
     assert list(results["pixels"]) == ["patch"]
     assert results["sets"]["patch"]["images"] == 4
+    assert "No masks for other." in (told := capsys.readouterr().err)
+    assert told.splitlines()[0].endswith("ground_truth: dark")
     without = results_of(tmp_path, *arguments)
     assert "pixels" not in without and "aupro" not in (tmp_path / "table.csv").read_text()
 
@@ -203,6 +205,24 @@ def test_an_overlay_is_inside_of_its_folder_and_shows_what_the_detector_saw(tmp_
         wide[:, 32:96], answer["anomaly_map"][0], detector.threshold, detector.lowest_score
     )
     assert np.abs(np.asarray(Image.open(painted)).astype(int) - expected).max() <= 1
+
+
+def test_an_image_with_a_name_too_long_for_its_overlay_is_scored_like_others(
+    local, tmp_path, capsys
+):
+    (tmp_path / "in").mkdir()
+    names = ["a" * 240 + ".png", "a" * 251 + ".png", "b.png"]
+    for name in names:
+        Image.fromarray(damaged(1, 3)[0]).save(tmp_path / "in" / name)
+    command = [f"--model={local}", f"--images=folder:{tmp_path}/in", f"--maps={tmp_path}/maps"]
+    assert score.main(command) == 0
+    told = capsys.readouterr()
+    assert len(told.out.splitlines()) == 4
+    assert {path.name for path in (tmp_path / "maps").rglob("*.png")} == {
+        f"{names[0]}.png",
+        "b.png.png",
+    }
+    assert told.err.count("is too long for a file") == 1
 
 
 def test_a_detector_without_maps_has_no_overlays(wall, tmp_path):

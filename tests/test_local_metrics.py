@@ -129,6 +129,22 @@ def found(detector):
     )
 
 
+def test_features_of_a_local_detector_are_means_over_places_where_there_are_labels(detector):
+    normal, labels = bricks(20, 5), np.arange(20) % 2
+    normal[labels == 1] //= 4  # A class that differs by its brightness.
+    found = evaluation.evaluate(
+        detector,
+        normal,
+        {"checks": damaged(4, 3)},
+        labels,
+        (normal, labels),
+        resamples=10,
+        verbose=0,
+    )
+    assert found.knn_accuracy[0] > 0.9
+    assert found.features["checks"].shape == (4, detector.bank.shape[1])
+
+
 def test_evaluate_measures_maps_where_there_are_masks(detector, found):
     row = found.pixels["checks"]
     assert row["pixel_auroc"] > 0.9 and 0.6 < row["aupro"] <= 1 and 0.5 < row["region_recall"] <= 1

@@ -100,8 +100,8 @@ class BankSketch:
         self, size: int, method: str = "kmeans", seed: int = 0, *, metric: str = "cosine"
     ) -> None:
         check_int("size", size)
-        check_choice("method", method, ("kcenter", "kmeans"))
-        check_int("seed", seed, low=0)
+        check_choice("method", method, bank.METHODS)
+        check_int("seed", seed, low=0, high=2**32 - 1)
         check_choice("metric", metric, bank.METRICS)
         self._size, self._method, self._seed, self._metric = size, method, seed, metric
         self._pending: list[np.ndarray] = []

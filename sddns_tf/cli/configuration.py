@@ -129,8 +129,8 @@ def read_recipe(name: str) -> dict[str, Any]:
         )
     with user_input("recipe"):
         try:
-            recipe = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+            recipe = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refused)
+        except ValueError as error:
             raise UsageError(
                 f"--recipe must hold valid JSON. Received: {path} ({error})"
             ) from error

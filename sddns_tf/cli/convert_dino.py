@@ -78,6 +78,10 @@ def read_state(path: str, key: str) -> dict[str, np.ndarray]:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as e:
         raise UsageError(f"--checkpoint must be an existing file. Received: {path}") from e
+    except OSError as e:
+        raise UsageError(
+            f"--checkpoint must be a file that can be read. Received: {path} ({e.strerror})"
+        ) from e
     except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
         raise UsageError(
             f"--checkpoint must be a PyTorch checkpoint. Received: {path} ({e})"
@@ -208,14 +212,15 @@ def convert(
     config = infer_backbone(shapes["backbone"], image_size, num_heads)
     with user_input("checkpoint"):
         backbone = dino_weights.load_backbone(vit.VisionTransformer(**config), state)
-    converted = [(backbone, config, output)]
+    converted = [("output", backbone, config, output)]
     if head_output:
         config = infer_head(shapes["head"])
         head = heads.ProjectionHead(**config)
         head.build((None, backbone.hidden_dim))
-        converted.append((dino_weights.load_head(head, state), config, head_output))
-    for model, config, path in converted:
-        with user_input("output"), files.replacing(path) as unfinished:
+        head = dino_weights.load_head(head, state)
+        converted.append(("head_output", head, config, head_output))
+    for option, model, config, path in converted:
+        with user_input(option), files.replacing(path) as unfinished:
             model.save_weights(unfinished)
         arguments = ", ".join(f"{name}={value!r}" for name, value in config.items())
         print(f"{path}: sddns_tf.{type(model).__name__}({arguments})")

@@ -56,7 +56,13 @@ def check_same_run(config: dict[str, Any], output_dir: str | pathlib.Path) -> No
     if before is None:
         return
     before.pop("derived", None)
-    before = configuration.resolve(before, [])  # An earlier version may have had fewer keys.
+    try:
+        before = configuration.resolve(before, [])  # An earlier version may have had fewer keys.
+    except UsageError as error:
+        raise UsageError(
+            "--output_dir must be a folder of its own, and not one with another program's "
+            f"config.json. Received: {output_dir} ({error})"
+        ) from error
     for key, old, new in configuration.differences(before, json.loads(json.dumps(config))):
         if key.startswith("detector."):
             continue
@@ -119,5 +125,7 @@ def cut_log(path: pathlib.Path, epochs: int) -> None:
     """Leave only the first epochs in a `log.csv`: a run that was killed does later ones again."""
     if path.exists():
         header, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
-        kept = [row for row in rows if int(row.partition(",")[0]) < epochs]
+        # A full disk may have cut the last one short.
+        whole = [row for row in rows if row.endswith("\n") and row.partition(",")[0].isdecimal()]
+        kept = [row for row in whole if int(row.partition(",")[0]) < epochs]
         files.write_text(path, "".join([header, *kept]))

@@ -314,8 +314,8 @@ def read_masks(folder: Any, paths: dict[str, Any], how: dict[str, Any]) -> dict[
     without = [name for name in paths if name not in named]
     if left and without:
         say(
-            f"No masks for {', '.join(without)}; {folder} also holds {', '.join(left)}, which no OOD "
-            "set is called"
+            f"No masks for {', '.join(without)}. No OOD set is called like these folders of "
+            f"{folder}: {', '.join(left)}"
         )
     for name, several in named.items():
         if several is None:

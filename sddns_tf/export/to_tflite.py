@@ -72,7 +72,7 @@ def tflite(
     `detector.extractor.resolution`. It returns `ood_score`, `p_value` and `is_ood`, each `(B,)`,
     and for a local detector `anomaly_map`, `(B, h, w)`. The file runs in `ai_edge_litert` without
     TensorFlow. It contains a description of itself (see `metadata`), with a list of operations that
-    delegates other than the CPU's do not support (see `delegates`). With `verbose` this list is
+    delegates other than the CPU's do not support (see `delegates`). With `verbose=1` this list is
     printed.
 
     Quantization applies to the dense layers and convolutions of the backbone. Everything else stays
@@ -171,7 +171,7 @@ def tflite(
             batch_size,
         )
         os.replace(folder / "export", path)
-    if verbose:
+    if verbose == 1:
         print(delegates.report(metadata.operators(file), quantization, batch_size))
     return path
 
