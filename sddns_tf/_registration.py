@@ -5,11 +5,15 @@ import TensorFlow where nothing needs it. So the classes are registered as soon 
 at once if it is already imported, otherwise right after its import.
 """
 
+from __future__ import annotations
+
 import importlib
 import importlib.abc
 import importlib.util
 import os
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 _REGISTERED = (
     "callbacks",
@@ -21,7 +25,7 @@ _REGISTERED = (
 )
 
 
-def when_keras_is_imported(modules):
+def when_keras_is_imported(modules: Mapping[str, Any]) -> None:
     """Register the classes of the package now if Keras is among `modules`, else once it is."""
     if modules.get("keras") is not None:
         register()
@@ -29,7 +33,7 @@ def when_keras_is_imported(modules):
         sys.meta_path.insert(0, _AfterKeras())
 
 
-def register():
+def register() -> None:
     """Import all modules that define what `.keras` files hold."""
     _check_backend()
     for name in _REGISTERED:
@@ -103,7 +107,7 @@ class _WhenAllIsImported(importlib.abc.MetaPathFinder):
 _waiting = _WhenAllIsImported()
 
 
-def register_or_wait():
+def register_or_wait() -> None:
     """Register now or, if one of our modules is importing Keras, once that module is imported."""
     _check_backend()
     if _is_importing():
@@ -112,7 +116,7 @@ def register_or_wait():
         register()
 
 
-def complete():
+def complete() -> None:
     """Register if that was put off and none of our modules is still being imported."""
     if _waiting in sys.meta_path and not _is_importing():
         sys.meta_path.remove(_waiting)

@@ -97,13 +97,14 @@ class PlaceMoments:
         localization", 2020, section 3.2.
     """
 
-    def __init__(self, grid, channels):
+    def __init__(self, grid: tuple[int, int], channels: int) -> None:
         self._shape = (*grid, channels)
-        self._count, self._near = 0, None
+        self._count = 0
+        self._near: Any = None
         self._sums = np.zeros((grid[0] * grid[1], channels))
         self._products = np.zeros((grid[0] * grid[1], channels, channels))
 
-    def add(self, maps):
+    def add(self, maps: np.ndarray) -> None:
         """Add maps `(N, h, w, C)`."""
         places = maps.reshape(len(maps), *self._sums.shape).transpose(1, 0, 2)
         if self._near is None:
@@ -114,12 +115,12 @@ class PlaceMoments:
         self._sums += places.sum(axis=1, dtype=np.float64)
         self._products += places.transpose(0, 2, 1) @ places
 
-    def mean(self):
+    def mean(self) -> np.ndarray:
         """Return the mean of each place, float32 `(h, w, C)`."""
         mean = self._near[:, 0] + self._sums / self._count
         return mean.astype(np.float32).reshape(self._shape)
 
-    def matrices(self):
+    def matrices(self) -> np.ndarray:
         """Return what whitens each place, float32 `(h * w, C, C)`: see `PlaceWhitening`."""
         offset = self._sums / self._count
         variance = np.diagonal(self._products, axis1=1, axis2=2) / self._count - offset**2

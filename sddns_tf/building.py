@@ -1,6 +1,10 @@
 """The parts of a detector: checked features, a bank of places, separate calibration images."""
 
+from __future__ import annotations
+
 import warnings
+from collections.abc import Iterable
+from typing import Any
 
 import keras
 import numpy as np
@@ -11,6 +15,7 @@ from sddns_tf.components import check_reducible
 from sddns_tf.features import image_size_of, stream_features
 from sddns_tf.local import Moments
 from sddns_tf.networks import is_standardized
+from sddns_tf.types import Array
 from sddns_tf.validation import check_choice, check_int, check_number
 
 # Features this near are those of one image: its batch moves them by less.
@@ -23,19 +28,19 @@ PLACES_BANK_SIZE = 5000
 
 
 def check_options(
-    local,
+    local: bool,
     *,
-    aligned=False,
-    components=None,
-    ignore=None,
-    temperature=0.04,
-    offset=0.1,
-    k=None,
-    smoothing=1,
-    bank_size=None,
-    bank_method="kmeans",
-    auxiliary_weight=0.0,
-):
+    aligned: bool = False,
+    components: int | None = None,
+    ignore: Any = None,
+    temperature: float = 0.04,
+    offset: float = 0.1,
+    k: int | None = None,
+    smoothing: int = 1,
+    bank_size: int | None = None,
+    bank_method: str = "kmeans",
+    auxiliary_weight: float = 0.0,
+) -> None:
     """Check options of a detector: everything that can be told without images.
 
     Args:
@@ -87,13 +92,13 @@ def check_options(
         )
 
 
-def check_rate_and_seed(false_positive_rate, seed):
+def check_rate_and_seed(false_positive_rate: float, seed: int) -> None:
     """Raise a `ValueError` for a rate or a seed that would fail after all images were seen."""
     check_number("false_positive_rate", false_positive_rate, above=0.0, below=1.0)
     check_int("seed", seed, 0, 2**32 - 1)
 
 
-def check_auxiliary(auxiliary, weight):
+def check_auxiliary(auxiliary: Any, weight: float) -> None:
     """Raise a `ValueError` unless there are auxiliary images if and only if they have a weight."""
     if bool(weight) != (auxiliary is not None):
         given = "none" if auxiliary is None else "some"
@@ -103,7 +108,7 @@ def check_auxiliary(auxiliary, weight):
         )
 
 
-def check_backbone(backbone, local, standardize):
+def check_backbone(backbone: Any, local: bool, standardize: bool | None) -> None:
     """Raise a `ValueError` for a backbone without weights; warn of standardized features."""
     if isinstance(backbone, keras.Model) and not backbone.built:
         raise ValueError(
@@ -118,7 +123,9 @@ def check_backbone(backbone, local, standardize):
         )
 
 
-def resolution_for(bank_images, resolution):
+def resolution_for(
+    bank_images: Any, resolution: int | tuple[int, int] | None
+) -> int | tuple[int, int]:
     """Return the resolution that was asked for, else the size of the bank images."""
     found = image_size_of(bank_images) if resolution is None else resolution
     if found is None:
@@ -130,7 +137,14 @@ def resolution_for(bank_images, resolution):
     return found
 
 
-def bank_of_places(extractor, images, counted, size, seed=0, **options):
+def bank_of_places(
+    extractor: Any,
+    images: Any,
+    counted: np.ndarray,
+    size: int,
+    seed: int = 0,
+    **options: Any,
+) -> tuple[np.ndarray, np.ndarray]:
     """Return rows for a bank of places, from a stream of images, in bounded memory.
 
     Among all places that count, twenty for each row of the bank are drawn at random, and their
@@ -176,7 +190,7 @@ def bank_of_places(extractor, images, counted, size, seed=0, **options):
     return chosen, signatures(extractor, averages[:, np.newaxis, np.newaxis])
 
 
-def with_plain_maps(extractor):
+def with_plain_maps(extractor: Any) -> Any:
     """Return an extractor with the same backbone, whose maps are neither whitened nor reduced."""
     if not extractor.aligned and extractor.principal is None:
         return extractor
@@ -184,7 +198,7 @@ def with_plain_maps(extractor):
     return type(extractor)(**{**config, "backbone": extractor.backbone})
 
 
-def align(extractor, images, **options):
+def align(extractor: Any, images: Any, **options: Any) -> np.ndarray:
     """Align an extractor, in place, to a stream of images in bounded memory.
 
     Args:
@@ -204,7 +218,7 @@ def align(extractor, images, **options):
     return np.concatenate(found)
 
 
-def signatures(extractor, maps):
+def signatures(extractor: Any, maps: np.ndarray) -> np.ndarray:
     """Return a few numbers for each map `(N, h, w, C)`, `(N, D)`, which tell images apart."""
     if extractor.principal is not None:  # whose last channel is a length: no mean of others
         maps = maps[..., :-1]
@@ -213,14 +227,16 @@ def signatures(extractor, maps):
     return places @ directions.astype(np.float32)
 
 
-def moments_of(features):
+def moments_of(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean and the standard deviation of each channel, float32 `(D,)`."""
     moments = Moments(features.shape[1])
     moments.add(features)
     return moments.mean.astype(np.float32), moments.deviation.astype(np.float32)
 
 
-def scores_against(bank, others, standardize):
+def scores_against(
+    bank: np.ndarray, others: Iterable[np.ndarray], standardize: bool
+) -> list[np.ndarray]:
     """Score features of whole images as a detector with its default settings does.
 
     Args:
@@ -238,7 +254,9 @@ def scores_against(bank, others, standardize):
     return [ood_score(features, bank, metric=metric).numpy() for features in others]
 
 
-def checked_features(name, features, extractor, is_map=False):
+def checked_features(
+    name: str, features: Array, extractor: Any, is_map: bool = False
+) -> np.ndarray:
     """Return features as a finite float32 array, of the shape that an extractor gives.
 
     Args:
@@ -279,7 +297,7 @@ def checked_features(name, features, extractor, is_map=False):
     return features
 
 
-def checked_weights(weights, rows):
+def checked_weights(weights: Array, rows: int) -> np.ndarray:
     """Return weights of the rows of a bank as a float32 array."""
     weights = np.asarray(weights, np.float32)
     if weights.shape != (rows,) or not ((weights > 0) & np.isfinite(weights)).all():
@@ -291,7 +309,7 @@ def checked_weights(weights, rows):
     return weights
 
 
-def check_finite(features, name, kind="images"):
+def check_finite(features: np.ndarray, name: str, kind: str = "images") -> None:
     """Raise a `ValueError` unless all features `(N, D)` are finite."""
     bad = len(features) - np.count_nonzero(np.isfinite(features).all(axis=1))
     if bad:
@@ -301,7 +319,7 @@ def check_finite(features, name, kind="images"):
         )
 
 
-def warn_of_shared_images(count, total):
+def warn_of_shared_images(count: int, total: int) -> None:
     """Warn of calibration images in the bank: they look more normal than any new image will."""
     if count:
         warnings.warn(
@@ -312,14 +330,14 @@ def warn_of_shared_images(count, total):
         )
 
 
-def count_shared(bank_features, calibration_features):
+def count_shared(bank_features: np.ndarray, calibration_features: np.ndarray) -> int:
     """Count the calibration features that are in the bank, up to rounding.
 
     The last bits of an image's features depend on its batch, so comparing bytes is no use. Equal
     rows are close along any direction, so each is compared with its neighbors along one.
     """
     dim = bank_features.shape[1]
-    direction = np.random.default_rng(0).normal(size=dim).astype(np.float32)
+    direction = np.asarray(np.random.default_rng(0).normal(size=dim), np.float32)
     places = bank_features @ direction
     order = np.argsort(places)
     places, wanted = places[order], calibration_features @ direction

@@ -1,18 +1,22 @@
 """Checks whatever Keras takes as images: arrays at once, batches as they come."""
 
+from __future__ import annotations
+
 import collections.abc
 import functools
 import types
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 from PIL import Image
 
+from sddns_tf.types import Array
 from sddns_tf.validation import check_form, check_int, image_array, out_of_range, warn_of_black
 
 
-def image_source(x, name="x", *, trains=False, allow_nan=False):
+def image_source(x: Any, name: str = "x", *, trains: bool = False, allow_nan: bool = False) -> Any:
     """Return a whole set of images in a form Keras takes, checked by the rule of `image_array`.
 
     Sources of batches are checked batch by batch as they run; a `tf.data.Dataset` of uint8 needs no
@@ -57,7 +61,7 @@ def image_source(x, name="x", *, trains=False, allow_nan=False):
     )
 
 
-def untuned(dataset):
+def untuned(dataset: tf.data.Dataset) -> tf.data.Dataset:
     """Return a `tf.data.Dataset` whose end does not wait for the thread that tunes it.
 
     That thread sleeps twice as long each time, up to a minute. On one core, and often on two busy
@@ -69,7 +73,7 @@ def untuned(dataset):
     return dataset.with_options(options)
 
 
-def batches_of(images, batch_size):
+def batches_of(images: Array, batch_size: int) -> tf.data.Dataset:
     """Return the batches of an array, in order, as a `tf.data.Dataset` that is not tuned."""
     check_int("batch_size", batch_size)
     with tf.device("CPU:0"):  # A GPU would hold all of them.
@@ -79,12 +83,12 @@ def batches_of(images, batch_size):
     return untuned(batches.prefetch(2))
 
 
-def image_batch(x, name="x"):
+def image_batch(x: Any, name: str = "x") -> Any:
     """Return one batch to train on: images, or a dictionary of images and auxiliary ones."""
     return _checked_batch(x, name, trains=True, allow_nan=False)[0]
 
 
-def validation_source(validation_data):
+def validation_source(validation_data: Any) -> Any:
     """Return the `validation_data` of `fit`, checked: like its `x`, or a tuple of only that."""
     parts = validation_data
     is_tuple = isinstance(parts, tuple) and len(parts) in (1, 2, 3)
@@ -97,7 +101,7 @@ def validation_source(validation_data):
     return image_source(validation_data, "validation_data", trains=True)
 
 
-def can_be_shuffled(source):
+def can_be_shuffled(source: Any) -> bool:
     """Return whether Keras can shuffle images. It warns if not, though nobody asked it to."""
     if isinstance(source, keras.utils.PyDataset):
         return source.num_batches is not None
@@ -222,7 +226,7 @@ def _check_keys(parts, name):
         )
 
 
-def in_range_later(images, name, allow_nan=False):
+def in_range_later(images: tf.Tensor, name: str, allow_nan: bool = False) -> tf.Tensor:
     """Like `validation.in_range`, but as part of the graph that yields the images.
 
     Args:

@@ -1,13 +1,18 @@
 """Feature maps of a network's inner layers: places of an image instead of the image as a whole."""
 
+from __future__ import annotations
+
 import difflib
 import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from sddns_tf.image_ops import center_crop
+from sddns_tf.types import Array
 
 # Register tokens and the class token come before patch tokens; there are at most this many.
 _MOST_PREFIX_TOKENS = 8
@@ -16,7 +21,9 @@ _AUTO_STRIDES = (8, 16)
 _SMALLEST_DEVIATION = 0.01
 
 
-def inner_maps(backbone, layers, image_size):
+def inner_maps(
+    backbone: keras.Model, layers: Any, image_size: tuple[int, int]
+) -> tuple[tuple[str, ...], Callable, list[tuple[int, ...]]]:
     """Return the requested layers of a network, and how to compute their maps.
 
     Args:
@@ -51,7 +58,8 @@ def inner_maps(backbone, layers, image_size):
         )
     known = _layer_names(backbone)
     if names not in (("auto",), ("tokens",)):
-        names = known = [_full_name(backbone, known, name) for name in names]
+        known = [_full_name(backbone, known, name) for name in names]
+        names = tuple(known)
     specs = _model_of(backbone, known).compute_output_spec(
         keras.KerasTensor((None, *image_size, 3))
     )
@@ -254,7 +262,9 @@ def _as_map(output, rows, columns, channels):
     return tf.reshape(output[:, -rows * columns :], [-1, rows, columns, channels])
 
 
-def check_grids(names, grids, image_size):
+def check_grids(
+    names: Sequence[str], grids: Sequence[tuple[int, ...]], image_size: tuple[int, int]
+) -> None:
     """Raise a `ValueError` unless the first map has several places."""
     rows, columns, _ = grids[0]
     if rows < 2 or columns < 2:
@@ -265,7 +275,7 @@ def check_grids(names, grids, image_size):
         )
 
 
-def combined(maps):
+def combined(maps: Sequence[tf.Tensor]) -> tf.Tensor:
     """Combine the maps of several layers: averaged over 3 x 3 places, on the grid of the first.
 
     Args:
@@ -288,7 +298,7 @@ def combined(maps):
     return tf.concat(found, axis=-1) if len(found) > 1 else found[0]
 
 
-def smoothed(maps, counted, side):
+def smoothed(maps: Array, counted: Array, side: int) -> tf.Tensor:
     """Average maps of scores over squares of places.
 
     Args:
@@ -312,12 +322,12 @@ def smoothed(maps, counted, side):
 class Moments:
     """Mean and deviation of each channel over all places of a stream of maps."""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int) -> None:
         self.count = 0
         self.mean = np.zeros(channels)
         self._squares = np.zeros(channels)
 
-    def add(self, rows):
+    def add(self, rows: np.ndarray) -> None:
         """Add rows `(N, C)`.
 
         Reference:
@@ -336,12 +346,12 @@ class Moments:
         self.count = total
 
     @property
-    def deviation(self):
+    def deviation(self) -> np.ndarray:
         """Standard deviation `(C,)`; for channels that hardly vary, a small share of the median."""
         return safe_deviation(self._squares / max(self.count, 1))
 
 
-def safe_deviation(variance):
+def safe_deviation(variance: np.ndarray) -> np.ndarray:
     """Return deviations `(C,)` to divide by: those of channels that hardly vary are raised."""
     deviation = np.sqrt(variance)
     varying = deviation[deviation > 0]
@@ -349,7 +359,7 @@ def safe_deviation(variance):
     return np.maximum(deviation, _SMALLEST_DEVIATION * typical)
 
 
-def counted_places(ignore, extractor):
+def counted_places(ignore: Any, extractor: Any) -> np.ndarray:
     """Return the places of a map that count, given a mask of those that do not.
 
     Args:

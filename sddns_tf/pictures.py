@@ -3,8 +3,10 @@
 Without TensorFlow, so that users of a `.tflite` file can read images as the package does.
 """
 
+from __future__ import annotations
+
 import io
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -179,7 +181,7 @@ def orientation_of(picture: Image.Image) -> int:
     return orientation if orientation in range(1, 9) else 1
 
 
-def turned(image, orientation: int):
+def turned(image: Any, orientation: int) -> Any:
     """Return an image turned so that what its EXIF orientation calls the top is at the top.
 
     Args:

@@ -1,5 +1,6 @@
 """Who may import whom, what `import sddns_tf` may cost, and what it shows."""
 
+import ast
 import importlib.util
 import os
 import pathlib
@@ -166,3 +167,32 @@ def test_an_installed_other_backend_is_refused_in_one_line(backend, code):
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
     assert_says_what_to_do(run(code, KERAS_BACKEND=backend), backend)
+
+
+def public_functions(path):
+    """Functions and methods of a module that others may call."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef):
+            yield node.name, node
+        elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            for inner in node.body:
+                if isinstance(inner, ast.FunctionDef):
+                    yield inner.name, inner
+
+
+def test_what_is_public_has_type_hints():
+    without, count = [], 0
+    for path in PACKAGE.rglob("*.py"):
+        for name, node in public_functions(path):
+            if name.startswith("_") and name != "__init__":
+                continue
+            count += 1
+            arguments = [
+                one
+                for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+                if one.arg not in ("self", "cls")
+            ]
+            if node.returns is None or any(one.annotation is None for one in arguments):
+                without.append(f"{path.name}: {name}")
+    assert count > 500
+    assert not without

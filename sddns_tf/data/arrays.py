@@ -1,7 +1,11 @@
 """Images in memory: arrays, lists of arrays and `.npz` files."""
 
+from __future__ import annotations
+
 import os
 import zipfile
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -11,7 +15,7 @@ from sddns_tf import pictures
 from sddns_tf.data.pixels import Opened, Shaping, by, to_uint8
 
 
-def open_npz(path, shaping):
+def open_npz(path: str, shaping: Shaping) -> Opened:
     """Open the images, and the labels if there are any, of a NumPy archive."""
     path = os.path.expanduser(path)
     if not os.path.isfile(path):
@@ -43,7 +47,9 @@ def open_npz(path, shaping):
     return open_array(images, labels, shaping, f"npz:{path}")
 
 
-def open_array(images, labels, shaping, name):
+def open_array(
+    images: np.ndarray, labels: np.ndarray | None, shaping: Shaping, name: str
+) -> Opened:
     """Open an array of images, `(N, H, W)` or `(N, H, W, C)`."""
     if images.ndim == 3 and images.shape[-1] in (1, 3, 4):
         raise ValueError(
@@ -77,11 +83,11 @@ def open_array(images, labels, shaping, name):
     return Opened(tf.data.Dataset.range(count), decode, count, decodes_batches=True)
 
 
-def open_list(arrays, shaping, exif_orientation):
+def open_list(arrays: Sequence[Any], shaping: Shaping, exif_orientation: bool) -> Opened:
     """Open a list of arrays `(H, W)` or `(H, W, C)` and Pillow images of any mode."""
     if not arrays:
         raise ValueError("`source` must hold at least one image. Received: an empty list")
-    images = []
+    images: list[np.ndarray] = []
     for i, array in enumerate(arrays):
         name = f"image {i} of the list"
         if isinstance(array, Image.Image):

@@ -1,16 +1,20 @@
 """Images from a `tf.data.Dataset`."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import tensorflow as tf
 
-from sddns_tf.data.pixels import Opened, shuffle_buffer, to_uint8
+from sddns_tf.data.pixels import Opened, Shaping, shuffle_buffer, to_uint8
 from sddns_tf.image_sources import in_range_later
 
 
-def open_dataset(dataset, shaping):
+def open_dataset(dataset: tf.data.Dataset, shaping: Shaping) -> Opened:
     """Open a `tf.data.Dataset` of images, dictionaries or pairs, batched or not."""
     spec = dataset.element_spec
     if isinstance(spec, dict) and "image" in spec:
-        keys = [key for key in ("image", "label") if key in spec]
+        keys: list[Any] = [key for key in ("image", "label") if key in spec]
     elif isinstance(spec, tuple) and spec:
         keys = list(range(min(2, len(spec))))
     elif isinstance(spec, tf.TensorSpec):

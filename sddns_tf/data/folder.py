@@ -1,5 +1,7 @@
 """The image files of a folder: which exist, their sizes, and which cannot be used and why."""
 
+from __future__ import annotations
+
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +13,7 @@ from absl import logging
 from PIL import Image
 
 from sddns_tf import pictures
-from sddns_tf.data.pixels import Opened, by
+from sddns_tf.data.pixels import Opened, Shaping, by
 from sddns_tf.image_ops import decoded, from_16_bits
 from sddns_tf.pictures import EXTENSIONS
 
@@ -47,18 +49,20 @@ class Folder:
         exif_orientation: Whether to rotate images as their EXIF data says.
     """
 
-    def __init__(self, path, shaping, max_pixels, on_error, exif_orientation):
+    def __init__(
+        self, path: str, shaping: Shaping, max_pixels: int, on_error: str, exif_orientation: bool
+    ) -> None:
         self.path = os.path.expanduser(path)
         self.shaping = shaping
         self.max_pixels = max_pixels
         self.on_error = on_error
         self.exif_orientation = exif_orientation
 
-    def files(self, limit=None):
+    def files(self, limit: int | None = None) -> list[ImageFile]:
         """Return the first `limit` usable files, or all, by path. Each is decoded as a check."""
         return [file for file, _ in self._inspected(lambda pixels: None, limit)]
 
-    def open(self):
+    def open(self) -> Opened:
         """Open the folder as records of its files, which are decoded when needed."""
         files = self.files()
         shape = self._shape([file.size for file in files], files)
@@ -81,7 +85,7 @@ class Folder:
         records = tf.data.Dataset.from_tensor_slices(columns)
         return Opened(records, decode, shuffle_buffer=len(files))
 
-    def read(self, limit=None):
+    def read(self, limit: int | None = None) -> tuple[tuple[ImageFile, ...], np.ndarray]:
         """Read the first `limit` images, or all, into memory.
 
         Returns:

@@ -1,12 +1,15 @@
 """Common to all sources: conversion to uint8 RGB of one size, and the size of shuffle buffers."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from sddns_tf import image_ops
+from sddns_tf.types import Array
 from sddns_tf.validation import check_choice, check_int, check_size, in_range
 
 # A shuffle buffer holds a whole data set up to this size, and a part of a larger one.
@@ -32,14 +35,19 @@ class Shaping:
         min_size: None, or the shortest side allowed.
     """
 
-    def __init__(self, image_size=None, resize="squash", min_size=None):
+    def __init__(
+        self,
+        image_size: int | tuple[int, int] | None = None,
+        resize: str = "squash",
+        min_size: int | None = None,
+    ) -> None:
         self.image_size = None if image_size is None else check_size("image_size", image_size)
         self.resize = check_choice("resize", resize, image_ops.RESIZES)
         if min_size is not None:
             check_int("min_size", min_size)
         self.min_size = min_size or 1
 
-    def final_shape(self, stored, name):
+    def final_shape(self, stored: Sequence[int | None], name: str) -> tuple[Any, ...]:
         """Return the `(height, width)` to yield; `stored` may have sides that are None."""
         known = [side for side in stored if side is not None]
         if known and min(known) < self.min_size:
@@ -56,7 +64,7 @@ class Shaping:
             )
         return tuple(stored)
 
-    def finish(self, images, shape):
+    def finish(self, images: Array, shape: tuple[int, int]) -> tf.Tensor:
         """Convert uint8 `(..., H, W, C)` to RGB of the given height and width."""
         if self.min_size > 1:
             sides = tf.shape(images)[-3:-1]
@@ -69,7 +77,7 @@ class Shaping:
         return tf.ensure_shape(fitted, (*images.shape[:-3], *shape, 3))
 
 
-def resized(images, size, resize="squash"):
+def resized(images: Array, size: tuple[int, int], resize: str = "squash") -> tf.Tensor:
     """Resize images in 0-255 as `image_ops.fit` does, and round them to their own dtype.
 
     Uses TensorFlow's own operation, which needs no float copy of a large photograph.
@@ -85,24 +93,24 @@ def resized(images, size, resize="squash"):
     return tf.cast(tf.round(scaled) if images.dtype.is_integer else scaled, images.dtype)
 
 
-def shuffle_buffer(examples, shape, bytes_per_value=1):
+def shuffle_buffer(examples: int, shape: Sequence[Any], bytes_per_value: int = 1) -> int:
     """Return the size of a shuffle buffer for a number of images (-1: unknown) of some shape."""
     image_bytes = np.prod(shape) * bytes_per_value if None not in shape else _UNKNOWN_IMAGE_BYTES
     affordable = max(1, int(_SHUFFLE_BYTES // image_bytes))
     return affordable if examples < 0 else min(examples, affordable)
 
 
-def name_of(source):
+def name_of(source: Any) -> str:
     """Return the name of a source for error messages."""
     return source if isinstance(source, str) else f"the {type(source).__name__}"
 
 
-def by(shape):
+def by(shape: Sequence[int | None]) -> str:
     """Return height and width as text."""
     return f"{shape[0]} x {shape[1]}"
 
 
-def to_uint8(array, name):
+def to_uint8(array: np.ndarray, name: str) -> np.ndarray:
     """Convert an array of integers or floats in 0-255 to uint8."""
     if array.dtype.kind not in "uif":
         raise ValueError(

@@ -1,17 +1,27 @@
 """Images of prepared TFDS data sets. Nothing is downloaded."""
 
+from __future__ import annotations
+
 import contextlib
 import logging
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
 
 from sddns_tf import image_ops
-from sddns_tf.data.pixels import Opened, shuffle_buffer
+from sddns_tf.data.pixels import Opened, Shaping, shuffle_buffer
 
 
-def open_tfds(name, shaping, exclude_labels, split, data_dir, shuffle_files_seed=None):
+def open_tfds(
+    name: str,
+    shaping: Shaping,
+    exclude_labels: Sequence[str],
+    split: str,
+    data_dir: str | None,
+    shuffle_files_seed: int | None = None,
+) -> Opened:
     """Open a prepared TFDS data set with a uint8 `image` feature."""
     import tensorflow_datasets as tfds
 

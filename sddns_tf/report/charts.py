@@ -4,7 +4,10 @@ The page follows the reader's light or dark mode, so charts cannot have fixed co
 has a class (`s0`, `s1`, ... for series, `ink`, `faint`), and the style sheet sets its color.
 """
 
+from __future__ import annotations
+
 import html
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -14,7 +17,9 @@ SERIES = 7  # number of colors in the style sheet
 _DASHES = ("", "6 3", "2 2", "8 3 2 3")
 
 
-def histograms(normal, other, index, threshold, limits):
+def histograms(
+    normal: np.ndarray, other: np.ndarray, index: int, threshold: float, limits: tuple[float, float]
+) -> str:
     """Draw histograms of two sets of scores, each scaled to its own peak, and the threshold.
 
     Args:
@@ -41,7 +46,7 @@ def histograms(normal, other, index, threshold, limits):
     return frame.svg("Histograms of the scores")
 
 
-def roc(curves):
+def roc(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
     """Draw ROC curves, given the shares of normal and OOD images flagged for each series."""
     ticks = [0.0, 0.25, 0.5, 0.75, 1.0]
     frame = _Frame((0, 1), (0, 1), "normal images flagged", "OOD images flagged", ticks, ticks)
@@ -51,7 +56,9 @@ def roc(curves):
     return frame.svg("ROC curves")
 
 
-def calibration(promised, measured, low, high):
+def calibration(
+    promised: np.ndarray, measured: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> str:
     """Draw the measured against the promised false positive rate, and a band for chance."""
     first = min(promised[0], 0.1)
     ticks = [t for t in (0.0001, 0.001, 0.01, 0.1, 1.0) if t >= first * 0.99]
@@ -72,13 +79,13 @@ def calibration(promised, measured, low, high):
     return frame.svg("Promised and measured false positive rate")
 
 
-def scatter(points):
+def scatter(points: Mapping[str, np.ndarray]) -> str:
     """Draw points, given as a dict from a name to an array `(n, 2)`."""
     everything = np.concatenate(list(points.values()))
     low, high = np.quantile(everything, [0.002, 0.998], axis=0)
     margin = 0.05 * (high - low) + 1e-9
     limits = np.stack([low - margin, high + margin], axis=1)
-    frame = _Frame(*limits, "first component", "second component", [], [])
+    frame = _Frame(limits[0], limits[1], "first component", "second component", [], [])
     for index, values in enumerate(points.values()):
         shown = np.clip(values, limits[:, 0], limits[:, 1])
         marks = "".join(_mark(index, *frame.place(*point)) for point in shown)
@@ -86,7 +93,7 @@ def scatter(points):
     return frame.svg("Map of the features")
 
 
-def key(index, kind):
+def key(index: int, kind: str) -> str:
     """Draw the mark of a series for a legend; `kind` is `"line"`, `"area"` or `"point"`."""
     marks = {
         "line": f'<path class="{_class(index)}" {_dash(index)} d="M1 6H25"/>',
