@@ -97,12 +97,21 @@ def test_an_unknown_application_is_named():
         backbones.application("ResNet5")
 
 
-def test_every_application_has_its_preprocessing():
+def test_every_application_has_its_preprocessing(monkeypatch):
     names = [name for name in dir(keras.applications) if name[0].isupper()]
     assert len(names) > 30
+    found = []
+    monkeypatch.setattr(backbones, "wrap", lambda network, preprocess: found.append(preprocess))
     for name in names:
         module = sys.modules[getattr(keras.applications, name).__module__]
-        assert callable(module.preprocess_input), name
+
+        def make(**options):
+            return options
+
+        make.__module__ = module.__name__
+        monkeypatch.setattr(keras.applications, name, make)
+        backbones.application(name, weights=None)
+        assert found.pop() is module.preprocess_input, name
 
 
 IMAGES_64 = np.random.default_rng(1).integers(0, 256, (24, 64, 64, 3), np.uint8)

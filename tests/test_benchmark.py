@@ -86,7 +86,7 @@ def no_larger(shape):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", harness.BENCHMARKS)
-def test_each_benchmark_is_measured(name, tmp_path, monkeypatch):
+def test_each_benchmark_is_measured(name, tmp_path, monkeypatch, capsys):
     def one_turn(ours, theirs, rounds, warm_up=True, measure=harness.seconds):
         del rounds, warm_up
         return [[measure(side)] * 2 for side in (ours, theirs)]
@@ -105,4 +105,8 @@ def test_each_benchmark_is_measured(name, tmp_path, monkeypatch):
     path = tmp_path / "records.json"
     with export_checks.in_this_process():
         harness.main(["--quick", f"--benchmarks={name}", f"--json={path}"])
-    assert all(record["ours"] > 0 for record in json.loads(path.read_text()))
+    records = json.loads(path.read_text())
+    if not records and "left out" in capsys.readouterr().out:
+        pytest.skip("a partner is missing")
+    assert records
+    assert all(record["ours"] > 0 for record in records)

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from tiny import no_pictures
 
+from sddns_tf import metrics
 from sddns_tf.cli import evaluate, sensitivity, sources
 from sddns_tf.cli.errors import UsageError
+from sddns_tf.features import extract_features
 
 
 @pytest.fixture
@@ -47,7 +49,14 @@ def test_it_agrees_with_the_detector(run, trained, image_sets, tmp_path, capsys)
     assert brick["auroc"]["low"] <= brick["auroc"]["value"] <= brick["auroc"]["high"]
     assert brick["flagged"]["value"] == np.mean(scores["brick"] > detector.threshold)
     assert results["sets"]["fresh normal images"]["images"] == 40
-    assert 0 <= results["knn_accuracy"]["value"] <= 1
+    known, fresh = (np.load(image_sets / f"{name}.npz") for name in ("grass", "fresh"))
+    features = [
+        extract_features(detector.extractor, x["images"], verbose=0) for x in (known, fresh)
+    ]
+    accuracy = metrics.knn_accuracy(
+        features[0], known["labels"], features[1], fresh["labels"], k=20
+    )
+    assert results["knn_accuracy"]["value"] == pytest.approx(accuracy)
     assert f"| brick | 30 | {brick['auroc']['value']:.3f} (" in printed
     assert r"| a\|b | 60 |" in printed
     assert printed.strip() == (tmp_path / "table.md").read_text().strip()

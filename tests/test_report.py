@@ -1,6 +1,9 @@
 """The report: what it says, that it asks nothing of the network, and how it fits a screen."""
 
+import base64
+import html
 import html.parser
+import io
 import pathlib
 import re
 import shutil
@@ -9,6 +12,7 @@ import types
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sddns_tf import evaluation, report
 from sddns_tf.report import charts
@@ -107,8 +111,12 @@ def test_page_is_whole_and_asks_nothing_of_the_network(text):
 
 def test_page_tells_the_table(text):
     one = found()
-    cells = " ".join(Page(text).texts["td"])
-    for row in one.rows.values():
+    rows = [
+        " ".join(Page(row).texts.get("td", []))
+        for row in re.findall(r"<tr>.*?</tr>", text, re.DOTALL)
+    ]
+    for name, row in one.rows.items():
+        (cells,) = (cells for cells in rows if cells.startswith(name))
         for value, low, high in row.values():
             assert f"{value:.3f} {low:.3f}\u2013{high:.3f}" in cells
 
@@ -126,6 +134,21 @@ def test_galleries_show_what_they_say(text):
     assert {int(index) for index in shown} == set(highest)
     nearest = np.abs(scores["bright"] - 100).argmin()
     assert f"bright #{nearest}<br>" in parts["Borderline"]
+
+
+def test_pictures_are_of_the_images_that_captions_name():
+    one = found()
+    page = report.html(one, FakeDetector(False))
+    figures = re.findall(
+        r'<figure><div class="[^"]+"><span><img src="data:image/png;base64,([^"]+)".*?'
+        r"<figcaption>(.+?) #(\d+)<br>",
+        page,
+    )
+    assert len(figures) > 20
+    for png, name, index in figures:
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"))
+        expected = one.images[html.unescape(name)][int(index)]
+        np.testing.assert_array_equal(shown, expected)
 
 
 def test_attention_is_bright_where_the_network_looks():

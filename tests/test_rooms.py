@@ -196,3 +196,21 @@ def test_what_is_public_has_type_hints():
                 without.append(f"{path.name}: {name}")
     assert count > 500
     assert not without
+
+
+def test_configurations_hold_all_arguments_of_the_constructor():
+    """A key that `get_config` forgets is forgotten by a file, too."""
+    count, forgotten = 0, []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            methods = {one.name: one for one in getattr(node, "body", []) if hasattr(one, "args")}
+            if not isinstance(node, ast.ClassDef) or not {"__init__", "get_config"} <= set(methods):
+                continue
+            count += 1
+            arguments = methods["__init__"].args
+            named = {one.arg for one in (*arguments.args, *arguments.kwonlyargs)} - {"self"}
+            inside = ast.walk(methods["get_config"])
+            texts = {one.value for one in inside if isinstance(one, ast.Constant)}
+            forgotten += [f"{node.name}: {name}" for name in named - texts]
+    assert count > 20
+    assert not forgotten

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 from tiny import Brightness, conv
 
-from sddns_tf import losses, networks, replicas, schedules, shifts
+from sddns_tf import image_ops, losses, networks, replicas, schedules, shifts
 from sddns_tf.convnet import ConvNet
 from sddns_tf.detector import Detector
 from sddns_tf.heads import ProjectionHead
@@ -106,6 +106,9 @@ def test_step_equals_plain_recomputation(images, temperature, weight, monkeypatc
         teacher_momentum=0.9,
         negatives=Negatives(upside_down, source="in_distribution"),
         negative_weight=weight,
+        student_temperature=0.2,
+        mean=(0.1, 0.2, 0.3),
+        std=(0.5, 0.4, 0.3),
     )
     model.compile(keras.optimizers.SGD(0.1), run_eagerly=True)
     student = [*model.student_backbone.trainable_weights, *model.student_head.trainable_weights]
@@ -117,7 +120,7 @@ def test_step_equals_plain_recomputation(images, temperature, weight, monkeypatc
 
     def features(part, group):
         flat = tf.reshape(group, [-1, 16, 16, 3])
-        normalized = tf.cast((flat / 255.0 - model.mean) / model.std, tf.float32)
+        normalized = (flat / 255.0 - [0.1, 0.2, 0.3]) / [0.5, 0.4, 0.3]
         return getattr(model, f"{part}_backbone")(normalized)
 
     def project(part, group):
@@ -136,8 +139,8 @@ def test_step_equals_plain_recomputation(images, temperature, weight, monkeypatc
     else:
         targets = losses.teacher_probabilities(teacher_logits, model.center, temperature)
     with tf.GradientTape() as tape:
-        positive = losses.cross_entropy(targets, project("student", views))
-        negative = losses.uniformity_loss(project("student", negatives))
+        positive = losses.cross_entropy(targets, project("student", views), 0.2)
+        negative = losses.uniformity_loss(project("student", negatives), 0.2)
         if weight is None:
             weight = float(positive) / PROTOTYPES
         loss = positive + weight * negative
@@ -564,6 +567,51 @@ def test_schedules_follow_the_step(images):
     assert int(model.step) == 6
 
 
+@pytest.mark.parametrize(
+    ("name", "schedule", "constant", "others"),
+    [
+        ("weight_decay", schedules.Linear(0.0, 0.5, end_step=1), 0.5, {}),
+        ("teacher_temperature", schedules.Linear(0.04, 0.4, end_step=1), 0.4, {}),
+        (
+            "negative_weight",
+            schedules.Linear(0.0, 0.7, end_step=1),
+            0.7,
+            {"teacher_temperature": 0.04},
+        ),
+    ],
+)
+def test_a_schedule_at_its_end_is_its_last_value(images, name, schedule, constant, others):
+    model, twin = (tiny_model(**{name: value}, **others) for value in (schedule, constant))
+    twin.set_weights(model.get_weights())
+    for one in (model, twin):
+        one.compile(keras.optimizers.SGD(0.1))
+        one.step.assign(1)
+        one.train_on_batch(images[:BATCH])
+    for ours, theirs in zip(model.weights, twin.weights, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6, err_msg=ours.path)
+
+
+def test_draws_differ_by_step_and_seed_and_between_views_and_negatives(images):
+    class Seen(Brightness):
+        def _draw(self, images, seed, count):
+            seen.append(tuple(np.asarray(seed)))
+            return super()._draw(images, seed, count)
+
+    def drawn(seed):
+        seen.clear()
+        model = tiny_model(views=Seen(16, local_size=8), seed=seed)
+        model.compile("sgd", run_eagerly=True)
+        for _ in range(3):
+            model.train_on_batch(images[:BATCH])
+        return list(seen)
+
+    seen = []
+    one, again, other = drawn(0), drawn(0), drawn(1)
+    assert len(set(one)) == len(one) == 6  # views and negatives of three steps
+    assert one == again
+    assert not set(one) & set(other)
+
+
 def test_save_load_continue_equals_not_stopping(images, tmp_path):
     """Schedules, center, optimizer slots, views: all go on where they stood."""
 
@@ -670,10 +718,14 @@ def test_teacher_drops_nothing_where_there_are_batch_statistics(images):
 
 
 def test_evaluate_reports_the_losses_and_changes_nothing(images):
-    model = tiny_model()
+    model = tiny_model(backbone=conv(dropout=0.5, batch_norm=True), negative_weight=0.5)
     model.compile(keras.optimizers.Adam(1e-3))
     before = model.get_weights()
-    logs = model.evaluate(batches(images), return_dict=True, verbose=0)
+    logs, again = (
+        model.evaluate(batches(images[:BATCH]), return_dict=True, verbose=0) for _ in range(2)
+    )
+    assert logs == again  # No unit is dropped.
+    assert logs["loss"] == pytest.approx(logs["positive_loss"] + 0.5 * logs["negative_loss"])
     assert set(logs) >= {"loss", "positive_loss", "negative_loss", "teacher_entropy"}
     for old, new in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
@@ -681,9 +733,14 @@ def test_evaluate_reports_the_losses_and_changes_nothing(images):
 
 def test_predict_gives_unit_features_of_the_teacher(images):
     model = tiny_model()
+    student = model.student_backbone
+    student.set_weights([0.1 + weight for weight in student.get_weights()])
     features = model.predict(images, verbose=0)
     assert features.shape == (len(images), 16)
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1.0, rtol=1e-5)
+    seen = image_ops.normalize(image_ops.resize(tf.cast(images, tf.float32), 16, 16))
+    expected = tf.math.l2_normalize(model.teacher_backbone(seen), axis=-1)
+    np.testing.assert_allclose(features, expected, atol=1e-4)
 
 
 def test_collapse_metrics_at_their_ends(images):
@@ -795,12 +852,26 @@ def test_a_head_made_for_one_vector_per_image_takes_all_views(images, negatives)
     inputs = keras.Input((16,))
     head = keras.Sequential([layers.Dense(8, activation="relu"), layers.Dense(PROTOTYPES)])
     functional = keras.Model(inputs, head(inputs))
-    losses = []
-    for one in (functional, head, layers.Dense(PROTOTYPES)):
+    dense = layers.Dense(PROTOTYPES)
+    for_any_rank = keras.models.clone_model(head)
+    for one in (functional, head, dense, for_any_rank):
         model = tiny_model(head=one, negatives=negatives)
         model.compile("adam", run_eagerly=True)
-        losses.append(model.train_on_batch(images[:BATCH], return_dict=True)["loss"])
-    assert np.isfinite(losses).all()
+        loss = model.train_on_batch(images[:BATCH], return_dict=True)["loss"]
+        assert np.isfinite(loss)
+
+    # One that takes any rank, and the same one made for (B, D), give the same loss.
+    def loss_with(one, weights):
+        model = tiny_model(head=one, negatives=negatives)
+        model.student_head.set_weights(weights)
+        model.teacher_head.set_weights(weights)
+        model.compile("sgd", run_eagerly=True)
+        return model.train_on_batch(images[:BATCH], return_dict=True)["loss"]
+
+    made = keras.Sequential([inputs, layers.Dense(PROTOTYPES)])
+    weights = made.get_weights()
+    expected = loss_with(layers.Dense(PROTOTYPES), weights)
+    assert loss_with(made, weights) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """One rule for images at every door, and one for arguments."""
 
+import inspect
 import math
 import warnings
 
@@ -153,6 +154,7 @@ ARGUMENTS = [
             "patience": NO_POSITIVE_INT,
             "uniform_above": NO_PROBABILITY,
             "one_prototype_below": NO_PROBABILITY,
+            "constant_below": NO_PROBABILITY,
             "stop_training": NO_BOOL,
         },
     ),
@@ -210,7 +212,7 @@ def test_a_wrong_argument_is_named(function, right, name):
 
 @pytest.mark.parametrize(("function", "right", "wrong"), ARGUMENTS)
 def test_the_right_arguments_pass(function, right, wrong):
-    assert set(right) | set(wrong)
+    assert set(right) | set(wrong) <= set(inspect.signature(function).parameters)
     function(**right)
 
 
