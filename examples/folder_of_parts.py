@@ -39,6 +39,7 @@ import numpy as np
 from absl import app, flags
 
 import sddns_tf
+from sddns_tf import calibration as calibrations
 from sddns_tf import metrics, plots, schedules
 from sddns_tf.data import mvtec
 
@@ -161,7 +162,9 @@ def write_results(files, images, answers, detector, output_dir):
     """Write the scores, the most suspicious first, and a picture of the first ones."""
     order = np.argsort(-answers["ood_score"])
     columns = ("ood_score", "p_value", "is_ood")
-    with open(output_dir / "scores.csv", "w", newline="") as file:
+    # A name need not be valid Unicode.
+    path = output_dir / "scores.csv"
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(("path", *columns))
         writer.writerows([files[i], *(answers[column][i] for column in columns)] for i in order)
@@ -174,10 +177,15 @@ def write_results(files, images, answers, detector, output_dir):
     ]
     figure = plots.contact_sheet(
         overlays,
-        titles=[f"{files[i].stem}\np = {answers['p_value'][i]:.3f}" for i in top],
+        titles=[f"{shown(files[i].stem)}\np = {answers['p_value'][i]:.3f}" for i in top],
         title="Most suspicious first; places above the threshold are colored",
     )
     plots.save(figure, output_dir / "most_suspicious.png")
+
+
+def shown(name):
+    """Return a name of a file with a question mark for what cannot be shown."""
+    return name.encode(errors="replace").decode()
 
 
 def print_what_was_found(files, answers, detector, masks_folder):
@@ -213,6 +221,8 @@ def main(argv):
 
     training, held_out = load_good_parts(good, calibration)
     print(f"{len(training)} good parts to train on, {len(held_out)} to set the threshold with")
+    # Now, because it would be told after training.
+    calibrations.largest_flagged_rank(len(held_out), FLAGS.false_positive_rate)
     model = train(training)
     detector = sddns_tf.Detector.from_images(
         model.teacher_backbone,
@@ -225,11 +235,11 @@ def main(argv):
         verbose=0,
     )
 
+    detector.save(output_dir / "detector.keras")
     files = [pathlib.Path(f) for f in sddns_tf.data.image_files(check, on_error="skip")]
     images = load(check)
     answers = detector.predict(images, verbose=0)
     write_results(files, images, answers, detector, output_dir)
-    detector.save(output_dir / "detector.keras")
     print(f"{answers['is_ood'].sum()} of {len(files)} images flagged")
     if not FLAGS.good:
         print_what_was_found(files, answers, detector, masks)

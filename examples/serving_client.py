@@ -68,15 +68,25 @@ def ask_rest(server, model, version, label, timeout, files, rate):
     )
     try:
         with urllib.request.urlopen(request, timeout=timeout) as response:
-            return json.load(response)["predictions"]  # Accepts NaN, which the server writes.
+            return _checked(json.load(response)["predictions"])  # Takes NaN, which servers write.
     except urllib.error.HTTPError as error:
-        text = error.read().decode(errors="replace")
+        try:
+            text = error.read().decode(errors="replace")
+        except (OSError, http.client.HTTPException) as broken:
+            text = f"an answer that breaks off: {broken!r}"
         kind = TemporaryError if error.code in TEMPORARY_HTTP else PermanentError
         raise kind(f"HTTP {error.code}: {text}") from error
     except (OSError, http.client.HTTPException) as error:  # the latter if an answer breaks off
         raise TemporaryError(f"{type(error).__name__}: {error}") from error
     except (ValueError, LookupError, TypeError) as error:
         raise PermanentError(f"not an answer of TensorFlow Serving: {error!r}") from error
+
+
+def _checked(predictions):
+    """Return answers, or raise a `ValueError` unless each has all that is asked for."""
+    if not all(isinstance(one, dict) and set(ANSWERS) <= set(one) for one in predictions):
+        raise ValueError(f"each answer must have {', '.join(ANSWERS)}. Received: {predictions}")
+    return predictions
 
 
 def ask_grpc(stub, model, version, label, timeout, files, rate):

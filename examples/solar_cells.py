@@ -310,7 +310,7 @@ def print_table(results):
 
 
 def check_same_settings(folder):
-    """Note the settings in a folder of results; raise a `UsageError` if it has those of others."""
+    """Return the settings, or raise a `UsageError` if a folder has results of others."""
     names = (
         "split_seed", "smoothing", "train_images", "limit", "steps", "false_positive_rate"
     )  # fmt: skip
@@ -322,7 +322,7 @@ def check_same_settings(folder):
             f"--output_dir must be another folder than {folder}, which holds results of {known}. "
             f"Received: {settings}"
         )
-    files.write_json(path, settings)
+    return settings
 
 
 def main(argv):
@@ -337,7 +337,7 @@ def main(argv):
         if not set(given) <= set(allowed):
             raise app.UsageError(f"--{flag} must be of {', '.join(allowed)}. Received: {given}")
     path = pathlib.Path(FLAGS.output_dir) / "results.json"
-    check_same_settings(path.parent)
+    settings = check_same_settings(path.parent)
     results = json.loads(path.read_text()) if path.exists() else {}
     for kind in FLAGS.types:
         for name in FLAGS.networks:
@@ -346,6 +346,7 @@ def main(argv):
             print(f"{kind}: {name} ...", flush=True)
             results.setdefault(name, {}).update(measured(name, kind))
             files.write_json(path, results)
+            files.write_json(path.with_name("settings.json"), settings)
     print_table(results)
     print(f"Wrote reports and detectors to {path.parent.resolve()}")
 

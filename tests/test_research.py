@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import keras
 import numpy as np
@@ -111,6 +112,20 @@ def test_a_baseline_of_standardized_features_has_a_row_of_its_own(runs, capsys):
     assert "\n| untrained, standardized | 1 |" in printed
 
 
+def test_runs_on_development_sets_have_a_table(capsys):
+    folder = pathlib.Path(RESULTS).parent / "small" / "development"
+    make_results.main([f"--results={folder}"])
+    heading = capsys.readouterr().out.splitlines()[0]
+    assert "| noise | blurred | gray | mean AUROC | mean FPR95 | *imagenet_aux* |" in heading
+
+
+def test_two_runs_of_one_seed_are_refused(tmp_path):
+    for name in ("none-0", "none-lr5"):
+        shutil.copy(pathlib.Path(RESULTS) / "none-0.json", tmp_path / f"{name}.json")
+    with pytest.raises(ValueError, match=r"one run of each strategy and seed\. Received: .*lr5"):
+        make_results.read_runs(tmp_path)
+
+
 @pytest.mark.slow
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(data_dir, tmp_path, monkeypatch):
     class Stopped(keras.callbacks.Callback):
@@ -137,6 +152,9 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(data_dir, tmp_path, m
     loss = [record(folder, "auxiliary-rot90-0")["history"]["loss"] for folder in (broken, whole)]
     assert len(loss[0]) == cifar10.EPOCHS
     np.testing.assert_allclose(*loss, rtol=1e-5)
+    (broken / "auxiliary-rot90-0.json").unlink()
+    with pytest.raises(ValueError, match=r"same flags.*Received: {'learning_rate': 0.5}, not"):
+        reproduce_cifar10.main([*tiny, f"--output_dir={broken}", "--learning_rate=0.5"])
 
 
 def test_development_sets_share_no_image_with_test_sets(data_dir):

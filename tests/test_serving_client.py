@@ -145,17 +145,25 @@ def test_a_server_that_is_not_there_is_told(client, photos_folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("status", "body", "told"),
     [
-        (b'{"predictions": [', "no answer after 2 tries: IncompleteRead"),
-        (b"<html>a proxy's page</html>", "no answer: not an answer of TensorFlow Serving"),
-        (b'{"outputs": []}', "no answer: not an answer of TensorFlow Serving"),
+        (200, b'{"predictions": [', "no answer after 2 tries: IncompleteRead"),
+        (503, b"bus", "no answer after 2 tries: HTTP 503: an answer that breaks off: Incomplete"),
+        (200, b"<html>a proxy's page</html>", "no answer: not an answer of TensorFlow Serving"),
+        (200, b'{"outputs": []}', "no answer: not an answer of TensorFlow Serving"),
+        (200, b'{"predictions": null}', "no answer: not an answer of TensorFlow Serving"),
+        (200, b'{"predictions": [1.0, 2.0]}', "no answer: not an answer of TensorFlow Serving"),
+        (
+            200,
+            b'{"predictions": [{"ood_score": 1.0}, {"ood_score": 2.0}]}',
+            'no answer: not an answer of TensorFlow Serving: ValueError("each answer must have',
+        ),
     ],
 )
-def test_a_broken_answer_is_told_for_each_file(client, photos_folder, capsys, body, told):
+def test_a_broken_answer_is_told_for_each_file(client, photos_folder, capsys, status, body, told):
     class Broken(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
-            self.send_response(200)
+            self.send_response(status)
             self.send_header("Content-Length", str(len(body) + 9 * ("Incomplete" in told)))
             self.end_headers()
             self.wfile.write(body)

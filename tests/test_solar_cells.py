@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from absl import flags
+from absl import app, flags
 from scripts import example
 
 from sddns_tf import data
@@ -36,7 +36,14 @@ def run(output, *arguments):
     with example("solar_cells") as module:
         module.BANK_SIZE, module.BATCH_SIZE = 300, 8
         module.FLAGS(
-            ["", f"--output_dir={output}", "--limit=60", "--false_positive_rate=0.2", *arguments]
+            [
+                "",
+                f"--output_dir={output}",
+                "--limit=60",
+                "--steps=10",
+                "--false_positive_rate=0.2",
+                *arguments,
+            ]
         )
         module.main([])
         return module.read_cells("mono")
@@ -44,7 +51,7 @@ def run(output, *arguments):
 
 def test_the_example_compares_networks(output, capsys):
     networks = "brightness,pixels,untrained,frozen,aligned,fine_tuned"
-    cells = run(output, "--types=mono", f"--networks={networks}", "--steps=10")
+    cells = run(output, "--types=mono", f"--networks={networks}")
     assert [len(part) for part in cells] == [36, 12, 12, 60]
     # Nothing is in two parts: what is fresh is neither in the bank nor calibrates.
     parts = {image.tobytes() for part in cells for image in part}
@@ -64,7 +71,7 @@ def test_the_example_compares_networks(output, capsys):
 
 
 def test_both_types_in_one_detector_have_a_promise_each(output, capsys):
-    run(output, "--types=both", "--networks=scratch", "--steps=10")
+    run(output, "--types=both", "--networks=scratch")
     found = json.loads((output / "results.json").read_text())["scratch"]
     assert {"both", "both: mono", "both: poly, calibrated apart"} <= set(found)
     assert found["both"]["images"] == [24, 24, 120]
@@ -104,6 +111,18 @@ def test_the_benchmark_stands_beside_patchcore(output, capsys, flags_of_others):
     assert all(0.5 < value <= 1.0 for value in record["auroc"])
     assert all(0.1 < value < 100 for value in record["megabytes"])
     assert all(0 < value < 1_000 for value in record["memory_megabytes"])
+
+
+def test_a_split_is_that_of_the_detector(output, flags_of_others):
+    """With another one, images of the bank would be tested."""
+    from tools.research import calibration_curve
+
+    if not (output / "mono_frozen").exists():
+        run(output, "--types=mono", "--networks=frozen")
+    with pytest.raises(app.UsageError, match=r"another folder than .*results of .*Received: "):
+        run(output, "--types=mono", "--networks=frozen", "--split_seed=1")
+    with pytest.raises(ValueError, match=r"--split_seed must be .*, 0: .*Received: 1"):
+        calibration_curve.main([f"--output_dir={output}", "--limit=60", "--split_seed=1"])
 
 
 def test_any_number_of_calibration_images_keeps_the_promise_on_average(

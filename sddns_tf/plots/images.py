@@ -221,7 +221,8 @@ def _draw_grid(figure, images, captions, columns, title):
     for axes, image, caption in zip(grid.flat, images, captions, strict=False):
         axes.imshow(image)
         if caption:
-            axes.set_title(caption, fontsize=7, pad=2)
+            # Two dollar signs in a name of a file are no formula.
+            axes.set_title(caption, fontsize=7, pad=2, parse_math=False)
     if title:
         figure.suptitle(title, fontsize=10)
 

@@ -5,14 +5,12 @@ the number of multiplications.
 """
 
 import json
-import pathlib
 import resource
 import subprocess
 import sys
 
 from tools.benchmark import harness
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALLEST = {"prototypes": 1024, "local_views": 0, "batch": 16, "size": 32}
 STEPS = {
     "prototypes": (16_384, 65_536),
@@ -44,7 +42,7 @@ def run(settings):
 def measured_apart(setting):
     """Return the result of `measure` for a setting, run in a separate process."""
     command = [sys.executable, "-m", "tools.benchmark.growth", json.dumps(setting)]
-    result = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=harness.ROOT, check=True, capture_output=True, text=True)
     return json.loads(result.stdout.splitlines()[-1])
 
 

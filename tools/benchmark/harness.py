@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib
 import os
+import pathlib
 import platform
 import statistics
 import time
@@ -11,6 +12,7 @@ import time
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow is imported
 
 # Each is a module of this package with a function `run(settings)` that yields records.
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 BENCHMARKS = (
     "views", "train_step", "features", "score", "places", "growth", "startup", "input",
     "saved_model", "tflite", "precision", "onednn",
@@ -188,8 +190,13 @@ def main(argv=None):
     """Run the named benchmarks, print one line per record and write all records."""
     names, path, settings = parse(argv)
     pin_threads(settings.threads)
-    records = [record for name in names for record in records_of(name, settings)]
-    if path:
-        from sddns_tf import files
+    from sddns_tf import files
 
+    records = []
+    for name in names:
+        for record in records_of(name, settings):
+            records.append(record)
+            if path:  # Each at once: a later one may fail.
+                files.write_json(path, records)
+    if path:
         files.write_json(path, records)

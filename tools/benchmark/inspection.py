@@ -59,6 +59,16 @@ def cells_of(options):
     from examples import solar_cells
 
     given = {name: getattr(options, name) for name in ("output_dir", "split_seed", "limit")}
+    path = pathlib.Path(options.output_dir) / "settings.json"
+    if path.exists():
+        known = json.loads(path.read_text())
+        given["train_images"] = known["train_images"]
+        for name in ("split_seed", "limit"):
+            if given[name] != known[name]:
+                raise ValueError(
+                    f"--{name} must be what the example was given, {known[name]}: otherwise images "
+                    f"of the bank would be tested. Received: {given[name]}"
+                )
     solar_cells.FLAGS(["", *(f"--{k}={v}" for k, v in given.items() if v is not None)])
     return solar_cells.read_cells(options.type)
 

@@ -46,7 +46,9 @@ def printed(side):
     choice, program = side
     command = [sys.executable, "-c", program]
     environment = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": choice}
-    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=environment, cwd=harness.ROOT, check=True, capture_output=True, text=True
+    )
     return float(done.stdout)
 
 

@@ -10,14 +10,12 @@ such as 100,000 images:
 
 import argparse
 import json
-import pathlib
 import resource
 import subprocess
 import sys
 
 from tools.benchmark import harness
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 CHANNELS = 160
 # Side of the map of a 224 px image, rows of the bank, and principal components that are compared.
 # The default is all channels and 5,000 rows.
@@ -88,7 +86,7 @@ def measured_apart(count, threads):
     """Return what `main` prints for a number of images, run in a separate process."""
     options = [f"--images={count}", f"--threads={threads}"]
     command = [sys.executable, "-m", "tools.benchmark.places", *options]
-    result = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=harness.ROOT, check=True, capture_output=True, text=True)
     return json.loads(result.stdout.splitlines()[-1])
 
 

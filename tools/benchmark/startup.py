@@ -18,7 +18,7 @@ def run(settings):
 
     def fresh(program):
         command = [sys.executable, "-c", program]
-        return lambda: subprocess.run(command, check=True, capture_output=True)
+        return lambda: subprocess.run(command, cwd=harness.ROOT, check=True, capture_output=True)
 
     imports = fresh("import tensorflow, sddns_tf"), fresh("import tensorflow")
     times = harness.take_turns(*imports, settings.rounds)
@@ -40,7 +40,8 @@ def run(settings):
 def printed_seconds(program):
     """Return the number that a program prints, run in a process of its own."""
     command = [sys.executable, "-c", program]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    done = subprocess.run(command, cwd=harness.ROOT, check=True, capture_output=True, text=True)
+    return float(done.stdout)
 
 
 def our_first_step(shape, threads):

@@ -49,7 +49,7 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def compressed_banks(settings, features):
+def compressed_banks(settings, features, metric):
     """Yield name, rows and weights of each smaller bank."""
     order = np.random.default_rng(settings.seed).permutation(len(features))
     for size in settings.bank_sizes:
@@ -57,13 +57,16 @@ def compressed_banks(settings, features):
             continue
         yield f"{size:,} drawn at random", features[order[:size]], None
         for method, name in (("kmeans", "k-means"), ("kcenter", "k-center")):
-            yield f"{size:,} by {name}, weighted", *bank.compress(features, size, method=method)
+            yield (
+                f"{size:,} by {name}, weighted",
+                *bank.compress(features, size, method=method, metric=metric),
+            )
 
 
-def variants(settings, features):
+def variants(settings, features, metric):
     """Yield name, bank, weights and score options for each row of the table."""
     yield f"all {len(features):,} images", features, None, {}
-    for name, rows, weights in compressed_banks(settings, features):
+    for name, rows, weights in compressed_banks(settings, features, metric):
         yield name, rows, weights, {}
     for k in settings.neighbors:
         yield f"all, {k} nearest", features, None, {"k": k}
@@ -71,13 +74,13 @@ def variants(settings, features):
         yield f"all, temperature {temperature:g}", features, None, {"temperature": temperature}
 
 
-def measure(normal, ood, rows, weights, options):
+def measure(normal, ood, rows, weights, metric, options):
     """Return the mean AUROC, and the microseconds of the score per image (best of three)."""
     rows = tf.constant(rows)
 
     @tf.function
     def score(features):
-        return bank.ood_score(features, rows, weights=weights, **options)
+        return bank.ood_score(features, rows, weights=weights, metric=metric, **options)
 
     normal_scores = score(tf.constant(normal)).numpy()
     seconds = []
@@ -110,8 +113,8 @@ def main(argv=None):
     ]
     features = features_of("data", sources.parse("data", settings.data, "train"))
     print("| bank and score | mean AUROC | microseconds per image |\n|---|---|---|")
-    for name, rows, weights, options in variants(settings, features):
-        auroc, microseconds = measure(normal, ood, rows, weights, options)
+    for name, rows, weights, options in variants(settings, features, extractor.metric):
+        auroc, microseconds = measure(normal, ood, rows, weights, extractor.metric, options)
         print(f"| {name} | {auroc:.4f} | {microseconds:.0f} |", flush=True)
 
 

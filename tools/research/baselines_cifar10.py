@@ -77,6 +77,8 @@ def main(argv=None):
     parser.add_argument("--standardize", action="store_true", help="features, by the bank")
     settings = parser.parse_args(argv)
 
+    if settings.standardize and settings.baseline == "pixels":
+        parser.error("--standardize is for features. Received: --baseline=pixels")
     standardized = "-standardized" if settings.standardize else ""
     name = f"{settings.baseline}{standardized}-{settings.seed}"
 

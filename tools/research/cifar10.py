@@ -179,7 +179,9 @@ def fit(settings, name, make_model, batches_from, callbacks=(), resume=True):
     keras.utils.set_random_seed(settings.seed)
     model, step, callbacks = make_model(), 0, list(callbacks)
     if resume:
-        checkpoint = sddns_tf.callbacks.Checkpoint(folder / f"{name}-state", CHECKPOINT_STEPS)
+        state = folder / f"{name}-state"
+        check_same_flags(settings, state)
+        checkpoint = sddns_tf.callbacks.Checkpoint(state, CHECKPOINT_STEPS)
         step = checkpoint.restore(model)
         callbacks.append(checkpoint)
     if not step:
@@ -198,6 +200,21 @@ def fit(settings, name, make_model, batches_from, callbacks=(), resume=True):
         "resumed_at": step,
         "history": read_log(log),
     }
+
+
+def check_same_flags(settings, state):
+    """Note the flags of a run beside its state; raise a `ValueError` if it is of other flags."""
+    flags = {name: value for name, value in flags_of(settings).items() if name != "sets"}
+    path = state / "flags.json"
+    known = json.loads(path.read_text()) if path.exists() else flags
+    if known != (flags := json.loads(json.dumps(flags))):
+        names = [name for name in {**known, **flags} if known.get(name) != flags.get(name)]
+        ours, theirs = ({name: one.get(name) for name in names} for one in (flags, known))
+        raise ValueError(
+            f"{state} must be of a run with the same flags: remove it, or choose another "
+            f"--output_dir or --name. Received: {ours}, not {theirs}"
+        )
+    files.write_json(path, flags)
 
 
 def read_log(path):

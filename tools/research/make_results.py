@@ -32,7 +32,13 @@ def read_runs(folder):
             strategy += ", overlap kept"
         if record["flags"].get("standardize"):
             strategy += ", standardized"
-        runs.setdefault(strategy, []).append(record)
+        others = runs.setdefault(strategy, [])
+        if record["flags"]["seed"] in [other["flags"]["seed"] for other in others]:
+            raise ValueError(
+                f"--results must hold one run of each strategy and seed. Received: {path}, and "
+                f"another with seed {record['flags']['seed']} of {strategy}"
+            )
+        others.append(record)
     if not runs:
         raise ValueError(
             f"--results must hold JSON files of runs. Received: {folder}, which has none"
@@ -56,6 +62,8 @@ def sets_of(runs):
     """Return the names of the sets that are averaged, and of those that are not."""
     first = next(iter(runs.values()))[0]
     tested = first["flags"].get("ood", "cifar100,dtd32,gtsrb32,mnist").split(",")
+    if first["flags"].get("sets") == "development":
+        tested = [name for name in first["ood"] if name != first["flags"]["auxiliary"]]
     return tested, [name for name in first["ood"] if name not in tested]
 
 
