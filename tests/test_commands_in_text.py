@@ -336,6 +336,7 @@ def toy(trained, tmp_path_factory):
     np.savez(folder / "photos.npz", images=tiles("coffee", 10, 32))
     for name in ("photo.png", "another.jpg"):
         keras.utils.save_img(folder / name, skimage.data.coffee()[:32, :32], scale=False)
+    (folder / "parts").mkdir()
     for name in ("detector", "model", "backbone"):
         shutil.copy(trained / f"{name}.keras", folder / "parts")
     (folder / "sddns_tf" / "trained").mkdir(parents=True)
