@@ -106,13 +106,26 @@ def print_table(records, auxiliary):
             print(f"| {strategy} | {weight} | {len(mean)} | {values} | {difference} |")
 
 
+def check_same_sets(settings, records):
+    """Raise a `ValueError` unless records are of the kind of sets that was asked for."""
+    for name, rows in records.items():
+        kind = "development" if "noise" in next(iter(rows.values())) else "test"
+        if kind != settings.sets:
+            raise ValueError(
+                f"--json must be a file of {settings.sets} sets. Received: {settings.json}, whose "
+                f"{name} was measured on {kind} sets"
+            )
+
+
 def main(argv=None):
     """Measure the detectors that have no record yet, and print the table."""
     settings = parse(argv)
     target = pathlib.Path(settings.json)
     records = json.loads(target.read_text()) if target.exists() else {}
     paths = sorted(pathlib.Path(settings.detectors).glob("*-*.keras"))
-    missing = [path for path in paths if path.stem not in records]
+    check_same_sets(settings, records)
+    weights = {f"{weight:g}" for weight in settings.weights}
+    missing = [path for path in paths if not weights <= set(records.get(path.stem, ()))]
     if missing:
         normal = cifar10.read_normal(settings)
         auxiliary = auxiliary_images(settings)
