@@ -400,5 +400,5 @@ def test_a_second_voice_is_measured_once_and_compared_by_seed(
     assert half == pytest.approx(stats.t.ppf(0.975, 1) * abs(gains[0] - gains[1]) / 2, abs=1e-3)
     second_voice.main([*arguments, "--weights=0,3"])
     assert set(json.loads((tmp_path / "found.json").read_text())["none-0"]) == {"0", "3"}
-    with pytest.raises(ValueError, match="file of development sets. Received: .*found.json"):
+    with pytest.raises(ValueError, match=r"file of development sets\. Received: .*found\.json"):
         second_voice.main([*arguments, "--sets=development"])
