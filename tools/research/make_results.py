@@ -272,7 +272,8 @@ def draw_differences(axes, runs, names, baseline):
     axes.set(yticks=[place * step + middle for place in range(len(sets))], yticklabels=labels)
     axes.invert_yaxis()
     axes.set_xlabel(f"AUROC minus {baseline}, paired by seed")
-    axes.legend(frameon=False)
+    # Beside the nearest set, where differences are small.
+    axes.legend(frameon=False, fontsize="small", loc="upper right", bbox_to_anchor=(1.0, 0.8))
 
 
 def draw_values(axes, values, place, color, label=None):
