@@ -43,13 +43,14 @@ def writer(scorer: Scorer, folder: str) -> Callable[[str, np.ndarray, np.ndarray
         if scale.crop_to is not None:
             image = cropped(image, *scale.crop_to)
         painted = overlay(image, anomaly_map, scale.threshold, scale.lowest)
-        try:
-            with user_input("maps", OSError), files.replacing(target) as unfinished:
-                Image.fromarray(painted).save(unfinished, "png")
-        except UsageError as error:
-            if getattr(error.__cause__, "errno", None) != errno.ENAMETOOLONG:
-                raise
-            say(f"No map of {path}: its name, with .png added, is too long for a file")
+        with user_input("maps", OSError):
+            try:
+                with files.replacing(target) as unfinished:
+                    Image.fromarray(painted).save(unfinished, "png")
+            except OSError as error:
+                if error.errno != errno.ENAMETOOLONG:
+                    raise
+                say(f"No map of {path}: its name, with .png added, is too long for a file")
 
     return write
 

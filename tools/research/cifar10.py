@@ -205,9 +205,10 @@ def fit(settings, name, make_model, batches_from, callbacks=(), resume=True):
 def check_same_flags(settings, state):
     """Note the flags of a run beside its state; raise a `ValueError` if it is of other flags."""
     flags = {name: value for name, value in flags_of(settings).items() if name != "sets"}
+    flags = json.loads(json.dumps(flags))  # Which has no tuples.
     path = state / "flags.json"
     known = json.loads(path.read_text()) if path.exists() else flags
-    if known != (flags := json.loads(json.dumps(flags))):
+    if known != flags:
         names = [name for name in {**known, **flags} if known.get(name) != flags.get(name)]
         ours, theirs = ({name: one.get(name) for name in names} for one in (flags, known))
         raise ValueError(
